@@ -1,0 +1,1 @@
+"""The `baton` command. Each subcommand imports what it needs when it runs."""

@@ -1,0 +1,1 @@
+"""The nouns every part shares. Standard library only; imports nothing of the project."""

@@ -1,0 +1,56 @@
+"""Log lines: one JSON object a line for machines, or plain text on a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any, TextIO
+
+
+class JsonFormatter(logging.Formatter):
+    """`{"at", "level", "logger", "message", ...fields}`; fields come by `extra={"fields": {}}`."""
+
+    def __init__(self, component: str) -> None:
+        super().__init__()
+        self._component = component
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "component": self._component,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Short lines for a person watching a terminal."""
+
+    def __init__(self, component: str) -> None:
+        super().__init__(
+            f"%(asctime)s %(levelname)-7s {component} %(name)s: %(message)s", "%H:%M:%S"
+        )
+
+
+def setup_logging(
+    component: str, *, level: str = "INFO", as_json: bool = True, stream: TextIO | None = None
+) -> None:
+    """Route the root logger to `stream` (stderr by default). Called once at a process's start."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter(component) if as_json else TextFormatter(component))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+
+
+def log_fields(logger: logging.Logger, message: str, **fields: Any) -> None:
+    """An INFO line with structured fields."""
+    logger.info(message, extra={"fields": fields})

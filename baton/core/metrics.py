@@ -1,0 +1,137 @@
+"""Every Prometheus series of the project, declared once. Data only: no client library here.
+
+`baton.telemetry` turns these into live series. Names carry their unit; label values must come
+from small closed sets (roles, worker ids, reasons), never from a request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
+)  # fmt: skip
+ITL_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05,
+    0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0,
+)  # fmt: skip
+TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+BYTES_BUCKETS = tuple(4**n * 1024 for n in range(12))
+
+
+class Kind(Enum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric family."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+def _seconds(name: str, help: str, *, buckets: tuple[float, ...] = LATENCY_BUCKETS_S) -> Series:
+    return Series(name, Kind.HISTOGRAM, help, ("model",), buckets)
+
+
+TTFT = _seconds("baton_time_to_first_token_seconds", "Arrival to first token at the router.")
+ITL = _seconds(
+    "baton_inter_token_latency_seconds",
+    "Gap between two successive tokens of one request at the router.",
+    buckets=ITL_BUCKETS_S,
+)
+E2E = _seconds("baton_e2e_request_latency_seconds", "Arrival to last token at the router.")
+QUEUE = _seconds("baton_request_queue_seconds", "Waiting for the first prefill chunk.")
+PREFILL = _seconds("baton_request_prefill_seconds", "First prefill chunk to first token.")
+DECODE = _seconds("baton_request_decode_seconds", "First decode step to last token.")
+TRANSFER = _seconds(
+    "baton_kv_transfer_seconds", "Time with KV reads of a request in flight, measured."
+)
+TRANSFER_EXPOSED = _seconds(
+    "baton_kv_transfer_exposed_seconds", "Part of the KV transfer after prefill had ended."
+)
+TRANSFER_BYTES = Series(
+    "baton_kv_transfer_bytes", Kind.HISTOGRAM, "KV bytes read for one request.", ("model",),
+    BYTES_BUCKETS,
+)  # fmt: skip
+PROMPT_TOKENS = Series(
+    "baton_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of finished requests.", ("model",)
+)
+CACHED_TOKENS = Series(
+    "baton_prompt_cached_tokens_total",
+    Kind.COUNTER,
+    "Prompt tokens whose KV was found in a cache.",
+    ("model",),
+)
+GENERATION_TOKENS = Series(
+    "baton_generation_tokens_total", Kind.COUNTER, "Tokens sent to clients.", ("model",)
+)
+REQUESTS = Series(
+    "baton_requests_total",
+    Kind.COUNTER,
+    "Finished requests by how they ended: stop, length, cancelled or error.",
+    ("model", "finish_reason"),
+)
+REJECTED = Series(
+    "baton_requests_rejected_total",
+    Kind.COUNTER,
+    "Requests refused before any work, by HTTP status.",
+    ("status",),
+)
+PLACEMENTS = Series(
+    "baton_placements_total",
+    Kind.COUNTER,
+    "Placement decisions: remote_prefill, local_prefill, replay.",
+    ("kind",),
+)
+RUNNING = Series("baton_requests_running", Kind.GAUGE, "Requests in the router.", ())
+WORKER_RUNNING = Series(
+    "baton_worker_requests_running", Kind.GAUGE, "Sequences in the batch.", ("role", "worker")
+)
+WORKER_WAITING = Series(
+    "baton_worker_requests_waiting", Kind.GAUGE, "Sequences not admitted yet.", ("role", "worker")
+)
+WORKER_KV_USAGE = Series(
+    "baton_worker_kv_usage_ratio",
+    Kind.GAUGE,
+    "Share of KV blocks held by live sequences, 0 to 1.",
+    ("role", "worker"),
+)
+WORKER_LEASES = Series(
+    "baton_worker_kv_leases", Kind.GAUGE, "Live leases on a worker's blocks.", ("role", "worker")
+)
+WORKER_QUARANTINED = Series(
+    "baton_worker_kv_quarantined_blocks",
+    Kind.GAUGE,
+    "Blocks a given-up read may still write to.",
+    ("role", "worker"),
+)
+WORKER_PREEMPTIONS = Series(
+    "baton_worker_preemptions_total",
+    Kind.COUNTER,
+    "Sequences preempted for lack of KV blocks.",
+    ("role", "worker"),
+)
+WORKERS = Series("baton_workers", Kind.GAUGE, "Live workers seen by this router.", ("role",))
+PREFIX_HIT_TOKENS = Series(
+    "baton_prefix_cache_hit_tokens_total",
+    Kind.COUNTER,
+    "Prompt tokens found in a worker's prefix cache.",
+    ("role",),
+)
+PREFIX_QUERY_TOKENS = Series(
+    "baton_prefix_cache_query_tokens_total",
+    Kind.COUNTER,
+    "Prompt tokens looked up in a worker's prefix cache.",
+    ("role",),
+)
+
+ALL_SERIES: tuple[Series, ...] = tuple(v for v in list(globals().values()) if isinstance(v, Series))

@@ -1,0 +1,193 @@
+"""One generation request as every part sees it: token ids in, token ids out.
+
+Knows nothing of text, HTTP or protobuf. The router builds a `GenerateRequest`; workers answer
+with `TokenDelta`s whose indices let the router join the first token (from the prefill worker)
+and the rest (from the decode worker), and drop whatever a replay produces twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+from baton.core.block import BlockHash
+from baton.core.errors import InvalidRequest
+from baton.core.lifecycle import Timeline
+from baton.core.worker_info import Epoch, WorkerId
+
+RequestId = NewType("RequestId", str)
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 256
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    """An end-of-sequence or stop token, or a stop string found by the router."""
+    LENGTH = "length"
+    """max_tokens or the model's context length was reached."""
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class Work(Enum):
+    """What a worker is asked to do with a request."""
+
+    GENERATE = "generate"
+    """Compute the prompt and generate, all on one worker."""
+    PREFILL = "prefill"
+    """Compute the prompt, sample the first token, keep the KV under a lease for a reader."""
+    DECODE = "decode"
+    """Read the prompt's KV from the prefill peer, then generate from the second token on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Raises InvalidRequest on values out of range."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, below zero) the logits of tokens seen in prompt or output."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    """Randomness is a function of (seed, output position): a replay draws the same tokens."""
+    logprobs: int | None = None
+    """Alternatives to report per token; 0 reports the chosen token alone, None nothing."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_range("top_k", self.top_k, 0, None)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_length("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _check_length("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        for _, bias in self.logit_bias:
+            _check_range("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+def _check_range(
+    name: str,
+    value: float,
+    low: float | None,
+    high: float | None,
+    *,
+    low_open: bool = False,
+) -> None:
+    """Raises InvalidRequest naming the value and the limit."""
+    bad_low = low is not None and (value <= low if low_open else value < low)
+    bad_high = high is not None and value > high
+    if not (bad_low or bad_high or math.isnan(value) or math.isinf(value)):
+        return
+    if low is not None and high is not None:
+        limit = f"between {low:g} {'(exclusive) ' if low_open else ''}and {high:g}"
+    else:
+        limit = f"greater than {low:g}" if low_open else f"at least {low:g}"
+    raise InvalidRequest(f"{name} must be {limit}, got {value:g}", param=name)
+
+
+def _check_length(name: str, value: tuple[object, ...], limit: int) -> None:
+    if len(value) > limit:
+        raise InvalidRequest(f"{name} takes at most {limit} entries, got {len(value)}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRef:
+    """Where a decode worker finds the prefill worker of a request."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence for one worker."""
+
+    request_id: RequestId
+    work: Work
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Hash chain of the prompt's full blocks, tenant salt included. Empty switches caching off."""
+    output_token_ids: tuple[int, ...] = ()
+    """Tokens already sent to the client when a lost worker's request is replayed elsewhere."""
+    eos_token_ids: tuple[int, ...] = ()
+    prefill_peer: PeerRef | None = None
+    """Set exactly when `work` is DECODE."""
+    deadline_s: float = 600.0
+    """Seconds from arrival at the worker until it must give up."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
+        if (self.prefill_peer is not None) != (self.work is Work.DECODE):
+            raise InvalidRequest(f"work {self.work.value} and prefill_peer contradict each other")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position, natural log."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the most likely tokens, best first."""
+
+
+@dataclass(slots=True)
+class TokenDelta:
+    """What one engine step (or one failure) adds to one sequence."""
+
+    request_id: RequestId
+    first_index: int = 0
+    """Output position of `token_ids[0]`."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The token that ended the sequence, when it was a stop token and not an output."""
+    error: str = ""
+    """Set with FinishReason.ERROR: a message fit for the router's log."""
+    is_retryable: bool = False
+    """With an error: the same request may succeed on another worker."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV was found in this worker's cache; set on the first and last delta."""
+    timeline: Timeline | None = None
+    """Set on the last delta of this worker."""

@@ -1,0 +1,1 @@
+"""The inference engine. Control (scheduler, block pool) is torch-free; the runner is not."""

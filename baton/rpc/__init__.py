@@ -1,0 +1,1 @@
+"""Protobuf and gRPC: generated stubs, conversion to and from `baton.core`, channels."""

@@ -1,0 +1,264 @@
+"""Protobuf <-> `baton.core`, one pair of functions per noun. The only place that knows both.
+
+`*_from_wire` raises InvalidRequest or ValueError on values that no peer of this version sends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baton.core.block import join_hashes, split_hashes
+from baton.core.errors import InvalidRequest
+from baton.core.kv_layout import KvLayout
+from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
+from baton.core.request import (
+    FinishReason,
+    GenerateRequest,
+    PeerRef,
+    RequestId,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprobs,
+    Work,
+)
+from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
+from baton.rpc.v1 import worker_pb2 as pb
+
+_WORK_TO_WIRE = {
+    Work.GENERATE: pb.WORK_GENERATE,
+    Work.PREFILL: pb.WORK_PREFILL,
+    Work.DECODE: pb.WORK_DECODE,
+}
+_WORK_FROM_WIRE = {v: k for k, v in _WORK_TO_WIRE.items()}
+_FINISH_TO_WIRE = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+}
+_FINISH_FROM_WIRE = {v: k for k, v in _FINISH_TO_WIRE.items()}
+_ROLE_TO_WIRE = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
+_ROLE_FROM_WIRE = {v: k for k, v in _ROLE_TO_WIRE.items()}
+_SCALAR_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "logprobs",
+    "min_tokens",
+)
+
+
+def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
+    message = pb.SamplingParams(
+        stop_token_ids=sampling.stop_token_ids, ignore_eos=sampling.ignore_eos
+    )
+    for name in _SCALAR_SAMPLING:
+        value = getattr(sampling, name)
+        if value is not None:
+            setattr(message, name, value)
+    for token_id, bias in sampling.logit_bias:
+        message.logit_bias[token_id] = bias
+    return message
+
+
+def sampling_from_wire(message: pb.SamplingParams, **defaults: Any) -> SamplingParams:
+    """Fields the sender left out take `defaults`, then those of SamplingParams."""
+    values: dict[str, Any] = dict(defaults)
+    values.update((n, getattr(message, n)) for n in _SCALAR_SAMPLING if message.HasField(n))
+    return SamplingParams(
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        **values,
+    )
+
+
+def finish_to_wire(reason: FinishReason | None) -> pb.FinishReason:
+    return pb.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_WIRE[reason]
+
+
+def finish_from_wire(value: pb.FinishReason) -> FinishReason | None:
+    return _FINISH_FROM_WIRE.get(value)
+
+
+def request_to_wire(request: GenerateRequest) -> pb.Submit:
+    message = pb.Submit(
+        request_id=request.request_id,
+        work=_WORK_TO_WIRE[request.work],
+        prompt_token_ids=request.prompt_token_ids,
+        block_hashes=join_hashes(request.block_hashes),
+        output_token_ids=request.output_token_ids,
+        eos_token_ids=request.eos_token_ids,
+        sampling=sampling_to_wire(request.sampling),
+        deadline_ms=max(1, int(request.deadline_s * 1000)),
+    )
+    if request.prefill_peer is not None:
+        peer = request.prefill_peer
+        message.prefill_peer.CopyFrom(
+            pb.PeerRef(worker_id=peer.worker_id, epoch=peer.epoch, address=peer.address)
+        )
+    return message
+
+
+def request_from_wire(message: pb.Submit) -> GenerateRequest:
+    if message.work not in _WORK_FROM_WIRE:
+        raise InvalidRequest(f"work {message.work} is unknown to this worker")
+    peer = None
+    if message.HasField("prefill_peer"):
+        p = message.prefill_peer
+        peer = PeerRef(WorkerId(p.worker_id), Epoch(p.epoch), p.address)
+    return GenerateRequest(
+        request_id=RequestId(message.request_id),
+        work=_WORK_FROM_WIRE[message.work],
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_from_wire(message.sampling),
+        block_hashes=tuple(split_hashes(message.block_hashes)),
+        output_token_ids=tuple(message.output_token_ids),
+        eos_token_ids=tuple(message.eos_token_ids),
+        prefill_peer=peer,
+        deadline_s=message.deadline_ms / 1000,
+    )
+
+
+def logprobs_to_wire(entry: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        top_token_ids=[token_id for token_id, _ in entry.top],
+        top_logprobs=[logprob for _, logprob in entry.top],
+    )
+
+
+def logprobs_from_wire(message: pb.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    return TokenLogprobs(message.token_id, message.logprob, top)
+
+
+def timeline_to_wire(timeline: Timeline) -> pb.Timeline:
+    t = timeline.transfer
+    return pb.Timeline(
+        points={int(event): at_s for event, at_s in timeline.points.items()},
+        transfer=pb.TransferStats(
+            num_bytes=t.num_bytes,
+            num_blocks=t.num_blocks,
+            num_reads=t.num_reads,
+            seconds=t.seconds,
+            exposed_seconds=t.exposed_seconds,
+        ),
+    )
+
+
+def timeline_from_wire(message: pb.Timeline) -> Timeline:
+    known = {int(event) for event in LifecycleEvent}
+    t = message.transfer
+    return Timeline(
+        points={LifecycleEvent(k): v for k, v in message.points.items() if k in known},
+        transfer=TransferStats(
+            t.num_bytes, t.num_blocks, t.num_reads, t.seconds, t.exposed_seconds
+        ),
+    )
+
+
+def delta_to_wire(delta: TokenDelta) -> pb.Delta:
+    message = pb.Delta(
+        request_id=delta.request_id,
+        first_index=delta.first_index,
+        token_ids=delta.token_ids,
+        logprobs=[logprobs_to_wire(entry) for entry in delta.logprobs],
+        finish_reason=finish_to_wire(delta.finish_reason),
+        stop_token_id=delta.stop_token_id,
+        error=delta.error,
+        is_retryable=delta.is_retryable,
+        num_cached_tokens=delta.num_cached_tokens,
+    )
+    if delta.timeline is not None:
+        message.timeline.CopyFrom(timeline_to_wire(delta.timeline))
+    return message
+
+
+def delta_from_wire(message: pb.Delta) -> TokenDelta:
+    return TokenDelta(
+        request_id=RequestId(message.request_id),
+        first_index=message.first_index,
+        token_ids=list(message.token_ids),
+        logprobs=[logprobs_from_wire(entry) for entry in message.logprobs],
+        finish_reason=finish_from_wire(message.finish_reason),
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        error=message.error,
+        is_retryable=message.is_retryable,
+        num_cached_tokens=message.num_cached_tokens,
+        timeline=timeline_from_wire(message.timeline) if message.HasField("timeline") else None,
+    )
+
+
+def layout_to_wire(layout: KvLayout) -> pb.KvLayout:
+    return pb.KvLayout(
+        model_id=layout.model_id,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+    )
+
+
+def layout_from_wire(message: pb.KvLayout) -> KvLayout:
+    return KvLayout(
+        model_id=message.model_id,
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        block_size=message.block_size,
+        dtype=message.dtype,
+    )
+
+
+def worker_info_to_wire(info: WorkerInfo) -> pb.WorkerInfo:
+    return pb.WorkerInfo(
+        worker_id=info.worker_id,
+        epoch=info.epoch,
+        role=_ROLE_TO_WIRE[info.role],
+        address=info.address,
+        model_name=info.model_name,
+        layout=layout_to_wire(info.layout),
+        num_blocks=info.num_blocks,
+        max_model_len=info.max_model_len,
+        max_num_seqs=info.max_num_seqs,
+        transport=info.transport,
+        pid=info.pid,
+    )
+
+
+def worker_info_from_wire(message: pb.WorkerInfo) -> WorkerInfo:
+    if message.role not in _ROLE_FROM_WIRE:
+        raise ValueError(f"worker {message.worker_id} has unknown role {message.role}")
+    return WorkerInfo(
+        worker_id=WorkerId(message.worker_id),
+        epoch=Epoch(message.epoch),
+        role=_ROLE_FROM_WIRE[message.role],
+        address=message.address,
+        model_name=message.model_name,
+        layout=layout_from_wire(message.layout),
+        num_blocks=message.num_blocks,
+        max_model_len=message.max_model_len,
+        max_num_seqs=message.max_num_seqs,
+        transport=message.transport,
+        pid=message.pid,
+    )
+
+
+_LOAD_FIELDS = tuple(LoadReport.__dataclass_fields__)
+
+
+def load_to_wire(load: LoadReport) -> pb.LoadReport:
+    return pb.LoadReport(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+
+
+def load_from_wire(message: pb.LoadReport) -> LoadReport:
+    return LoadReport(**{name: getattr(message, name) for name in _LOAD_FIELDS})

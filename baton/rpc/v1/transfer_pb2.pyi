@@ -1,0 +1,118 @@
+from baton.rpc.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ConnectRequest(_message.Message):
+    __slots__ = ("protocol_version", "card")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    card: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., card: _Optional[bytes] = ...) -> None: ...
+
+class ConnectReply(_message.Message):
+    __slots__ = ("card",)
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    card: bytes
+    def __init__(self, card: _Optional[bytes] = ...) -> None: ...
+
+class ReaderMessage(_message.Message):
+    __slots__ = ("hello", "watch", "renew", "complete", "give_up")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    WATCH_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    GIVE_UP_FIELD_NUMBER: _ClassVar[int]
+    hello: ReaderHello
+    watch: Watch
+    renew: Renew
+    complete: Complete
+    give_up: GiveUp
+    def __init__(self, hello: _Optional[_Union[ReaderHello, _Mapping]] = ..., watch: _Optional[_Union[Watch, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ...) -> None: ...
+
+class ReaderHello(_message.Message):
+    __slots__ = ("worker_id", "epoch")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ...) -> None: ...
+
+class Watch(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class Renew(_message.Message):
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    def __init__(self, lease_id: _Optional[str] = ...) -> None: ...
+
+class Complete(_message.Message):
+    __slots__ = ("lease_id", "epoch")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    epoch: str
+    def __init__(self, lease_id: _Optional[str] = ..., epoch: _Optional[str] = ...) -> None: ...
+
+class GiveUp(_message.Message):
+    __slots__ = ("request_id", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class OwnerMessage(_message.Message):
+    __slots__ = ("chunk", "completed", "refused")
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    chunk: ChunkReady
+    completed: Completed
+    refused: Refused
+    def __init__(self, chunk: _Optional[_Union[ChunkReady, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+
+class ChunkReady(_message.Message):
+    __slots__ = ("request_id", "lease_id", "epoch", "lease_ms", "first_block_index", "block_ids", "is_last", "first_token")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_LAST_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    lease_id: str
+    epoch: str
+    lease_ms: int
+    first_block_index: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    is_last: bool
+    first_token: _worker_pb2.Delta
+    def __init__(self, request_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., epoch: _Optional[str] = ..., lease_ms: _Optional[int] = ..., first_block_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., is_last: bool = ..., first_token: _Optional[_Union[_worker_pb2.Delta, _Mapping]] = ...) -> None: ...
+
+class Completed(_message.Message):
+    __slots__ = ("lease_id", "valid")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    VALID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: str
+    valid: bool
+    def __init__(self, lease_id: _Optional[str] = ..., valid: bool = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("request_id", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The decode worker: reads a prompt's KV from a prefill worker and generates."""

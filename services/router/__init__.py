@@ -1,0 +1,1 @@
+"""The router: tokenizes, places, follows and answers requests. Runs without torch."""

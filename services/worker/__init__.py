@@ -1,0 +1,1 @@
+"""What prefill and decode workers share: engine loop, session server, leases, health, drain."""
