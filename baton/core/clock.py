@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Seconds on a clock that never goes back. The origin means nothing."""
+    """A source of seconds; which one is the choice of whoever builds the object that takes it."""
 
     def now(self) -> float: ...
 
@@ -17,6 +17,13 @@ class MonotonicClock:
 
     def now(self) -> float:
         return time.monotonic()
+
+
+class WallClock:
+    """Seconds since 1970. For time points that are compared between hosts, never for waiting."""
+
+    def now(self) -> float:
+        return time.time()
 
 
 class ManualClock:

@@ -4,8 +4,10 @@
     ├── ConfigError            a setting is wrong; the process does not start
     ├── RequestError           the caller can do something about it
     │   ├── InvalidRequest         400  INVALID_ARGUMENT
+    │   │   └── ContextLengthExceeded  prompt and output do not fit in the model's context
     │   ├── NotAuthorized          401  UNAUTHENTICATED
     │   ├── NotFound               404  NOT_FOUND
+    │   │   └── ModelNotFound          no live worker serves a model of that name
     │   ├── MethodNotAllowed       405  UNIMPLEMENTED
     │   ├── PayloadTooLarge        413  INVALID_ARGUMENT
     │   ├── Overloaded             429  RESOURCE_EXHAUSTED   (carries retry_after_s)
@@ -51,12 +53,20 @@ class InvalidRequest(RequestError):
     """A field is missing, malformed or out of range."""
 
 
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and output together need more tokens than the model's context holds."""
+
+
 class NotAuthorized(RequestError):
     """The credentials are missing or wrong."""
 
 
 class NotFound(RequestError):
     """The named model or route does not exist."""
+
+
+class ModelNotFound(NotFound):
+    """No model of that name is served."""
 
 
 class MethodNotAllowed(RequestError):

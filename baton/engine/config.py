@@ -27,6 +27,8 @@ class EngineConfig:
     """Sequences computed in one step."""
     max_num_batched_tokens: int = 512
     """Token budget of one step; longer prompts are computed in chunks of what is left of it."""
+    max_num_waiting: int = 1024
+    """Sequences that may wait for blocks or a place in the step; more are refused as overload."""
     num_threads: int | None = None
     """Threads of the tensor library; None takes the cores this process may use."""
     enable_prefix_caching: bool = True
@@ -41,5 +43,5 @@ class EngineConfig:
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: a full decode batch would not fit in one step; raise it"
             )
-        if self.max_num_seqs < 1 or self.kv_cache_bytes < 1:
-            raise ConfigError("max_num_seqs and kv_cache_bytes must be positive")
+        if self.max_num_seqs < 1 or self.kv_cache_bytes < 1 or self.max_num_waiting < 1:
+            raise ConfigError("max_num_seqs, max_num_waiting and kv_cache_bytes must be positive")

@@ -13,7 +13,7 @@ from enum import Enum
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.lifecycle import Timeline
-from baton.core.request import GenerateRequest, RequestId
+from baton.core.request import GenerateRequest, RequestId, Work
 
 
 class SequenceStatus(Enum):
@@ -23,7 +23,7 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """Compared by identity."""
 
@@ -38,7 +38,20 @@ class Sequence:
     block_hashes: list[BlockHash] = field(default_factory=list)
     """Hashes of the full blocks known so far; grows with the output."""
     num_committed_blocks: int = 0
-    """Leading blocks that are already in the prefix cache under their hash."""
+    """Leading blocks that are complete and, with caching on, in the prefix cache."""
+    num_announced_blocks: int = 0
+    """PREFILL work: leading blocks that are leased and announced to the reader."""
+    arrival_index: int = 0
+    """Order of arrival at this engine; kept through preemption."""
+    max_num_tokens: int = 0
+    """Prompt and output together at which the sequence ends with LENGTH."""
+    num_preemptions: int = 0
+    has_emitted: bool = False
+    """A delta of this sequence has left the engine."""
+    is_abandoned: bool = False
+    """RESERVED and already ended for the client; its blocks wait for `activate` or `abandon`."""
+    stop_ids: frozenset[int] = frozenset()
+    """End-of-sequence ids that count, and the request's own stop ids."""
     status: SequenceStatus = SequenceStatus.WAITING
     timeline: Timeline = field(default_factory=Timeline)
 
@@ -46,10 +59,19 @@ class Sequence:
         if not self.token_ids:
             self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
             self.block_hashes = list(self.request.block_hashes)
+        sampling = self.request.sampling
+        eos_token_ids = () if sampling.ignore_eos else self.request.eos_token_ids
+        self.stop_ids = frozenset((*eos_token_ids, *sampling.stop_token_ids))
+        if not self.max_num_tokens:
+            self.max_num_tokens = self.num_prompt_tokens + sampling.max_tokens
 
     @property
     def request_id(self) -> RequestId:
         return self.request.request_id
+
+    @property
+    def work(self) -> Work:
+        return self.request.work
 
     @property
     def num_tokens(self) -> int:

@@ -10,7 +10,14 @@ from typing import Any, NoReturn
 
 import grpc
 
-from baton.core.errors import public_message, wire_status
+from baton.core.errors import (
+    BadPeerCard,
+    IncompatiblePeer,
+    PeerGone,
+    TransferError,
+    public_message,
+    wire_status,
+)
 
 KEEPALIVE_S = 10
 KEEPALIVE_TIMEOUT_S = 5
@@ -26,6 +33,13 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_ping_interval_without_data_ms", 2000),
 )
 
+_PEER_CODES: dict[type[TransferError], grpc.StatusCode] = {
+    IncompatiblePeer: grpc.StatusCode.FAILED_PRECONDITION,
+    BadPeerCard: grpc.StatusCode.UNAUTHENTICATED,
+    PeerGone: grpc.StatusCode.UNAVAILABLE,
+}
+"""Statuses that only processes of the platform see; clients never meet these errors."""
+
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to `address` (host:port) inside the platform; proxies of the host are ignored."""
@@ -40,6 +54,9 @@ def new_server(**kwargs: Any) -> grpc.aio.Server:
 
 def grpc_status(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """The canonical code and the public message of `error`."""
+    for cls, code in _PEER_CODES.items():
+        if isinstance(error, cls):
+            return code, public_message(error)
     return getattr(grpc.StatusCode, wire_status(error).grpc), public_message(error)
 
 

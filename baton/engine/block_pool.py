@@ -1,0 +1,330 @@
+"""Accounting of the KV pool's blocks: who holds them, what they hold, when they are free again.
+
+    FREE ──► FILLING ──► ACTIVE ──► CACHED ──► FREE        computed here
+      └────► RESERVED ──► FILLING                          read from another worker
+                └──► QUARANTINED ──► FREE                  the read was given up but may still land
+             ACTIVE ──► LEASED ──► CACHED or FREE          no holder left, but a reader
+
+A block is FILLING while its one holder writes it, ACTIVE once complete (ref_count >= 1, shareable
+when hashed), CACHED at ref_count 0 under its hash. The lease count stands beside the state: a
+leased block is never freed, evicted or written. Cached blocks leave in the order they were
+released, and a table is released from its end, so a prefix outlives what follows it.
+
+Laws: only this file frees blocks; every block is in exactly one state; free + cached + active +
+leased-only + quarantined == total. A broken law raises InternalError at the call that breaks it.
+
+Not known here: tokens, requests, memory, time. All methods cost O(blocks named), never O(pool),
+except the two that say so.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from baton.core.block import BlockHash, BlockId
+from baton.core.errors import InternalError
+from baton.engine.free_runs import FreeRuns
+
+
+class BlockState(Enum):
+    FREE = "free"
+    RESERVED = "reserved"
+    """Held for KV that another worker is computing or sending."""
+    FILLING = "filling"
+    ACTIVE = "active"
+    CACHED = "cached"
+    LEASED = "leased"
+    """Held by leases alone."""
+    QUARANTINED = "quarantined"
+
+
+@dataclass(slots=True)
+class Block:
+    """One block's account."""
+
+    block_id: BlockId
+    state: BlockState = BlockState.FREE
+    ref_count: int = 0
+    """Block tables that name it."""
+    lease_count: int = 0
+    block_hash: BlockHash | None = None
+    """Set while this block is the cache's entry for the hash."""
+
+
+class PoolCounts(NamedTuple):
+    """Where all blocks are. Sums to the pool's size."""
+
+    free: int
+    cached: int
+    active: int
+    """ref_count >= 1: RESERVED, FILLING and ACTIVE together."""
+    leased_only: int
+    quarantined: int
+
+
+class KvEvents(NamedTuple):
+    """Net change of the set of matchable hashes; the two lists have no hash in common."""
+
+    stored: list[BlockHash]
+    removed: list[BlockHash]
+
+
+class BlockPool:
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise InternalError(f"a pool needs at least one block, got {num_blocks}")
+        self._blocks = [Block(BlockId(i)) for i in range(num_blocks)]
+        self._free = FreeRuns(num_blocks)
+        self._lru: OrderedDict[BlockId, None] = OrderedDict()
+        """CACHED blocks, next to be evicted first."""
+        self._by_hash: dict[BlockHash, BlockId] = {}
+        self._num_leased_only = 0
+        self._num_quarantined = 0
+        self._stored: dict[BlockHash, None] = {}
+        self._removed: dict[BlockHash, None] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can hand out: free ones and cached ones."""
+        return len(self._free) + len(self._lru)
+
+    @property
+    def counts(self) -> PoolCounts:
+        free, cached = len(self._free), len(self._lru)
+        held = self._num_leased_only + self._num_quarantined
+        active = self.num_blocks - free - cached - held
+        return PoolCounts(free, cached, active, self._num_leased_only, self._num_quarantined)
+
+    def state(self, block_id: BlockId) -> BlockState:
+        return self._blocks[block_id].state
+
+    def block(self, block_id: BlockId) -> Block:
+        """The live account, for reading only."""
+        return self._blocks[block_id]
+
+    def match(self, hashes: Iterable[BlockHash]) -> list[BlockId]:
+        """Blocks of the longest leading part of `hashes` that is in the pool. Changes nothing."""
+        matched: list[BlockId] = []
+        for block_hash in hashes:
+            block_id = self._by_hash.get(block_hash)
+            if block_id is None:
+                break
+            matched.append(block_id)
+        return matched
+
+    def num_cached_among(self, block_ids: Iterable[BlockId]) -> int:
+        """How many of `block_ids` stop being available once acquired."""
+        return sum(self._blocks[b].state is BlockState.CACHED for b in block_ids)
+
+    def acquire(self, block_ids: Iterable[BlockId]) -> None:
+        """Add one holder to each of these matched blocks."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.block_hash is None:
+                raise _broken("acquire", block, "only hashed blocks are shared")
+            if block.state is BlockState.CACHED:
+                del self._lru[block_id]
+            elif block.state is BlockState.LEASED:
+                self._num_leased_only -= 1
+            block.state = BlockState.ACTIVE
+            block.ref_count += 1
+
+    def allocate(
+        self, num_blocks: int, *, after: BlockId | None = None, is_reserved: bool = False
+    ) -> list[BlockId]:
+        """Hand out blocks with one holder, evicting cached ones where free ones do not suffice.
+
+        Ids come in as few consecutive runs as possible, continuing at `after` + 1 if that is
+        free. Raises InternalError when fewer than `num_blocks` are available.
+        """
+        if num_blocks > self.num_available:
+            raise InternalError(f"{num_blocks} blocks wanted, {self.num_available} are available")
+        while len(self._free) < num_blocks:
+            self._evict_oldest()
+        block_ids = self._free.take(num_blocks, after)
+        state = BlockState.RESERVED if is_reserved else BlockState.FILLING
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            block.state = state
+            block.ref_count = 1
+        return block_ids
+
+    def mark_arrived(self, block_ids: Iterable[BlockId]) -> None:
+        """The reads into these reserved blocks are over and vouched for: RESERVED → FILLING."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.state is not BlockState.RESERVED:
+                raise _broken("mark_arrived", block, "it was not reserved")
+            block.state = BlockState.FILLING
+
+    def commit(self, block_id: BlockId, block_hash: BlockHash | None) -> None:
+        """The block is complete; with a hash it becomes matchable.
+
+        When the hash is in the cache already, that block stays the entry and this one unhashed.
+        """
+        block = self._blocks[block_id]
+        if block.state is not BlockState.FILLING:
+            raise _broken("commit", block, "only a block being filled can be completed")
+        block.state = BlockState.ACTIVE
+        if block_hash is not None and block_hash not in self._by_hash:
+            block.block_hash = block_hash
+            self._by_hash[block_hash] = block_id
+            _record(block_hash, into=self._stored, cancels=self._removed)
+
+    def release(self, block_ids: Sequence[BlockId]) -> None:
+        """Drop one holder of each block of a table, last block first."""
+        for block_id in reversed(block_ids):
+            block = self._blocks[block_id]
+            if block.ref_count < 1:
+                raise _broken("release", block, "it has no holder")
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self._retire(block)
+
+    def lease(self, block_ids: Iterable[BlockId]) -> None:
+        """Keep these complete blocks as they are until `unlease`, whoever else lets go."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.state is not BlockState.ACTIVE:
+                raise _broken("lease", block, "only complete, held blocks are leased")
+            block.lease_count += 1
+
+    def unlease(self, block_ids: Sequence[BlockId]) -> None:
+        """End one lease of each block, last block first."""
+        for block_id in reversed(block_ids):
+            block = self._blocks[block_id]
+            if block.lease_count < 1:
+                raise _broken("unlease", block, "it is not leased")
+            block.lease_count -= 1
+            if block.state is BlockState.LEASED and block.lease_count == 0:
+                self._num_leased_only -= 1
+                self._retire(block)
+
+    def quarantine(self, block_ids: Iterable[BlockId]) -> None:
+        """Take reserved blocks out of use: a read that was given up may still write to them."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.state is not BlockState.RESERVED:
+                raise _broken("quarantine", block, "only reserved blocks are read into")
+            block.state = BlockState.QUARANTINED
+            block.ref_count = 0
+            self._num_quarantined += 1
+
+    def recover(self, block_ids: Iterable[BlockId]) -> None:
+        """Nothing writes to these quarantined blocks any more: QUARANTINED → FREE."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            if block.state is not BlockState.QUARANTINED:
+                raise _broken("recover", block, "it is not in quarantine")
+            self._num_quarantined -= 1
+            self._retire(block)
+
+    def cached_hashes(self) -> list[BlockHash]:
+        """Every matchable hash, whether its block has holders or not. O(pool)."""
+        return list(self._by_hash)
+
+    def take_events(self) -> KvEvents:
+        """What became matchable and what ceased to be since the last call, net."""
+        events = KvEvents(list(self._stored), list(self._removed))
+        self._stored.clear()
+        self._removed.clear()
+        return events
+
+    def check_integrity(self) -> None:
+        """Recount everything; raises InternalError naming the first broken law. O(pool)."""
+        in_state = dict.fromkeys(BlockState, 0)
+        for block in self._blocks:
+            in_state[block.state] += 1
+            _check_block(block)
+            if block.block_hash is not None and self._by_hash.get(block.block_hash) != (
+                block.block_id
+            ):
+                raise _broken("check_integrity", block, "the cache names another block")
+        free_ids = {i for start, n in self._free.runs() for i in range(start, start + n)}
+        expected_ids = {b.block_id for b in self._blocks if b.state is BlockState.FREE}
+        cached_ids = {b.block_id for b in self._blocks if b.state is BlockState.CACHED}
+        laws = {
+            "free blocks are the free runs": free_ids == expected_ids,
+            "free runs are counted": len(self._free) == len(free_ids),
+            "cached blocks are the LRU": cached_ids == set(self._lru),
+            "every hash has its block": len(self._by_hash)
+            == sum(b.block_hash is not None for b in self._blocks),
+            "leased-only is counted": self._num_leased_only == in_state[BlockState.LEASED],
+            "quarantine is counted": self._num_quarantined == in_state[BlockState.QUARANTINED],
+            "counts sum to the pool": sum(self.counts) == self.num_blocks,
+            "events are net": not (self._stored.keys() & self._removed.keys()),
+        }
+        for law, holds in laws.items():
+            if not holds:
+                raise InternalError(f"block pool broke a law: {law}; {self.counts}")
+
+    def _retire(self, block: Block) -> None:
+        """Where a block goes that lost its last holder or lease."""
+        if block.lease_count:
+            block.state = BlockState.LEASED
+            self._num_leased_only += 1
+        elif block.block_hash is not None:
+            block.state = BlockState.CACHED
+            self._lru[block.block_id] = None
+        else:
+            block.state = BlockState.FREE
+            self._free.add(block.block_id)
+
+    def _evict_oldest(self) -> None:
+        block_id, _ = self._lru.popitem(last=False)
+        block = self._blocks[block_id]
+        if block.block_hash is None:
+            raise _broken("evict", block, "a cached block has a hash")
+        del self._by_hash[block.block_hash]
+        _record(block.block_hash, into=self._removed, cancels=self._stored)
+        block.block_hash = None
+        self._retire(block)
+
+
+def _record(
+    block_hash: BlockHash, *, into: dict[BlockHash, None], cancels: dict[BlockHash, None]
+) -> None:
+    if block_hash in cancels:
+        del cancels[block_hash]
+    else:
+        into[block_hash] = None
+
+
+_HELD = (BlockState.RESERVED, BlockState.FILLING, BlockState.ACTIVE)
+
+
+def _check_block(block: Block) -> None:
+    state = block.state
+    laws = (
+        ("has a holder exactly when held", (block.ref_count > 0) == (state in _HELD)),
+        ("is shared only when complete", block.ref_count < 2 or state is BlockState.ACTIVE),
+        (
+            "is leased only when complete",
+            block.lease_count == 0 or state in (BlockState.ACTIVE, BlockState.LEASED),
+        ),
+        ("is leased while LEASED", state is not BlockState.LEASED or block.lease_count > 0),
+        ("has a hash while CACHED", state is not BlockState.CACHED or bool(block.block_hash)),
+        (
+            "has a hash only when complete",
+            block.block_hash is None
+            or state in (BlockState.ACTIVE, BlockState.CACHED, BlockState.LEASED),
+        ),
+    )
+    for law, holds in laws:
+        if not holds:
+            raise _broken("check_integrity", block, f"a block {law}")
+
+
+def _broken(operation: str, block: Block, law: str) -> InternalError:
+    return InternalError(
+        f"{operation} of block {block.block_id} refused: {law} (it is {block.state.value}, "
+        f"{block.ref_count} holders, {block.lease_count} leases)"
+    )

@@ -1,0 +1,66 @@
+"""Which blocks of a sequence are known by hash, and when they may be shared.
+
+A block enters the cache once the KV of all its tokens is computed. A sampled token's KV is
+computed one step after the token is known, so the last token never counts as computed.
+
+    tokens      0 . . . | 4 . . . | 8 9          block_size 4, token 9 just sampled
+    computed    x x x x | x x x x | x -          two blocks are complete, the third is filling
+
+Not known here: queues, steps, leases.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from baton.core.block import BlockId, next_hash
+from baton.core.request import Work
+from baton.engine.block_pool import BlockPool
+from baton.engine.sequence import Sequence
+
+
+class PrefixCacheStats(NamedTuple):
+    """Counters since start, in prompt tokens; first admissions only."""
+
+    num_query_tokens: int
+    num_hit_tokens: int
+
+
+def extend_hashes(sequence: Sequence, num_blocks: int, block_size: int) -> None:
+    """Continue the sequence's hash chain to `num_blocks` blocks, all of whose tokens are known.
+
+    An empty chain stays empty: its root is known to the sender of the request alone.
+    """
+    hashes = sequence.block_hashes
+    if not hashes:
+        return
+    for index in range(len(hashes), num_blocks):
+        tokens = sequence.token_ids[index * block_size : (index + 1) * block_size]
+        hashes.append(next_hash(hashes[-1], tokens))
+
+
+def match_prefix(sequence: Sequence, pool: BlockPool, block_size: int) -> list[BlockId]:
+    """Blocks in the pool that hold a prefix of the sequence.
+
+    Where this engine samples next, the last known token is always computed again, and in a block
+    of its own: complete blocks are never written. A reader of remote KV needs no such token.
+    """
+    num_usable = sequence.num_tokens - (0 if is_read_remotely(sequence) else 1)
+    return pool.match(sequence.block_hashes[: num_usable // block_size])
+
+
+def is_read_remotely(sequence: Sequence) -> bool:
+    """True while the prompt's KV is to come from a prefill worker."""
+    return sequence.work is Work.DECODE and sequence.num_preemptions == 0
+
+
+def commit_computed(sequence: Sequence, pool: BlockPool, block_size: int) -> None:
+    """Declare blocks complete whose tokens are all computed. O(1) unless a block was completed."""
+    num_complete = sequence.num_computed_tokens // block_size
+    if num_complete <= sequence.num_committed_blocks:
+        return
+    extend_hashes(sequence, num_complete, block_size)
+    hashes = sequence.block_hashes
+    for index in range(sequence.num_committed_blocks, num_complete):
+        pool.commit(sequence.block_table[index], hashes[index] if hashes else None)
+    sequence.num_committed_blocks = num_complete

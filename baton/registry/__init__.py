@@ -1,0 +1,1 @@
+"""Who is there: workers announce themselves under a lease, routers watch."""

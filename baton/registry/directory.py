@@ -1,0 +1,204 @@
+"""The single-machine registry: a private directory with one JSON file per worker.
+
+Files are replaced atomically, so a reader sees a whole registration or none. Time is the
+machine's monotonic clock, whose origin all processes of one host share. A registration counts as
+gone when its lease has passed or its process is dead, whichever shows first.
+
+Not for several hosts or PID namespaces over one shared directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baton.core.clock import Clock
+from baton.core.config import build
+from baton.core.errors import BatonError, ConfigError, Unavailable
+from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
+
+POLL_S = 0.2
+SECRET_FILE = "cluster-secret"
+SECRET_BYTES = 32
+_SUFFIX = ".json"
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Registration:
+    info: WorkerInfo
+    ttl_s: float
+    renewed_at_s: float
+    """On the machine's monotonic clock."""
+
+    def is_live(self, now_s: float) -> bool:
+        return now_s - self.renewed_at_s < self.ttl_s and _process_exists(self.info.pid)
+
+
+class DirectoryRegistry:
+    """A `Registry` over files. Calls are short enough to run on the event loop."""
+
+    def __init__(self, directory: Path, *, clock: Clock) -> None:
+        """Create the directory when missing. Raises ConfigError when others could write to it."""
+        self._directory = private_directory(directory)
+        self._clock = clock
+
+    async def register(self, info: WorkerInfo, *, ttl_s: float) -> None:
+        if ttl_s <= 0:
+            raise ConfigError(f"a registration's time to live must be positive, got {ttl_s} s")
+        self._write(_Registration(info, ttl_s, self._clock.now()))
+
+    async def renew(self, worker_id: WorkerId, epoch: Epoch) -> bool:
+        current = self._read(self._path(worker_id))
+        if current is None or current.info.epoch != epoch:
+            return False
+        self._write(dataclasses.replace(current, renewed_at_s=self._clock.now()))
+        return True
+
+    async def deregister(self, worker_id: WorkerId, epoch: Epoch) -> None:
+        path = self._path(worker_id)
+        current = self._read(path)
+        if current is not None and current.info.epoch == epoch:
+            path.unlink(missing_ok=True)
+
+    async def list(self) -> Mapping[WorkerId, WorkerInfo]:
+        now_s = self._clock.now()
+        live: dict[WorkerId, WorkerInfo] = {}
+        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
+            registration = self._read(path)
+            if registration is None:
+                continue
+            if registration.is_live(now_s):
+                live[registration.info.worker_id] = registration.info
+            elif not _process_exists(registration.info.pid):
+                self._remove_dead(path, registration)
+        return live
+
+    async def watch(self) -> AsyncIterator[Mapping[WorkerId, WorkerInfo]]:
+        last: Mapping[WorkerId, WorkerInfo] | None = None
+        while True:
+            current = await self.list()
+            if current != last:
+                last = current
+                yield current
+            await asyncio.sleep(POLL_S)
+
+    def _path(self, worker_id: WorkerId) -> Path:
+        if not _WORKER_ID.fullmatch(worker_id):
+            raise ConfigError(
+                f"worker id {worker_id!r} is not usable; take 1 to 128 of A-Z a-z 0-9 . _ -"
+            )
+        return self._directory / f"{worker_id}{_SUFFIX}"
+
+    def _write(self, registration: _Registration) -> None:
+        path = self._path(registration.info.worker_id)
+        values = _to_json(registration)
+        try:
+            _write_atomically(path, json.dumps(values, indent=1).encode())
+        except OSError as error:
+            raise Unavailable(f"the worker registry cannot be written: {error.strerror}") from error
+
+    def _read(self, path: Path) -> _Registration | None:
+        try:
+            return _from_json(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, BatonError) as error:
+            logger.warning("ignored unreadable registration %s: %s", path.name, error)
+            return None
+
+    def _remove_dead(self, path: Path, seen: _Registration) -> None:
+        """Files of killed workers would stay for ever; any reader may sweep them."""
+        current = self._read(path)
+        if current is not None and current.info.epoch == seen.info.epoch:
+            path.unlink(missing_ok=True)
+
+
+def shared_secret(directory: Path) -> str:
+    """The secret all workers of this machine share, created by whichever process comes first."""
+    path = private_directory(directory) / SECRET_FILE
+    if not path.exists():
+        draft = path.with_name(f".{SECRET_FILE}.{secrets.token_hex(6)}")
+        _create(draft, secrets.token_hex(SECRET_BYTES).encode())
+        # A link, unlike a rename, fails when another process was faster: its secret then holds.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    return path.read_text().strip()
+
+
+def private_directory(directory: Path) -> Path:
+    """`directory`, created with mode 0700 when missing.
+
+    Raises ConfigError when it belongs to somebody else or is open to others: whoever can write
+    here can send requests to a process of their own.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        raise ConfigError(f"registry directory {directory}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ConfigError(f"registry directory {directory} is not a directory of this user")
+    if status.st_mode & 0o077:
+        raise ConfigError(
+            f"registry directory {directory} has mode {stat.S_IMODE(status.st_mode):04o}; "
+            f"others must not reach it: chmod 700 {directory}"
+        )
+    return directory
+
+
+def _to_json(registration: _Registration) -> dict[str, Any]:
+    info = dataclasses.asdict(registration.info)
+    info["role"] = registration.info.role.value
+    return {
+        "format": _FORMAT,
+        "ttl_s": registration.ttl_s,
+        "renewed_at_s": registration.renewed_at_s,
+        "info": info,
+    }
+
+
+def _from_json(values: Any) -> _Registration:
+    if values["format"] != _FORMAT:
+        raise ValueError(f"format {values['format']}, this version reads {_FORMAT}")
+    return _Registration(
+        info=build(WorkerInfo, values["info"]),
+        ttl_s=float(values["ttl_s"]),
+        renewed_at_s=float(values["renewed_at_s"]),
+    )
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    _create(draft, data)
+    draft.replace(path)
+
+
+def _create(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

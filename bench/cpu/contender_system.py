@@ -1,0 +1,109 @@
+"""The whole system over HTTP. Usage: MODEL_DIR DTYPE THREADS SEED colocated|disaggregated
+
+Starts `baton serve --no-ray` on free ports, streams completions, stops it again. Colocated means
+no prefill worker: the decode worker computes prompts itself, through the same router and HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+
+from bench.cpu.workload import OUTPUT_LEN, Rates, prompts, report
+
+START_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running_system(model_dir: str, dtype: str, threads: int, num_prefill: int) -> Iterator[str]:
+    """Yields the base URL of a system that is ready."""
+    http_port, grpc_port = free_port(), free_port()
+    command = [
+        sys.executable, "-m", "baton.cli.main", "serve", "--no-ray", "--model", model_dir,
+        "--http-port", str(http_port), "--grpc-port", str(grpc_port),
+        "--prefill", str(num_prefill), "--dtype", dtype,
+        "--set", f"prefill.engine.num_threads={threads}",
+        "--set", f"decode.engine.num_threads={threads}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    url = f"http://127.0.0.1:{http_port}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while httpx_status(url) != 200:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the system did not become ready")
+            time.sleep(0.2)
+        yield url
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(30)
+
+
+def httpx_status(url: str) -> int:
+    try:
+        return httpx.get(f"{url}/health", trust_env=False, timeout=2).status_code
+    except httpx.HTTPError:
+        return 0
+
+
+async def stream(
+    client: httpx.AsyncClient, model: str, ids: list[int], output_len: int
+) -> tuple[float, float]:
+    """(first token, last token) as monotonic times."""
+    body = {
+        "model": model, "prompt": ids, "max_tokens": output_len, "temperature": 0,
+        "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    first = last = 0.0
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                last = time.perf_counter()
+                first = first or last
+    return first, last
+
+
+async def run(url: str, seed: int) -> Rates:
+    async with httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        await stream(client, model, prompts(1, seed=seed)[0], 4)
+        start = time.perf_counter()
+        first, _ = await stream(client, model, prompts(1, seed=seed + 1)[0], 2)
+        prefill = 512 / (first - start)
+        decode: dict[int, float] = {}
+        for n in (1, 8):
+            batch = prompts(n, seed=seed + 10 + n)
+            times = await asyncio.gather(*(stream(client, model, p, OUTPUT_LEN) for p in batch))
+            window = max(last for _, last in times) - max(first for first, _ in times)
+            decode[n] = n * (OUTPUT_LEN - 1) / window if n == 1 else _window_rate(times)
+    return Rates(prefill, decode[1], decode[8])
+
+
+def _window_rate(times: list[tuple[float, float]]) -> float:
+    """Tokens per second summed over streams, each over its own first-to-last-token time."""
+    return sum((OUTPUT_LEN - 1) / (last - first) for first, last in times)
+
+
+def main(model_dir: str, dtype: str, threads: int, seed: int, mode: str) -> None:
+    with running_system(model_dir, dtype, threads, 0 if mode == "colocated" else 1) as url:
+        report(asyncio.run(run(url, seed)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

@@ -1,0 +1,1 @@
+"""The whole system on one machine: router, prefill and decode workers, with or without Ray."""

@@ -1,0 +1,158 @@
+"""The system as plain subprocesses under a small supervisor: `baton serve --no-ray`.
+
+    spawn ── exits ──► wait (backoff, doubling up to a limit) ──► spawn ...
+      └── stop(): SIGTERM to all, then SIGKILL to what is left after the grace period
+
+Children run in sessions of their own, so a Ctrl-C on the terminal reaches only the supervisor,
+and die with it if it is killed (`--exit-with-parent`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from baton.core.worker_info import Role
+from services.launch.config import SystemConfig, router_values, worker_values
+from services.launch.run_directory import RunDirectory, new_secret
+
+logger = logging.getLogger(__name__)
+
+RESTART_BACKOFF_S = 0.5
+RESTART_BACKOFF_MAX_S = 10.0
+STABLE_AFTER_S = 30.0
+"""A child that ran this long starts again without delay when it dies."""
+MAX_EARLY_EXITS = 3
+"""A child that dies this often before the system was ever ready will not get better."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One supervised process."""
+
+    name: str
+    command: Sequence[str]
+    log_file: Path
+    process: subprocess.Popen[bytes] | None = None
+    started_at_s: float = 0.0
+    backoff_s: float = RESTART_BACKOFF_S
+    restart_at_s: float = 0.0
+    num_exits: int = 0
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Starts children, restarts those that exit, stops all. One thread calls `poll` in turns."""
+
+    children: list[Child] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _is_stopping: bool = False
+
+    def start(self, child: Child) -> None:
+        self.children.append(child)
+        self._spawn(child)
+
+    def poll(self) -> None:
+        """Restart what has exited and waited long enough."""
+        with self._lock:
+            if self._is_stopping:
+                return
+            now_s = time.monotonic()
+            for child in self.children:
+                self._poll_child(child, now_s)
+
+    def hopeless(self) -> str | None:
+        """Why the system will not come up: a child that keeps dying, with the end of its log."""
+        for child in self.children:
+            if child.num_exits >= MAX_EARLY_EXITS:
+                tail = "\n".join(child.log_file.read_text().splitlines()[-15:])
+                return f"{child.name} exited {child.num_exits} times; the end of its log:\n{tail}"
+        return None
+
+    def stop(self, *, grace_s: float) -> None:
+        """End all children: routers first, so that no request meets half a system."""
+        with self._lock:
+            self._is_stopping = True
+        living = [c.process for c in self.children if c.process and c.process.poll() is None]
+        for process in living:
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        for process in living:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _poll_child(self, child: Child, now_s: float) -> None:
+        if child.process is not None:
+            code = child.process.poll()
+            if code is None:
+                return
+            child.process = None
+            child.num_exits += 1
+            if now_s - child.started_at_s >= STABLE_AFTER_S:
+                child.backoff_s = RESTART_BACKOFF_S
+            child.restart_at_s = now_s + child.backoff_s
+            logger.warning(
+                "%s exited with code %s; restarting in %.1f s", child.name, code, child.backoff_s
+            )
+            child.backoff_s = min(child.backoff_s * 2, RESTART_BACKOFF_MAX_S)
+        elif now_s >= child.restart_at_s:
+            self._spawn(child)
+
+    def _spawn(self, child: Child) -> None:
+        log: IO[bytes]
+        with child.log_file.open("ab") as log:
+            child.process = subprocess.Popen(
+                child.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        child.started_at_s = time.monotonic()
+
+
+def start_system(system: SystemConfig, run: RunDirectory) -> Supervisor:
+    """Start all processes of `system`; returns at once."""
+    secret = new_secret()
+    supervisor = Supervisor()
+    for role, count in ((Role.PREFILL, system.num_prefill), (Role.DECODE, system.num_decode)):
+        for index in range(count):
+            values = worker_values(system, role, index)
+            values["registry"] = {"directory": str(run.registry)}
+            values["transfer"] = {**values.get("transfer", {}), "cluster_secret": secret}
+            _start(supervisor, run, f"{role.value}-{index}", f"services.{role.value}", values)
+    values = router_values(system)
+    values["registry_dir"] = str(run.registry)
+    _start(supervisor, run, "router", "services.router", values)
+    return supervisor
+
+
+def _start(
+    supervisor: Supervisor, run: RunDirectory, name: str, module: str, values: dict[str, object]
+) -> None:
+    settings = run.write_settings(name, values)
+    command = [sys.executable, "-m", module, "--config", str(settings), "--exit-with-parent"]
+    supervisor.start(Child(name=name, command=command, log_file=run.log_file(name)))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process with this id exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,217 @@
+"""Settings of one router process.
+
+Layers, lowest first: field defaults, a YAML file, the environment (`BATON_<SECTION>__<FIELD>`),
+explicit overrides. This file knows nothing of command lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from baton.core.config import build, env_values, merge
+from baton.core.errors import ConfigError
+from baton.core.worker_info import Role
+
+
+class LogFormat(Enum):
+    JSON = "json"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What the process writes to stderr."""
+
+    format: LogFormat = LogFormat.JSON
+    level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        if self.level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(
+                f"log.level must be DEBUG, INFO, WARNING or ERROR, got {self.level!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """The stream to each worker."""
+
+    connect_timeout_s: float = 3.0
+    """From opening the connection to the worker's Welcome."""
+    idle_timeout_s: float = 3.0
+    """A session without any message for this long is broken off. Workers repeat their load every
+    second, so this is three missed reports; a stopped process is found this way."""
+    backoff_min_s: float = 0.1
+    """First pause before connecting again; doubles with every failure."""
+    backoff_max_s: float = 2.0
+    stall_quarantine_s: float = 10.0
+    """Pause after a worker held requests without any progress, although it answered."""
+    resync_grace_s: float = 5.0
+    """After a gap in KV events the session is reopened once idle, at the latest after this time.
+    Until then the worker is placed by load alone."""
+    max_pending_deltas: int = 64
+    """Deltas waiting for a slow client before they are merged into one."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "session", self, "connect_timeout_s", "idle_timeout_s", "backoff_min_s",
+            "backoff_max_s", "stall_quarantine_s", "resync_grace_s", "max_pending_deltas",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """Weights of placement. Costs are in prompt tokens: computing one costs 1."""
+
+    local_prefill_max_tokens: int = 64
+    """Prompts with at most this many uncached tokens are computed on the decode worker itself.
+    That many tokens fit into one decode step without stretching it much, while a hand-off costs
+    two calls, a lease and a read, whatever the prompt's length. 0 switches local prefill off
+    where a prefill worker answers."""
+    local_prefill_max_queued_tokens: int = 256
+    """Not, however, when the decode worker already has more than this to prefill."""
+    attention_crossover_tokens: int = 32768
+    """Context at which attention costs as much as all else in a token; sets the quadratic term."""
+    running_cost_tokens: int = 64
+    """What one more sequence in a decode batch counts, in tokens of resident KV."""
+    expected_output_tokens: int = 256
+    """Output length assumed for block needs where max_tokens allows more."""
+    shortage_factor: float = 4.0
+    """Weight of the tokens a decode worker has no blocks for: it would have to preempt."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "policy", self, "attention_crossover_tokens", "expected_output_tokens",
+        )  # fmt: skip
+        for name in ("local_prefill_max_tokens", "running_cost_tokens", "shortage_factor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"policy.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """What a request may cost the platform before it is an error."""
+
+    max_retries: int = 3
+    """Placements after the first one."""
+    worker_wait_s: float = 10.0
+    """How long a request waits for a worker to come (back)."""
+    stall_s: float = 30.0
+    """A worker that has a request to work on and makes no progress at all for this long is taken
+    as lost. Must exceed its longest engine step."""
+    request_stall_s: float = 180.0
+    """A request without a token for this long is moved although its worker progresses."""
+    watchdog_period_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "dispatch", self, "worker_wait_s", "stall_s", "request_stall_s", "watchdog_period_s"
+        )
+        if self.max_retries < 0:
+            raise ConfigError(
+                f"dispatch.max_retries must not be negative, got {self.max_retries}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """The prefix index."""
+
+    max_entries: int = 1_000_000
+    """Distinct blocks remembered, about 250 bytes each."""
+
+    def __post_init__(self) -> None:
+        _check_positive("index", self, "max_entries")
+
+
+@dataclass(frozen=True, slots=True)
+class HealthConfig:
+    """When the router calls itself ready."""
+
+    token_fresh_s: float = 10.0
+    """With work at hand, a token or other progress must be at most this old."""
+    load_fresh_s: float = 3.0
+    """Without work, workers must have reported within this time."""
+    required_roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)
+    """Pools that must answer."""
+
+    def __post_init__(self) -> None:
+        _check_positive("health", self, "token_fresh_s", "load_fresh_s")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """One router process."""
+
+    model_path: Path
+    """Hugging Face folder with the tokenizer of the model the workers serve."""
+    model_name: str | None = None
+    """The name clients use and workers announce; None takes the model folder's name."""
+    host: str = "127.0.0.1"
+    """Address of the front doors."""
+    http_port: int = 8000
+    """0 takes any free port."""
+    grpc_port: int = 9000
+    """0 takes any free port."""
+    registry_dir: Path | None = None
+    """Directory of the single-machine worker registry."""
+    workers: tuple[str, ...] = ()
+    """Addresses (host:port) of workers, instead of a registry."""
+    session: SessionConfig = field(default_factory=SessionConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("http_port", "grpc_port"):
+            port = getattr(self, name)
+            if not 0 <= port <= 65535:
+                raise ConfigError(f"{name} must be between 0 and 65535, got {port}")
+        if self.registry_dir is not None and self.workers:
+            raise ConfigError("registry_dir and workers are both set; workers come from one source")
+
+    @property
+    def served_model_name(self) -> str:
+        return self.model_name or self.model_path.resolve().name
+
+
+def load_router_config(
+    *,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RouterConfig:
+    """Build the settings from their layers. Raises ConfigError naming the wrong key."""
+    layers = [
+        _read_yaml(file) if file is not None else {},
+        env_values(environ or {}, RouterConfig),
+        overrides or {},
+    ]
+    return build(RouterConfig, merge(*layers))
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration file {file}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"configuration file {file} must hold a mapping of settings")
+    return values
+
+
+def _check_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise ConfigError(f"{section}.{name} must be positive, got {value}")

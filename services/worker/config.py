@@ -1,0 +1,207 @@
+"""Settings of one worker process, composed with the pool's defaults in `services/*/config.py`.
+
+Layers, lowest first: field defaults, the pool's defaults, a YAML file, the environment
+(`BATON_<SECTION>__<FIELD>`), explicit overrides. This file knows nothing of command lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from baton.core.config import build, env_values, merge
+from baton.core.errors import ConfigError
+from baton.core.worker_info import Role
+from baton.engine.config import EngineConfig
+
+
+class TransportChoice(Enum):
+    """Which link moves KV between workers."""
+
+    AUTO = "auto"
+    """nixl where it works, shm otherwise; the log says which and why."""
+    NIXL = "nixl"
+    SHM = "shm"
+    FAKE = "fake"
+    """Between servers of one process: tests only."""
+
+
+class LogFormat(Enum):
+    JSON = "json"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What the process writes to stderr."""
+
+    format: LogFormat = LogFormat.JSON
+    level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        if self.level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(
+                f"log.level must be DEBUG, INFO, WARNING or ERROR, got {self.level!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """Leases and reads between workers."""
+
+    transport: TransportChoice = TransportChoice.AUTO
+    cluster_secret: str | None = field(default=None, repr=False)
+    """Signs peer cards; equal on all workers of a cluster. None shares a file in the registry
+    directory, which serves the workers of one machine."""
+    lease_s: float = 10.0
+    """How long the owner keeps blocks for a reader that does not renew."""
+    connect_timeout_s: float = 5.0
+    """Reaching a prefill peer and exchanging cards."""
+    read_timeout_s: float = 10.0
+    """One read. Ample for a whole prompt on a slow link; a dead peer is noticed sooner."""
+    validate_timeout_s: float = 5.0
+    """The owner's answer to Complete. Until it comes, what was read is not trusted."""
+
+    def __post_init__(self) -> None:
+        for name in ("lease_s", "connect_timeout_s", "read_timeout_s", "validate_timeout_s"):
+            _check_positive(f"transfer.{name}", getattr(self, name))
+        if self.cluster_secret is not None and len(self.cluster_secret) < 16:
+            raise ConfigError(
+                f"transfer.cluster_secret has {len(self.cluster_secret)} characters; "
+                "take at least 16, for example `openssl rand -hex 32`"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig:
+    """Where the worker announces itself when nothing else (Ray) does."""
+
+    directory: Path | None = None
+    """Private directory shared with the routers of this machine. None: not announced."""
+    ttl_s: float = 5.0
+    """A worker that stops renewing is gone after this time."""
+
+    def __post_init__(self) -> None:
+        _check_positive("registry.ttl_s", self.ttl_s)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """Bounds on what the worker keeps for a router that reads slowly."""
+
+    load_period_s: float = 1.0
+    """An idle worker repeats its load this often, so that routers see it is alive."""
+    max_pending_tokens: int = 1 << 17
+    """Generated tokens waiting for one router; beyond it the session is closed."""
+    max_pending_hashes: int = 1 << 19
+    """KV event hashes (16 bytes each) waiting for one router; beyond it likewise."""
+
+    def __post_init__(self) -> None:
+        _check_positive("session.load_period_s", self.load_period_s)
+        _check_positive("session.max_pending_tokens", self.max_pending_tokens)
+        _check_positive("session.max_pending_hashes", self.max_pending_hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class HealthConfig:
+    """When a worker stops calling itself healthy."""
+
+    period_s: float = 1.0
+    step_timeout_s: float = 60.0
+    """A single engine step never takes this long."""
+    ping_timeout_s: float = 5.0
+    """An idle engine thread answers within this time."""
+
+    def __post_init__(self) -> None:
+        for name in ("period_s", "step_timeout_s", "ping_timeout_s"):
+            _check_positive(f"health.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker process."""
+
+    engine: EngineConfig
+    role: Role
+    model_name: str | None = None
+    """The name clients use; None takes the model folder's name."""
+    worker_id: str | None = None
+    """Stable name of this worker; None makes one up from the role and a random part."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 0
+    """0 takes any free port."""
+    advertise_host: str | None = None
+    """Host name or address under which routers and peers reach this worker; None takes `host`."""
+    drain_s: float = 20.0
+    """How long a stopping worker waits for running requests and leases."""
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    registry: RegistryConfig = field(default_factory=RegistryConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
+        if self.drain_s < 0:
+            raise ConfigError(f"drain_s must not be negative, got {self.drain_s}")
+        if self.host in ("0.0.0.0", "::") and self.advertise_host is None:
+            raise ConfigError(
+                f"host {self.host} listens everywhere but names no address; set advertise_host"
+            )
+
+    @property
+    def served_model_name(self) -> str:
+        return self.model_name or self.engine.model_path.resolve().name
+
+
+def load_worker_config(
+    *,
+    defaults: Mapping[str, Any],
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> WorkerConfig:
+    """Build the settings from their layers. Raises ConfigError naming the wrong key."""
+    layers = [
+        defaults,
+        _read_yaml(file) if file is not None else {},
+        env_values(environ or {}, WorkerConfig),
+        overrides or {},
+    ]
+    return build(WorkerConfig, merge(*layers))
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`section.field=value` as nested mappings. Raises ConfigError on another shape."""
+    path, separator, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {text!r} is not of the form section.field=value")
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    return dict(nested)
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration file {file}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"configuration file {file} must hold a mapping of settings")
+    return values
+
+
+def _check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigError(f"{name} must be positive, got {value}")

@@ -1,0 +1,52 @@
+"""Leaving in good order: take no new work, wait for requests and leases, then end the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from baton.core.clock import Clock
+from baton.core.logging import log_fields
+from services.worker.engine_loop import EngineLoop
+from services.worker.requests import Requests
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+SETTLE_S = 2.0
+"""After requests were ended: time for the engine to let go of them."""
+
+
+class Drain:
+    """Draining is for good: a worker that has begun it takes no work until it is restarted."""
+
+    def __init__(self, *, engine: EngineLoop, requests: Requests, clock: Clock) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._clock = clock
+
+    async def run(self, *, timeout_s: float) -> int:
+        """Returns the number of requests that were ended because `timeout_s` passed."""
+        self._requests.start_draining()
+        log_fields(logger, "draining", requests=self._requests.num_live, timeout_s=timeout_s)
+        if await self._is_empty_within(timeout_s):
+            return 0
+        num_ended = self._requests.end_all("the worker is shutting down")
+        await self._is_empty_within(SETTLE_S)
+        log_fields(logger, "drain timed out", ended=num_ended)
+        return num_ended
+
+    async def _is_empty_within(self, timeout_s: float) -> bool:
+        deadline_s = self._clock.now() + timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self._is_empty():
+                    await asyncio.sleep(min(POLL_S, max(0.0, deadline_s - self._clock.now())))
+        except TimeoutError:
+            return False
+        return True
+
+    async def _is_empty(self) -> bool:
+        if self._requests.num_live:
+            return False
+        return (await self._engine.snapshot()).is_empty

@@ -1,0 +1,342 @@
+"""The engine's own thread, and its borders with the event loop.
+
+event loop ── commands (thread-safe queue) ──► engine thread: run commands, step, repeat
+           ◄── one StepResult per step (call_soon_threadsafe, in order) ──
+
+The thread sleeps on a condition while there is neither a command nor anything to compute. It
+numbers the KV events, because only here do the pool's changes and their numbers happen together.
+An engine that raises loses the requests it was running, not the worker.
+
+Not known here: sessions, routers, transfers, gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from baton.core.block import BlockHash, BlockId
+from baton.core.clock import Clock
+from baton.core.errors import BatonError, InvalidRequest, Overloaded, RequestError
+from baton.core.request import FinishReason, GenerateRequest, RequestId, TokenDelta
+from baton.core.worker_info import LoadReport
+from baton.engine.engine import StepOutput
+
+logger = logging.getLogger(__name__)
+
+JOIN_TIMEOUT_S = 30.0
+"""A step in progress cannot be interrupted; beyond this the thread is left to die alone."""
+MAX_FAILED_STEPS = 3
+"""This many unexpected errors in a row, and the engine calls itself broken."""
+
+
+class EngineApi(Protocol):
+    """What the loop needs of `baton.engine.engine.Engine`; every call on the engine's thread."""
+
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def is_empty(self) -> bool: ...
+    def submit(self, request: GenerateRequest) -> None: ...
+    def activate(self, request_id: RequestId, first: TokenDelta) -> None: ...
+    def abandon(self, request_id: RequestId, *, unsettled: Sequence[BlockId]) -> None: ...
+    def recover(self, block_ids: Sequence[BlockId]) -> None: ...
+    def release_lease(self, request_id: RequestId) -> None: ...
+    def cancel(self, request_id: RequestId) -> None: ...
+    def step(self) -> StepOutput: ...
+    def load(self) -> LoadReport: ...
+    def cached_hashes(self) -> list[BlockHash]: ...
+    def check_integrity(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One engine step as the event loop sees it."""
+
+    output: StepOutput
+    load: LoadReport
+    kv_sequence: int
+    """Number of the KV event this step made (when it changed the prefix cache), else the last."""
+
+    @property
+    def has_kv_event(self) -> bool:
+        return bool(self.output.stored or self.output.removed)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine between two steps."""
+
+    load: LoadReport
+    cached_hashes: list[BlockHash]
+    kv_sequence: int
+    """Last KV event contained in `cached_hashes`. Those that follow may repeat some of it."""
+    is_empty: bool
+
+
+Command = Callable[[], None]
+T = TypeVar("T")
+
+
+class EngineLoop:
+    """Drives one engine on one thread. All methods are called on the event loop's thread."""
+
+    def __init__(
+        self, engine: EngineApi, *, on_step: Callable[[StepResult], None], clock: Clock
+    ) -> None:
+        """`on_step` runs on the event loop, once per step, in order."""
+        self._engine = engine
+        self._on_step = on_step
+        self._clock = clock
+        self._commands: deque[Command] = deque()
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._is_computing = False
+        self._beat_at_s = clock.now()
+        self._num_failed_steps = 0
+        self._kv_sequence = 0
+        self._last_load = LoadReport()
+        self._submitted: set[RequestId] = set()
+        self._undelivered: list[TokenDelta] = []
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Start the thread; results arrive on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._beat_at_s = self._clock.now()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after the step in progress and join it. Pending commands are dropped."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+            if self._thread.is_alive():
+                logger.error("the engine thread did not end within %.0f s", JOIN_TIMEOUT_S)
+
+    def submit(self, request: GenerateRequest) -> None:
+        """A refusal comes back as a delta with FinishReason.ERROR."""
+        self._send(lambda: self._submit(request))
+
+    def cancel(self, request_id: RequestId) -> None:
+        self._send(lambda: self._engine.cancel(request_id))
+
+    def activate(self, request_id: RequestId, first: TokenDelta) -> None:
+        self._send(lambda: self._engine.activate(request_id, first))
+
+    def abandon(self, request_id: RequestId, *, unsettled: Sequence[BlockId]) -> None:
+        def run() -> None:
+            self._submitted.discard(request_id)
+            self._engine.abandon(request_id, unsettled=unsettled)
+
+        self._send(run)
+
+    def recover(self, block_ids: Sequence[BlockId]) -> None:
+        self._send(lambda: self._engine.recover(block_ids))
+
+    def release_lease(self, request_id: RequestId) -> None:
+        self._send(lambda: self._engine.release_lease(request_id))
+
+    async def snapshot(self) -> Snapshot:
+        """The engine's state after all commands sent so far."""
+        return await self._ask(self._take_snapshot)
+
+    async def check_integrity(self) -> None:
+        """Raises what the engine's own check raises."""
+        await self._ask(self._engine.check_integrity)
+
+    async def ping(self) -> None:
+        """Returns when the engine's thread has come round."""
+        await self._ask(lambda: None)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def is_computing(self) -> bool:
+        """True from the moment there is work until the thread sleeps again."""
+        return self._is_computing
+
+    @property
+    def is_broken(self) -> bool:
+        return self._num_failed_steps >= MAX_FAILED_STEPS
+
+    @property
+    def seconds_since_beat(self) -> float:
+        """Age of the last sign of life of the thread."""
+        return self._clock.now() - self._beat_at_s
+
+    def _send(self, command: Command) -> None:
+        with self._wake:
+            if self._is_stopping:
+                return
+            self._commands.append(command)
+            self._wake.notify()
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def resolve(value: T | None, error: BaseException | None) -> None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(value)  # type: ignore[arg-type]
+
+        def run() -> None:
+            try:
+                value = question()
+            except Exception as error:
+                self._post(resolve, None, error)
+            else:
+                self._post(resolve, value, None)
+
+        self._send(run)
+        return await answer
+
+    # Everything below runs on the engine's thread.
+
+    def _run(self) -> None:
+        while True:
+            commands = self._take_commands()
+            if commands is None:
+                return
+            for command in commands:
+                self._execute(command)
+            self._step()
+
+    def _take_commands(self) -> list[Command] | None:
+        """The waiting commands; sleeps while there is nothing to do. None: stop."""
+        with self._wake:
+            self._beat_at_s = self._clock.now()
+            while not (self._commands or self._is_stopping or self._has_work()):
+                self._is_computing = False
+                self._wake.wait()
+                self._beat_at_s = self._clock.now()
+            if self._is_stopping:
+                self._is_computing = False
+                return None
+            self._is_computing = True
+            commands = list(self._commands)
+            self._commands.clear()
+            return commands
+
+    def _has_work(self) -> bool:
+        if self._undelivered:
+            return True
+        return self._engine.has_work and not self.is_broken
+
+    def _execute(self, command: Command) -> None:
+        try:
+            command()
+        except (BatonError, KeyError) as error:
+            logger.info("engine command had no effect: %s", error)
+        except Exception:
+            logger.exception("engine command failed")
+            self._num_failed_steps += 1
+            self._fail_requests()
+
+    def _submit(self, request: GenerateRequest) -> None:
+        try:
+            if self.is_broken:
+                raise Overloaded("the worker's engine is broken; it waits to be restarted")
+            self._engine.submit(request)
+        except RequestError as error:
+            self._undelivered.append(refusal(request.request_id, error))
+        else:
+            self._submitted.add(request.request_id)
+
+    def _step(self) -> None:
+        if self.is_broken:
+            self._deliver(StepOutput(), LoadReport())
+            return
+        try:
+            output = self._engine.step()
+            load = self._engine.load()
+        except Exception:
+            logger.exception("engine step failed; its requests end with an error")
+            self._num_failed_steps += 1
+            self._fail_requests()
+            return
+        self._num_failed_steps = 0
+        self._deliver(output, load)
+
+    def _deliver(self, output: StepOutput, load: LoadReport) -> None:
+        if self._undelivered:
+            output = dataclasses.replace(output, deltas=[*self._undelivered, *output.deltas])
+            self._undelivered = []
+        for delta in output.deltas:
+            if is_last(delta):
+                self._submitted.discard(delta.request_id)
+        if output.stored or output.removed:
+            self._kv_sequence += 1
+        if load == self._last_load and not _says_something(output):
+            return
+        self._last_load = load
+        self._post(self._on_step, StepResult(output, load, self._kv_sequence))
+
+    def _fail_requests(self) -> None:
+        """After an unexpected error nothing about the batch is trusted: end all of it."""
+        failed, self._submitted = self._submitted, set()
+        for request_id in failed:
+            try:
+                self._engine.cancel(request_id)
+            except Exception:
+                logger.exception("request %s cannot be removed from the engine", request_id)
+            self._undelivered.append(
+                error_delta(request_id, "the worker's engine failed", is_retryable=True)
+            )
+
+    def _take_snapshot(self) -> Snapshot:
+        engine = self._engine
+        return Snapshot(
+            engine.load(), engine.cached_hashes(), self._kv_sequence, engine.is_empty
+        )
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            # The event loop is closed: the process is on its way out.
+            self._is_stopping = True
+
+
+def _says_something(output: StepOutput) -> bool:
+    return bool(
+        output.deltas or output.chunks or output.reservations or output.stored or output.removed
+    )
+
+
+def is_last(delta: TokenDelta) -> bool:
+    """True for the last delta of a request on this worker: finished, or prefilled and handed on."""
+    return delta.finish_reason is not None or delta.timeline is not None
+
+
+def error_delta(request_id: RequestId, message: str, *, is_retryable: bool) -> TokenDelta:
+    """The end of a request that failed here."""
+    return TokenDelta(
+        request_id,
+        finish_reason=FinishReason.ERROR,
+        error=message,
+        is_retryable=is_retryable,
+    )
+
+
+def refusal(request_id: RequestId, error: BatonError) -> TokenDelta:
+    """The answer to a submit this worker does not take. Only a wrong request is hopeless."""
+    return error_delta(
+        request_id, str(error), is_retryable=not isinstance(error, InvalidRequest)
+    )

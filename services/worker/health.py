@@ -1,0 +1,79 @@
+"""Is this worker able to serve? Judged by its engine thread, not by the process existing.
+
+A computing engine must show a heartbeat (one per step); an idle one must answer a ping. The
+verdict goes to grpc.health.v1 and to `check`, which a supervisor may call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as grpc_health
+
+from baton.core.errors import Unavailable
+from services.worker.config import HealthConfig
+from services.worker.engine_loop import EngineLoop
+
+logger = logging.getLogger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """Watches one engine loop."""
+
+    def __init__(
+        self, engine: EngineLoop, config: HealthConfig, *, service_names: tuple[str, ...]
+    ) -> None:
+        self.servicer = grpc_health.HealthServicer()
+        self._engine = engine
+        self._config = config
+        self._service_names = ("", *service_names)
+        self._is_serving: bool | None = None
+
+    async def check(self) -> None:
+        """Returns when healthy. Raises Unavailable with the reason, within the ping's bound."""
+        engine, config = self._engine, self._config
+        if not engine.is_alive:
+            raise Unavailable("the engine thread has ended")
+        if engine.is_broken:
+            raise Unavailable("the engine failed several steps in a row")
+        if engine.is_computing:
+            age_s = engine.seconds_since_beat
+            if age_s > config.step_timeout_s:
+                raise Unavailable(
+                    f"the engine shows no progress since {age_s:.0f} s, "
+                    f"limit {config.step_timeout_s:g} s"
+                )
+            return
+        try:
+            async with asyncio.timeout(config.ping_timeout_s):
+                await engine.ping()
+        except TimeoutError:
+            raise Unavailable(
+                f"the idle engine did not answer within {config.ping_timeout_s:g} s"
+            ) from None
+
+    async def watch(self) -> None:
+        """Keep the gRPC health status up to date until cancelled."""
+        while True:
+            try:
+                await self.check()
+            except Unavailable as error:
+                if self._is_serving is not False:
+                    logger.error("unhealthy: %s", error)
+                await self.set_serving(False)
+            else:
+                await self.set_serving(True)
+            await asyncio.sleep(self._config.period_s)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Publish a status for all services of this server."""
+        if is_serving == self._is_serving:
+            return
+        self._is_serving = is_serving
+        for name in self._service_names:
+            await self.servicer.set(name, SERVING if is_serving else NOT_SERVING)

@@ -1,0 +1,292 @@
+"""The requests a worker is serving, from Submit to the last delta.
+
+Every request belongs to the session that submitted it and ends exactly once towards it: by its
+own last token, by cancel, by its deadline, by an error of engine or transfer, or silently when
+the session breaks. After that the record stays until the engine has let go too, so that an id is
+never in two lives at once.
+
+Runs on the event loop; knows the engine through its loop and transfers through their two sides.
+Not known here: gRPC streams, protobuf beyond Submit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.core.block import BlockId
+from baton.core.errors import InvalidRequest, RequestError, Unavailable
+from baton.core.request import (
+    FinishReason,
+    GenerateRequest,
+    RequestId,
+    TokenDelta,
+    Work,
+)
+from baton.core.worker_info import LoadReport
+from baton.engine.engine import ChunkDone, Reservation
+from baton.rpc.convert import request_from_wire
+from baton.rpc.v1 import worker_pb2 as pb
+from services.worker.engine_loop import EngineLoop, StepResult, error_delta, is_last, refusal
+from services.worker.session import Session, Sessions
+
+logger = logging.getLogger(__name__)
+
+
+class LeaseSide(Protocol):
+    """The owner of prefilled blocks, as seen from here."""
+
+    def announce(self, chunk: ChunkDone) -> None:
+        """Blocks of a PREFILL request are complete and leased."""
+        ...
+
+    def withdraw(self, request_id: RequestId, reason: str) -> None:
+        """No more chunks will come; unknown ids are ignored."""
+        ...
+
+
+class ReadSide(Protocol):
+    """The reader of prefilled blocks, as seen from here."""
+
+    def expect(self, request: GenerateRequest) -> None:
+        """A DECODE request has arrived; its reservation follows, or `drop`."""
+        ...
+
+    def reserved(self, reservation: Reservation) -> None:
+        """The engine holds blocks to read into."""
+        ...
+
+    def drop(self, request_id: RequestId) -> None:
+        """Stop and give up the reservation, if there is one. Unknown ids are ignored."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Record:
+    request: GenerateRequest
+    session: Session | None
+    """None once the request has ended towards its router."""
+    deadline: asyncio.TimerHandle
+    is_reserved: bool = False
+    """DECODE only: from the reservation until its blocks are activated or abandoned."""
+
+
+class Requests:
+    """Bookkeeping of live requests."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self._live: dict[RequestId, _Record] = {}
+        self._is_draining = False
+        self._load = LoadReport()
+
+    def attach(self, engine: EngineLoop, leases: LeaseSide, reads: ReadSide) -> None:
+        """Close the circle: engine and transfers call back into this object."""
+        self._engine = engine
+        self._leases = leases
+        self._reads = reads
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    @property
+    def load(self) -> LoadReport:
+        """As of the last step."""
+        return self._load
+
+    def with_drain_flag(self, load: LoadReport) -> LoadReport:
+        return dataclasses.replace(load, is_draining=self._is_draining)
+
+    def start_draining(self) -> None:
+        """Refuse work from now on, and tell the routers."""
+        self._is_draining = True
+        self.repeat_load()
+
+    def repeat_load(self) -> None:
+        """Tell the routers the last known load again: a sign of life of an idle worker."""
+        self._load = self.with_drain_flag(self._load)
+        self._sessions.broadcast_load(self._load)
+
+    # From routers.
+
+    def submit(self, session: Session, message: pb.Submit) -> None:
+        """Take a request, or answer its session with an error delta."""
+        request_id = RequestId(message.request_id)
+        try:
+            request = self._checked(message)
+        except (RequestError, Unavailable) as error:
+            session.send(refusal(request_id, error))
+            return
+        except ValueError as error:
+            session.send(refusal(request_id, InvalidRequest(str(error))))
+            return
+        deadline = asyncio.get_running_loop().call_later(
+            request.deadline_s, self._deadline_passed, request_id
+        )
+        self._live[request_id] = _Record(request, session, deadline)
+        if request.work is Work.DECODE:
+            self._reads.expect(request)
+        self._engine.submit(request)
+
+    def cancel(self, session: Session, request_id: RequestId, reason: str) -> None:
+        """The router no longer wants the request; it gets one delta CANCELLED if still live."""
+        record = self._live.get(request_id)
+        if record is None:
+            # A prefill may have been handed on: then only its lease is left to give up.
+            self._leases.withdraw(request_id, f"cancelled: {reason}")
+        elif record.session is session:
+            logger.debug("request %s cancelled by its router: %s", request_id, reason)
+            self._stop(record, TokenDelta(request_id, finish_reason=FinishReason.CANCELLED))
+
+    def session_ended(self, session: Session) -> None:
+        """The router is gone: nobody is left to read its requests' tokens."""
+        for record in list(self._live.values()):
+            if record.session is session:
+                self._stop(record, None)
+
+    def end_all(self, message: str) -> int:
+        """End every live request with a retryable error; returns their number."""
+        num_ended = 0
+        for record in list(self._live.values()):
+            if record.session is not None:
+                num_ended += 1
+                request_id = record.request.request_id
+                self._stop(record, error_delta(request_id, message, is_retryable=True))
+        return num_ended
+
+    # From the engine.
+
+    def on_step(self, result: StepResult) -> None:
+        """Distribute one step's outcome."""
+        output = result.output
+        for delta in output.deltas:
+            self._deliver(delta)
+        for chunk in output.chunks:
+            self._leases.announce(chunk)
+        for reservation in output.reservations:
+            self._reserved(reservation)
+        if result.has_kv_event:
+            self._sessions.broadcast_event(result.kv_sequence, output.stored, output.removed)
+        self._load = self.with_drain_flag(result.load)
+        self._sessions.broadcast_load(self._load)
+
+    # From the reading side.
+
+    def arrived(self, request_id: RequestId, first: TokenDelta) -> None:
+        """The whole prompt's KV is here: decode goes on after `first`."""
+        record = self._live.get(request_id)
+        if record is None or not record.is_reserved:
+            return
+        record.is_reserved = False
+        if first.finish_reason is not None:
+            # The sequence ended with its first token; there is nothing to decode.
+            self._engine.abandon(request_id, unsettled=())
+            self._end(record, _ended_with_first(first))
+            return
+        self._engine.activate(request_id, first)
+
+    def not_arrived(
+        self, request_id: RequestId, message: str, unsettled: Sequence[BlockId]
+    ) -> None:
+        """The read failed or was dropped; `unsettled` blocks may still be written to."""
+        record = self._live.get(request_id)
+        if record is None:
+            return
+        delta = error_delta(request_id, message, is_retryable=True)
+        if record.is_reserved:
+            record.is_reserved = False
+            self._engine.abandon(request_id, unsettled=unsettled)
+            self._end(record, delta)
+        elif record.session is not None:
+            # Not reserved yet: the engine still has it in its queue.
+            self._stop(record, delta)
+
+    # Inside.
+
+    def _checked(self, message: pb.Submit) -> GenerateRequest:
+        if not message.request_id:
+            raise InvalidRequest("request_id is empty")
+        if message.request_id in self._live:
+            raise InvalidRequest(f"request id {message.request_id} is already in use here")
+        if message.deadline_ms == 0:
+            raise InvalidRequest("deadline_ms must be at least 1, got 0", param="deadline_ms")
+        request = request_from_wire(message)
+        if self._is_draining:
+            raise Unavailable("the worker is draining and takes no new work")
+        return request
+
+    def _deadline_passed(self, request_id: RequestId) -> None:
+        record = self._live.get(request_id)
+        if record is None or record.session is None:
+            return
+        message = f"deadline of {record.request.deadline_s:g} s passed on the worker"
+        self._stop(record, error_delta(request_id, message, is_retryable=False))
+
+    def _deliver(self, delta: TokenDelta) -> None:
+        record = self._live.get(delta.request_id)
+        if record is None:
+            return
+        if not is_last(delta):
+            if record.session is not None:
+                record.session.send(delta)
+            return
+        if record.request.work is Work.PREFILL and delta.finish_reason in (
+            FinishReason.CANCELLED,
+            FinishReason.ERROR,
+        ):
+            self._leases.withdraw(delta.request_id, delta.error or "cancelled")
+        if record.request.work is Work.DECODE:
+            self._reads.drop(delta.request_id)
+        if not record.is_reserved:
+            self._end(record, delta)
+        else:
+            self._answer(record, delta)
+
+    def _reserved(self, reservation: Reservation) -> None:
+        record = self._live.get(reservation.request_id)
+        if record is None or record.session is None:
+            self._engine.abandon(reservation.request_id, unsettled=())
+            if record is not None:
+                self._end(record, None)
+            return
+        record.is_reserved = True
+        self._reads.reserved(reservation)
+
+    def _stop(self, record: _Record, answer: TokenDelta | None) -> None:
+        """End a request towards its router now and make the engine let go of it."""
+        self._answer(record, answer)
+        request = record.request
+        if request.work is Work.DECODE:
+            self._reads.drop(request.request_id)
+        if not record.is_reserved:
+            self._engine.cancel(request.request_id)
+
+    def _answer(self, record: _Record, delta: TokenDelta | None) -> None:
+        record.deadline.cancel()
+        if record.session is not None and delta is not None:
+            record.session.send(delta)
+        record.session = None
+
+    def _end(self, record: _Record, delta: TokenDelta | None) -> None:
+        self._answer(record, delta)
+        del self._live[record.request.request_id]
+
+
+def _ended_with_first(first: TokenDelta) -> TokenDelta:
+    """The decode worker's only delta of a sequence whose single token another worker sent."""
+    return TokenDelta(
+        first.request_id,
+        first_index=first.first_index + len(first.token_ids),
+        finish_reason=first.finish_reason,
+        stop_token_id=first.stop_token_id,
+        timeline=first.timeline,
+    )

@@ -1,0 +1,188 @@
+"""The Worker gRPC service: sessions with routers, GetInfo, Drain.
+
+Life of a session:
+ 1. Hello names the router and its protocol version; another version is refused.
+ 2. The session joins the others and collects events from now on; then a snapshot is taken on the
+    engine's thread. Events up to the snapshot's number are dropped again, so nothing falls
+    between Welcome and the first StepBatch.
+ 3. Two tasks: one takes the router's messages, one writes what the outbox holds.
+ 4. Whichever ends first ends the session; its requests are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from baton.core.block import join_hashes
+from baton.core.errors import (
+    BatonError,
+    DeadlineExceeded,
+    IncompatiblePeer,
+    InvalidRequest,
+    Unavailable,
+)
+from baton.core.logging import log_fields
+from baton.core.request import RequestId
+from baton.core.worker_info import PROTOCOL_VERSION, WorkerInfo
+from baton.rpc.channel import abort
+from baton.rpc.convert import load_to_wire, worker_info_to_wire
+from baton.rpc.v1 import worker_pb2 as pb
+from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
+from services.worker.config import SessionConfig
+from services.worker.drain import Drain
+from services.worker.engine_loop import EngineLoop, Snapshot
+from services.worker.requests import Requests
+from services.worker.session import Session, Sessions
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 10.0
+SNAPSHOT_TIMEOUT_S = 60.0
+"""The engine answers between two steps; no step takes this long."""
+
+RouterMessages = AsyncIterator[pb.RouterMessage]
+Context = grpc.aio.ServicerContext
+
+
+class WorkerServicer(pb_grpc.WorkerServicer):
+    """Implements baton.v1.Worker."""
+
+    def __init__(
+        self,
+        *,
+        info: Callable[[], WorkerInfo],
+        engine: EngineLoop,
+        requests: Requests,
+        sessions: Sessions,
+        drain: Drain,
+        config: SessionConfig,
+    ) -> None:
+        self._info = info
+        self._engine = engine
+        self._requests = requests
+        self._sessions = sessions
+        self._drain = drain
+        self._config = config
+
+    async def Session(self, messages: RouterMessages, context: Context) -> None:
+        try:
+            hello = await _hello(messages)
+        except BatonError as error:
+            await abort(context, error)
+        session = Session(hello.router_id, self._config)
+        self._sessions.open(session)
+        log_fields(logger, "session opened", router=session.router_id)
+        try:
+            reason = await self._serve(session, messages, context)
+        finally:
+            session.close(Unavailable("session ended"))
+            self._sessions.remove(session)
+            self._requests.session_ended(session)
+            log_fields(logger, "session ended", router=session.router_id)
+        if reason is not None:
+            await abort(context, reason)
+
+    async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.Welcome:
+        try:
+            return self._welcome(await self._snapshot())
+        except BatonError as error:
+            await abort(context, error)
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        num_ended = await self._drain.run(timeout_s=request.timeout_ms / 1000)
+        return pb.DrainResponse(num_ended=num_ended)
+
+    async def _serve(
+        self, session: Session, messages: RouterMessages, context: Context
+    ) -> BatonError | None:
+        """Returns why the session must end with an error; None when the router hung up."""
+        try:
+            snapshot = await self._snapshot()
+        except BatonError as error:
+            return error
+        session.outbox.forget_events(snapshot.kv_sequence)
+        await context.write(pb.WorkerMessage(welcome=self._welcome(snapshot)))
+        reading = asyncio.create_task(self._read(session, messages))
+        writing = asyncio.create_task(_write(session, context))
+        closed = asyncio.create_task(session.closed())
+        tasks = (reading, writing, closed)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return closed.result() if closed.done() else None
+        finally:
+            await _end_tasks(tasks)
+
+    async def _read(self, session: Session, messages: RouterMessages) -> None:
+        async for message in messages:
+            try:
+                self._handle(session, message)
+            except Exception:
+                # A defect of ours; the session and its other requests go on.
+                logger.exception("router message could not be handled")
+
+    def _handle(self, session: Session, message: pb.RouterMessage) -> None:
+        kind = message.WhichOneof("body")
+        if kind == "submit":
+            self._requests.submit(session, message.submit)
+        elif kind == "cancel":
+            request_id = RequestId(message.cancel.request_id)
+            self._requests.cancel(session, request_id, message.cancel.reason)
+        else:
+            logger.warning("ignored a router message of kind %s", kind)
+
+    async def _snapshot(self) -> Snapshot:
+        try:
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+                return await self._engine.snapshot()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the engine did not answer within {SNAPSHOT_TIMEOUT_S:.0f} s"
+            ) from None
+
+    def _welcome(self, snapshot: Snapshot) -> pb.Welcome:
+        return pb.Welcome(
+            info=worker_info_to_wire(self._info()),
+            load=load_to_wire(self._requests.with_drain_flag(snapshot.load)),
+            kv_sequence=snapshot.kv_sequence,
+            cached_hashes=join_hashes(snapshot.cached_hashes),
+        )
+
+
+async def _hello(messages: RouterMessages) -> pb.Hello:
+    """The first message. Raises IncompatiblePeer, InvalidRequest or DeadlineExceeded."""
+    try:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            message = await anext(messages, None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"no hello within {HELLO_TIMEOUT_S:.0f} s") from None
+    if message is None or message.WhichOneof("body") != "hello":
+        raise InvalidRequest("the first message of a session must be hello")
+    hello = message.hello
+    if hello.protocol_version != PROTOCOL_VERSION:
+        raise IncompatiblePeer(
+            f"router speaks protocol version {hello.protocol_version}, this worker "
+            f"{PROTOCOL_VERSION}; run the same release on both"
+        )
+    if not hello.router_id:
+        raise InvalidRequest("hello.router_id is empty")
+    return hello
+
+
+async def _write(session: Session, context: Context) -> None:
+    while True:
+        batch = await session.next_batch()
+        await context.write(pb.WorkerMessage(step=batch))
+
+
+async def _end_tasks(tasks: tuple[asyncio.Task[Any], ...]) -> None:
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError, grpc.RpcError):
+            await task
