@@ -70,6 +70,8 @@ class Transport(Protocol):
 
         Raises PeerGone (nothing will be written any more), or TransferTimeout: the read was given
         up on but may still land, so the caller quarantines `local` until `settled` names them.
+        A cancelled call counts as given up, whatever had become of the read by then. Any other
+        TransferError: refused before anything was moved.
         """
         ...
 

@@ -21,38 +21,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.errors import InternalError
+from baton.engine.block_state import Block, BlockState, broken
 from baton.engine.free_runs import FreeRuns
-
-
-class BlockState(Enum):
-    FREE = "free"
-    RESERVED = "reserved"
-    """Held for KV that another worker is computing or sending."""
-    FILLING = "filling"
-    ACTIVE = "active"
-    CACHED = "cached"
-    LEASED = "leased"
-    """Held by leases alone."""
-    QUARANTINED = "quarantined"
-
-
-@dataclass(slots=True)
-class Block:
-    """One block's account."""
-
-    block_id: BlockId
-    state: BlockState = BlockState.FREE
-    ref_count: int = 0
-    """Block tables that name it."""
-    lease_count: int = 0
-    block_hash: BlockHash | None = None
-    """Set while this block is the cache's entry for the hash."""
+from baton.engine.integrity import check_block
 
 
 class PoolCounts(NamedTuple):
@@ -97,18 +72,19 @@ class BlockPool:
         return len(self._free) + len(self._lru)
 
     @property
+    def has_events(self) -> bool:
+        return bool(self._stored or self._removed)
+
+    @property
     def counts(self) -> PoolCounts:
         free, cached = len(self._free), len(self._lru)
         held = self._num_leased_only + self._num_quarantined
         active = self.num_blocks - free - cached - held
         return PoolCounts(free, cached, active, self._num_leased_only, self._num_quarantined)
 
-    def state(self, block_id: BlockId) -> BlockState:
-        return self._blocks[block_id].state
-
-    def block(self, block_id: BlockId) -> Block:
-        """The live account, for reading only."""
-        return self._blocks[block_id]
+    def blocks(self) -> Sequence[Block]:
+        """The live accounts by id, for reading only."""
+        return self._blocks
 
     def match(self, hashes: Iterable[BlockHash]) -> list[BlockId]:
         """Blocks of the longest leading part of `hashes` that is in the pool. Changes nothing."""
@@ -129,7 +105,7 @@ class BlockPool:
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.block_hash is None:
-                raise _broken("acquire", block, "only hashed blocks are shared")
+                raise broken("acquire", block, "only hashed blocks are shared")
             if block.state is BlockState.CACHED:
                 del self._lru[block_id]
             elif block.state is BlockState.LEASED:
@@ -162,7 +138,7 @@ class BlockPool:
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.state is not BlockState.RESERVED:
-                raise _broken("mark_arrived", block, "it was not reserved")
+                raise broken("mark_arrived", block, "it was not reserved")
             block.state = BlockState.FILLING
 
     def commit(self, block_id: BlockId, block_hash: BlockHash | None) -> None:
@@ -172,7 +148,7 @@ class BlockPool:
         """
         block = self._blocks[block_id]
         if block.state is not BlockState.FILLING:
-            raise _broken("commit", block, "only a block being filled can be completed")
+            raise broken("commit", block, "only a block being filled can be completed")
         block.state = BlockState.ACTIVE
         if block_hash is not None and block_hash not in self._by_hash:
             block.block_hash = block_hash
@@ -184,7 +160,7 @@ class BlockPool:
         for block_id in reversed(block_ids):
             block = self._blocks[block_id]
             if block.ref_count < 1:
-                raise _broken("release", block, "it has no holder")
+                raise broken("release", block, "it has no holder")
             block.ref_count -= 1
             if block.ref_count == 0:
                 self._retire(block)
@@ -194,7 +170,7 @@ class BlockPool:
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.state is not BlockState.ACTIVE:
-                raise _broken("lease", block, "only complete, held blocks are leased")
+                raise broken("lease", block, "only complete, held blocks are leased")
             block.lease_count += 1
 
     def unlease(self, block_ids: Sequence[BlockId]) -> None:
@@ -202,18 +178,22 @@ class BlockPool:
         for block_id in reversed(block_ids):
             block = self._blocks[block_id]
             if block.lease_count < 1:
-                raise _broken("unlease", block, "it is not leased")
+                raise broken("unlease", block, "it is not leased")
             block.lease_count -= 1
             if block.state is BlockState.LEASED and block.lease_count == 0:
                 self._num_leased_only -= 1
                 self._retire(block)
 
     def quarantine(self, block_ids: Iterable[BlockId]) -> None:
-        """Take reserved blocks out of use: a read that was given up may still write to them."""
-        for block_id in block_ids:
-            block = self._blocks[block_id]
+        """Take reserved blocks out of use: a read that was given up may still write to them.
+
+        All or none: a wrong id raises before anything has changed.
+        """
+        blocks = [self._blocks[block_id] for block_id in block_ids]
+        for block in blocks:
             if block.state is not BlockState.RESERVED:
-                raise _broken("quarantine", block, "only reserved blocks are read into")
+                raise broken("quarantine", block, "only reserved blocks are read into")
+        for block in blocks:
             block.state = BlockState.QUARANTINED
             block.ref_count = 0
             self._num_quarantined += 1
@@ -223,7 +203,7 @@ class BlockPool:
         for block_id in block_ids:
             block = self._blocks[block_id]
             if block.state is not BlockState.QUARANTINED:
-                raise _broken("recover", block, "it is not in quarantine")
+                raise broken("recover", block, "it is not in quarantine")
             self._num_quarantined -= 1
             self._retire(block)
 
@@ -243,11 +223,11 @@ class BlockPool:
         in_state = dict.fromkeys(BlockState, 0)
         for block in self._blocks:
             in_state[block.state] += 1
-            _check_block(block)
+            check_block(block)
             if block.block_hash is not None and self._by_hash.get(block.block_hash) != (
                 block.block_id
             ):
-                raise _broken("check_integrity", block, "the cache names another block")
+                raise broken("check_integrity", block, "the cache names another block")
         free_ids = {i for start, n in self._free.runs() for i in range(start, start + n)}
         expected_ids = {b.block_id for b in self._blocks if b.state is BlockState.FREE}
         cached_ids = {b.block_id for b in self._blocks if b.state is BlockState.CACHED}
@@ -282,7 +262,7 @@ class BlockPool:
         block_id, _ = self._lru.popitem(last=False)
         block = self._blocks[block_id]
         if block.block_hash is None:
-            raise _broken("evict", block, "a cached block has a hash")
+            raise broken("evict", block, "a cached block has a hash")
         del self._by_hash[block.block_hash]
         _record(block.block_hash, into=self._removed, cancels=self._stored)
         block.block_hash = None
@@ -296,35 +276,3 @@ def _record(
         del cancels[block_hash]
     else:
         into[block_hash] = None
-
-
-_HELD = (BlockState.RESERVED, BlockState.FILLING, BlockState.ACTIVE)
-
-
-def _check_block(block: Block) -> None:
-    state = block.state
-    laws = (
-        ("has a holder exactly when held", (block.ref_count > 0) == (state in _HELD)),
-        ("is shared only when complete", block.ref_count < 2 or state is BlockState.ACTIVE),
-        (
-            "is leased only when complete",
-            block.lease_count == 0 or state in (BlockState.ACTIVE, BlockState.LEASED),
-        ),
-        ("is leased while LEASED", state is not BlockState.LEASED or block.lease_count > 0),
-        ("has a hash while CACHED", state is not BlockState.CACHED or bool(block.block_hash)),
-        (
-            "has a hash only when complete",
-            block.block_hash is None
-            or state in (BlockState.ACTIVE, BlockState.CACHED, BlockState.LEASED),
-        ),
-    )
-    for law, holds in laws:
-        if not holds:
-            raise _broken("check_integrity", block, f"a block {law}")
-
-
-def _broken(operation: str, block: Block, law: str) -> InternalError:
-    return InternalError(
-        f"{operation} of block {block.block_id} refused: {law} (it is {block.state.value}, "
-        f"{block.ref_count} holders, {block.lease_count} leases)"
-    )

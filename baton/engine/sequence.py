@@ -46,6 +46,8 @@ class Sequence:
     max_num_tokens: int = 0
     """Prompt and output together at which the sequence ends with LENGTH."""
     num_preemptions: int = 0
+    has_started: bool = False
+    """Has been in a batch since it arrived or since its KV arrived."""
     has_emitted: bool = False
     """A delta of this sequence has left the engine."""
     is_abandoned: bool = False

@@ -50,6 +50,11 @@ class SystemConfig:
             )
 
     @property
+    def roles(self) -> tuple[Role, ...]:
+        """The pools this system has."""
+        return (Role.PREFILL, Role.DECODE) if self.num_prefill else (Role.DECODE,)
+
+    @property
     def served_model_name(self) -> str:
         return self.model_name or self.model_path.resolve().name
 
@@ -75,6 +80,8 @@ def router_values(system: SystemConfig) -> dict[str, Any]:
             "http_port": system.http_port,
             "grpc_port": system.grpc_port,
             "model_path": str(system.model_path),
+            "model_name": system.served_model_name,
+            "health": {"required_roles": [role.value for role in system.roles]},
         },
         system.router,
     )

@@ -143,7 +143,11 @@ def _start(
     supervisor: Supervisor, run: RunDirectory, name: str, module: str, values: dict[str, object]
 ) -> None:
     settings = run.write_settings(name, values)
-    command = [sys.executable, "-m", module, "--config", str(settings), "--exit-with-parent"]
+    command = [
+        *(sys.executable, "-m", module),
+        *("--config", str(settings)),
+        *("--exit-with-parent", str(os.getpid())),
+    ]
     supervisor.start(Child(name=name, command=command, log_file=run.log_file(name)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -13,9 +14,13 @@ POLL_S = 0.1
 
 
 def wait_until_healthy(
-    url: str, *, timeout_s: float, still_running: Callable[[], str | None]
-) -> None:
-    """Return when GET `url`/health answers 200.
+    url: str,
+    *,
+    timeout_s: float,
+    still_running: Callable[[], str | None],
+    stop: threading.Event,
+) -> bool:
+    """True when GET `url`/health answers 200, False when `stop` is set first.
 
     `still_running` is asked on each round and returns why waiting is pointless, or None. Raises
     Unavailable with the last reason when that happens or `timeout_s` passes.
@@ -30,9 +35,10 @@ def wait_until_healthy(
             try:
                 response = client.get(f"{url}/health")
                 if response.status_code == 200:
-                    return
+                    return True
                 last = f"HTTP {response.status_code}: {response.text[:200]}"
             except httpx.HTTPError as error:
                 last = f"{type(error).__name__}: {error}"
-            time.sleep(POLL_S)
+            if stop.wait(POLL_S):
+                return False
     raise Unavailable(f"not ready after {timeout_s:.0f} s; the last answer was: {last}")

@@ -52,16 +52,16 @@ class SessionConfig:
     backoff_max_s: float = 2.0
     stall_quarantine_s: float = 10.0
     """Pause after a worker held requests without any progress, although it answered."""
-    resync_grace_s: float = 5.0
-    """After a gap in KV events the session is reopened once idle, at the latest after this time.
-    Until then the worker is placed by load alone."""
+    resync_timeout_s: float = 5.0
+    """After a gap in KV events a new snapshot must come within this time, or the session is
+    reopened. Until then the worker is placed by load alone."""
     max_pending_deltas: int = 64
     """Deltas waiting for a slow client before they are merged into one."""
 
     def __post_init__(self) -> None:
         _check_positive(
             "session", self, "connect_timeout_s", "idle_timeout_s", "backoff_min_s",
-            "backoff_max_s", "stall_quarantine_s", "resync_grace_s", "max_pending_deltas",
+            "backoff_max_s", "stall_quarantine_s", "resync_timeout_s", "max_pending_deltas",
         )  # fmt: skip
 
 

@@ -30,10 +30,11 @@ from baton.engine.engine import StepOutput
 
 logger = logging.getLogger(__name__)
 
-JOIN_TIMEOUT_S = 30.0
+JOIN_TIMEOUT_S = 5.0
 """A step in progress cannot be interrupted; beyond this the thread is left to die alone."""
 MAX_FAILED_STEPS = 3
 """This many unexpected errors in a row, and the engine calls itself broken."""
+FAILURE = "the worker's engine failed"
 
 
 class EngineApi(Protocol):
@@ -103,6 +104,9 @@ class EngineLoop:
         self._kv_sequence = 0
         self._last_load = LoadReport()
         self._submitted: set[RequestId] = set()
+        """Requests the engine will still end with a delta."""
+        self._failing: set[RequestId] = set()
+        """Those of them whose end is our failure, whatever the engine calls it."""
         self._undelivered: list[TokenDelta] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -131,7 +135,13 @@ class EngineLoop:
         self._send(lambda: self._engine.cancel(request_id))
 
     def activate(self, request_id: RequestId, first: TokenDelta) -> None:
-        self._send(lambda: self._engine.activate(request_id, first))
+        def run() -> None:
+            self._engine.activate(request_id, first)
+            if first.finish_reason is not None:
+                # The engine keeps the blocks and says nothing more of the request.
+                self._submitted.discard(request_id)
+
+        self._send(run)
 
     def abandon(self, request_id: RequestId, *, unsettled: Sequence[BlockId]) -> None:
         def run() -> None:
@@ -280,6 +290,9 @@ class EngineLoop:
         for delta in output.deltas:
             if is_last(delta):
                 self._submitted.discard(delta.request_id)
+                if delta.request_id in self._failing:
+                    self._failing.discard(delta.request_id)
+                    _turn_into_failure(delta)
         if output.stored or output.removed:
             self._kv_sequence += 1
         if load == self._last_load and not _says_something(output):
@@ -289,15 +302,22 @@ class EngineLoop:
 
     def _fail_requests(self) -> None:
         """After an unexpected error nothing about the batch is trusted: end all of it."""
-        failed, self._submitted = self._submitted, set()
-        for request_id in failed:
+        for request_id in list(self._submitted):
             try:
                 self._engine.cancel(request_id)
+                self._failing.add(request_id)
             except Exception:
                 logger.exception("request %s cannot be removed from the engine", request_id)
-            self._undelivered.append(
-                error_delta(request_id, "the worker's engine failed", is_retryable=True)
-            )
+                self._report_failure(request_id)
+        if self.is_broken:
+            # No further step will tell of those that were cancelled.
+            for request_id in list(self._failing):
+                self._report_failure(request_id)
+
+    def _report_failure(self, request_id: RequestId) -> None:
+        self._submitted.discard(request_id)
+        self._failing.discard(request_id)
+        self._undelivered.append(error_delta(request_id, FAILURE, is_retryable=True))
 
     def _take_snapshot(self) -> Snapshot:
         engine = self._engine
@@ -312,6 +332,10 @@ class EngineLoop:
         except RuntimeError:
             # The event loop is closed: the process is on its way out.
             self._is_stopping = True
+
+
+def _turn_into_failure(delta: TokenDelta) -> None:
+    delta.finish_reason, delta.error, delta.is_retryable = FinishReason.ERROR, FAILURE, True
 
 
 def _says_something(output: StepOutput) -> bool:

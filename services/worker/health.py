@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import NamedTuple
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as grpc_health
 
-from baton.core.errors import Unavailable
 from services.worker.config import HealthConfig
 from services.worker.engine_loop import EngineLoop
 
@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class HealthVerdict(NamedTuple):
+    is_healthy: bool
+    reason: str
 
 
 class Health:
@@ -34,40 +39,34 @@ class Health:
         self._service_names = ("", *service_names)
         self._is_serving: bool | None = None
 
-    async def check(self) -> None:
-        """Returns when healthy. Raises Unavailable with the reason, within the ping's bound."""
+    async def check(self) -> HealthVerdict:
+        """Answers within the ping's bound."""
         engine, config = self._engine, self._config
         if not engine.is_alive:
-            raise Unavailable("the engine thread has ended")
+            return HealthVerdict(False, "the engine thread has ended")
         if engine.is_broken:
-            raise Unavailable("the engine failed several steps in a row")
+            return HealthVerdict(False, "the engine failed several steps in a row")
         if engine.is_computing:
-            age_s = engine.seconds_since_beat
-            if age_s > config.step_timeout_s:
-                raise Unavailable(
-                    f"the engine shows no progress since {age_s:.0f} s, "
-                    f"limit {config.step_timeout_s:g} s"
-                )
-            return
+            age_s, limit_s = engine.seconds_since_beat, config.step_timeout_s
+            if age_s > limit_s:
+                message = f"no engine step ended within {age_s:.0f} s, limit {limit_s:g} s"
+                return HealthVerdict(False, message)
+            return HealthVerdict(True, "computing")
         try:
             async with asyncio.timeout(config.ping_timeout_s):
                 await engine.ping()
         except TimeoutError:
-            raise Unavailable(
-                f"the idle engine did not answer within {config.ping_timeout_s:g} s"
-            ) from None
+            message = f"the idle engine did not answer within {config.ping_timeout_s:g} s"
+            return HealthVerdict(False, message)
+        return HealthVerdict(True, "idle and answering")
 
     async def watch(self) -> None:
         """Keep the gRPC health status up to date until cancelled."""
         while True:
-            try:
-                await self.check()
-            except Unavailable as error:
-                if self._is_serving is not False:
-                    logger.error("unhealthy: %s", error)
-                await self.set_serving(False)
-            else:
-                await self.set_serving(True)
+            verdict = await self.check()
+            if not verdict.is_healthy and self._is_serving is not False:
+                logger.error("unhealthy: %s", verdict.reason)
+            await self.set_serving(verdict.is_healthy)
             await asyncio.sleep(self._config.period_s)
 
     async def set_serving(self, is_serving: bool) -> None:

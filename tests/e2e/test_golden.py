@@ -29,7 +29,7 @@ def test_completion_of_token_ids_equals_the_reference(
         "/v1/completions",
         json={
             "model": model_name(client),
-            "prompt": item["prompt_ids"],
+            "prompt": item["prompt_token_ids"],
             "max_tokens": 64,
             "temperature": 0,
         },
@@ -37,7 +37,7 @@ def test_completion_of_token_ids_equals_the_reference(
     assert response.status_code == 200, response.text
     choice = response.json()["choices"][0]
     assert choice["text"] == item["output_text"]
-    assert response.json()["usage"]["prompt_tokens"] == len(item["prompt_ids"])
+    assert response.json()["usage"]["prompt_tokens"] == len(item["prompt_token_ids"])
 
 
 def test_chat_of_messages_equals_the_reference(client: httpx.Client) -> None:

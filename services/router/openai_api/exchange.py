@@ -24,7 +24,6 @@ Send = Callable[[Message], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
-BODY_TIMEOUT_S = 60.0
 _USABLE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -41,6 +40,8 @@ class Exchange:
         self.arrived_at_s = time.time()
         self.has_started = False
         """The response's status has been sent; errors can no longer change it."""
+        self.is_dispatched = False
+        """Handed to the dispatcher, which then counts and logs the request."""
         self._headers: Iterable[Header] = scope["headers"]
         given = self.header(b"x-request-id")
         self.request_id = given if _USABLE_ID.fullmatch(given) else new_id("req").encode()
@@ -49,7 +50,7 @@ class Exchange:
         """The value of a header named in lower case, empty when it is missing."""
         return next((value for key, value in self._headers if key == name), b"")
 
-    async def body(self, max_bytes: int) -> bytes:
+    async def body(self, max_bytes: int, *, timeout_s: float) -> bytes:
         """The whole body.
 
         Raises PayloadTooLarge before it has been read when it is longer than `max_bytes`,
@@ -59,12 +60,10 @@ class Exchange:
         if announced.isdigit() and int(announced[:20]) > max_bytes:
             raise _too_large(max_bytes)
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await self._read(max_bytes)
         except TimeoutError:
-            raise InvalidRequest(
-                f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds"
-            ) from None
+            raise InvalidRequest(f"the body did not arrive within {timeout_s:g} seconds") from None
 
     async def _read(self, max_bytes: int) -> bytes:
         parts: list[bytes] = []
@@ -97,7 +96,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": b"" if is_head else body})
 
     async def answer_json(self, status: int, content: object) -> None:
-        await self.answer(status, orjson.dumps(content))
+        await self.answer(status, orjson.dumps(content, default=str))
 
     async def answer_error(self, error: BaseException, headers: Iterable[Header] = ()) -> int:
         """Returns the status that was sent."""

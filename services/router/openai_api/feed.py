@@ -23,7 +23,7 @@ CLEANUP_TIMEOUT_S = 5.0
 class Item(NamedTuple):
     """One delta of one choice."""
 
-    index: int
+    choice: int
     delta: GenerationDelta
 
 

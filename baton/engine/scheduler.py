@@ -1,0 +1,253 @@
+"""Which sequences compute how many tokens in the next step, and who gets blocks for it.
+
+One call of `schedule` decides, in this order:
+
+1. grow      running sequences take the one block their next token may need; when none is left,
+             the latest arrival is preempted: its blocks go, it waits and is computed again
+2. decode    every running sequence with one token to compute
+3. prefill   running sequences with more, first come first served, in chunks of what is left
+4. admit     waiting sequences in order of arrival, with blocks for all their known tokens; work
+             whose KV comes from elsewhere is RESERVED and costs neither tokens nor a place
+
+A sequence short of blocks stops all later arrivals, so nobody starves; one that only lacks tokens
+or a place in this step lets reservations pass. PREFILL work holds all its blocks from admission
+and is never preempted (a reader depends on it), nor are reservations (a read may be in flight).
+
+Not known here: KV bytes, time, deltas, leases.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from baton.core.block import BlockId
+from baton.core.errors import Overloaded
+from baton.core.request import RequestId, Work
+from baton.engine.batch import Batch, ScheduledSequence
+from baton.engine.block_pool import BlockPool
+from baton.engine.prefix_cache import PrefixCacheStats, is_read_remotely, match_prefix
+from baton.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of one step and of the queue, see EngineConfig."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The outcome of one decision."""
+
+    batch: Batch
+    started: tuple[Sequence, ...]
+    """Sequences that compute for the first time; a preempted one has started already."""
+    reserved: tuple[Sequence, ...]
+    """Sequences whose blocks are held from now on, waiting for their KV."""
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, *, block_size: int, limits: SchedulerLimits) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._limits = limits
+        self.running: list[Sequence] = []
+        """In the order they began to run. Only the first max_num_seqs compute; the rest arrived
+        from other workers while all places were taken and wait with their KV in memory."""
+        self.reserved: dict[RequestId, Sequence] = {}
+        self._to_compute: OrderedDict[RequestId, Sequence] = OrderedDict()
+        self._to_reserve: OrderedDict[RequestId, Sequence] = OrderedDict()
+        self._preempted: dict[RequestId, Sequence] = {}
+        self._num_arrived = 0
+        self._num_queued_tokens = 0
+        self._num_query_tokens = 0
+        self._num_hit_tokens = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._to_compute) + len(self._to_reserve) + len(self._preempted)
+
+    @property
+    def num_queued_prefill_tokens(self) -> int:
+        """Tokens to compute before their sequences can sample: waiting and running."""
+        running = (s.num_tokens - s.num_computed_tokens for s in self.running)
+        return self._num_queued_tokens + sum(n for n in running if n > 1)
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        return PrefixCacheStats(self._num_query_tokens, self._num_hit_tokens)
+
+    def waiting(self) -> Iterator[Sequence]:
+        """All waiting sequences, in no particular order."""
+        for queue in (self._preempted, self._to_compute, self._to_reserve):
+            yield from queue.values()
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Raises Overloaded when the queue is full."""
+        if self.num_waiting >= self._limits.max_num_waiting:
+            raise Overloaded(
+                f"{self.num_waiting} requests wait on this worker, the limit is "
+                f"{self._limits.max_num_waiting}; retry later"
+            )
+        sequence.arrival_index = self._num_arrived
+        self._num_arrived += 1
+        if is_read_remotely(sequence):
+            self._to_reserve[sequence.request_id] = sequence
+        else:
+            self._to_compute[sequence.request_id] = sequence
+            self._num_queued_tokens += sequence.num_tokens
+
+    def join(self, sequence: Sequence) -> None:
+        """A reserved sequence has all its KV and its first token: RESERVED → RUNNING."""
+        del self.reserved[sequence.request_id]
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, whatever its status, and release its blocks."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+        elif sequence.status is SequenceStatus.RESERVED:
+            del self.reserved[sequence.request_id]
+        elif sequence.status is SequenceStatus.WAITING:
+            self._dequeue(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self._release_blocks(sequence)
+
+    def schedule(self) -> Schedule:
+        """Decide one step and take the blocks it needs. The batch may be empty."""
+        active = self.running[: self._limits.max_num_seqs]
+        for sequence in active:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._grow(sequence)
+        scheduled = self._schedule_running(active)
+        reserved = self._admit(scheduled) if self.num_waiting else []
+        started = tuple(s for s, _ in scheduled if not s.has_started)
+        for sequence in started:
+            sequence.has_started = True
+        return Schedule(Batch(tuple(scheduled)), started, tuple(reserved))
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Give `sequence` a block for its next token, or preempt until it has one or is gone."""
+        table = sequence.block_table
+        if sequence.num_computed_tokens < len(table) * self._block_size:
+            return
+        while not self._pool.num_available:
+            victim = self._latest_preemptable()
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        table += self._pool.allocate(1, after=table[-1])
+
+    def _latest_preemptable(self) -> Sequence:
+        candidates = (s for s in self.running if s.work is not Work.PREFILL)
+        return max(candidates, key=lambda s: s.arrival_index)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release_blocks(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed_tokens = 0
+        sequence.num_committed_blocks = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._preempted[sequence.request_id] = sequence
+        self._num_queued_tokens += sequence.num_tokens
+
+    def _schedule_running(self, active: list[Sequence]) -> list[ScheduledSequence]:
+        decodes: list[ScheduledSequence] = []
+        prefills: list[Sequence] = []
+        for sequence in active:
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            if len(sequence.token_ids) - sequence.num_computed_tokens == 1:
+                decodes.append(ScheduledSequence(sequence, 1))
+            else:
+                prefills.append(sequence)
+        budget = self._limits.max_num_batched_tokens - len(decodes)
+        for sequence in prefills:
+            num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            if not num_new_tokens:
+                break
+            decodes.append(ScheduledSequence(sequence, num_new_tokens))
+            budget -= num_new_tokens
+        return decodes
+
+    def _admit(self, scheduled: list[ScheduledSequence]) -> list[Sequence]:
+        """Admit in order of arrival: appends to `scheduled`, returns those that are reserved."""
+        budget = self._limits.max_num_batched_tokens - sum(n for _, n in scheduled)
+        reserved: list[Sequence] = []
+        num_growing = len(self.reserved) + sum(s.work is not Work.PREFILL for s in self.running)
+        while True:
+            has_place = budget > 0 and len(self.running) < self._limits.max_num_seqs
+            sequence = self._first_waiting(can_compute=has_place)
+            if sequence is None or not self._take_blocks(sequence, num_growing):
+                return reserved
+            self._dequeue(sequence)
+            num_growing += sequence.work is not Work.PREFILL
+            if is_read_remotely(sequence):
+                sequence.status = SequenceStatus.RESERVED
+                self.reserved[sequence.request_id] = sequence
+                reserved.append(sequence)
+                continue
+            sequence.status = SequenceStatus.RUNNING
+            self.running.append(sequence)
+            num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            scheduled.append(ScheduledSequence(sequence, num_new_tokens))
+            budget -= num_new_tokens
+
+    def _first_waiting(self, *, can_compute: bool) -> Sequence | None:
+        """The earliest arrival that this step could take if it had the blocks."""
+        heads: list[Sequence] = []
+        if can_compute:
+            heads += self._preempted.values()
+            heads += islice(self._to_compute.values(), 1)
+        heads += islice(self._to_reserve.values(), 1)
+        return min(heads, key=lambda s: s.arrival_index, default=None)
+
+    def _take_blocks(self, sequence: Sequence, num_growing: int) -> bool:
+        """Take blocks for all known tokens, cached ones first, or none at all.
+
+        One block for each sequence that will grow stays available, so that an admission does not
+        cause a preemption in the next step.
+        """
+        pool = self._pool
+        matched = match_prefix(sequence, pool, self._block_size)
+        num_missing = -(-sequence.num_tokens // self._block_size) - len(matched)
+        num_available = pool.num_available - pool.num_cached_among(matched)
+        if num_missing + num_growing > num_available:
+            return False
+        pool.acquire(matched)
+        last: BlockId | None = matched[-1] if matched else None
+        missing = pool.allocate(num_missing, after=last, is_reserved=is_read_remotely(sequence))
+        sequence.block_table = matched + missing
+        sequence.num_committed_blocks = len(matched)
+        sequence.num_computed_tokens = len(matched) * self._block_size
+        self._count_hits(sequence)
+        return True
+
+    def _count_hits(self, sequence: Sequence) -> None:
+        if sequence.num_preemptions:
+            return
+        hit = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+        sequence.num_cached_tokens = hit
+        self._num_query_tokens += sequence.num_prompt_tokens
+        self._num_hit_tokens += hit
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        if self._to_reserve.pop(sequence.request_id, None) is not None:
+            return
+        queue = self._preempted if sequence.num_preemptions else self._to_compute
+        del queue[sequence.request_id]
+        self._num_queued_tokens -= sequence.num_tokens
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self._pool.release(sequence.block_table)
+        sequence.block_table = []

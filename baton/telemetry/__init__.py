@@ -1,0 +1,1 @@
+"""The declared series as live Prometheus metrics."""

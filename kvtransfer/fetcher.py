@@ -1,0 +1,281 @@
+"""Fetches prompts' KV for a decode worker: drives the `fetch_state` machines over a transport.
+
+    shell ── expect, cancel, receive, link_lost ──► Fetcher ── read ──► Transport
+    shell ◄─ OwnerLink.send ────────────────────────   │
+    shell ◄─ TransferSink: finished | failed, then blocks_settled
+
+Everything is called on one event loop. The sink is called synchronously and in order: a block is
+named by `blocks_settled` only after the failure that declared it unsettled was handed over, so a
+shell that forwards both through one queue cannot free a block before withholding it.
+
+Not known here: gRPC, the engine, how a peer was connected (`Transport.connect` comes first).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.core.block import BlockId
+from baton.core.clock import Clock
+from baton.core.errors import PeerGone, TransferError
+from baton.core.request import RequestId
+from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.fetch_state import (
+    Expected,
+    FetchEffect,
+    FetchMachine,
+    FetchState,
+    Finish,
+    StartRead,
+    StopRead,
+    ToOwner,
+    TransferFailure,
+    TransferResult,
+)
+from kvtransfer.messages import ChunkReady, Completed, LeaseId, OwnerMessage, ReaderMessage, Refused
+from kvtransfer.quarantine import Quarantine
+from kvtransfer.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+
+class OwnerLink(Protocol):
+    """The reader's outgoing half of the streams to the owners."""
+
+    def send(self, peer: WorkerId, message: ReaderMessage) -> None:
+        """Queue a message, in order, without blocking; a broken stream drops it silently."""
+        ...
+
+
+class TransferSink(Protocol):
+    """Who wants to know. Called on the event loop; must not block or raise."""
+
+    def transfer_finished(self, result: TransferResult) -> None:
+        """All blocks of the request are valid."""
+        ...
+
+    def transfer_failed(self, failure: TransferFailure) -> None:
+        """`failure.unsettled` must be withheld until `blocks_settled` names them."""
+        ...
+
+    def blocks_settled(self, block_ids: list[BlockId]) -> None:
+        """Withheld blocks that nothing can write to any more; each named once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """Time limits of the reader."""
+
+    read_timeout_s: float = 10.0
+    """Of one read. A healthy read of a long prompt takes well under a second on one host."""
+    link_grace_s: float = 2.0
+    """How long a broken stream to the owner may take to come back."""
+    tick_s: float = 0.05
+    """Resolution of all deadlines here; costs nothing while nothing is fetched."""
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    machine: FetchMachine
+    read: asyncio.Task[None] | None = None
+
+
+class Fetcher:
+    """All hand-offs of one decode worker."""
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        link: OwnerLink,
+        sink: TransferSink,
+        clock: Clock,
+        limits: FetchLimits | None = None,
+    ) -> None:
+        self._transport = transport
+        self._link = link
+        self._sink = sink
+        self._clock = clock
+        self._limits = limits or FetchLimits()
+        self._fetches: dict[RequestId, _Fetch] = {}
+        self._quarantine = Quarantine()
+        self._reads: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+
+    @property
+    def num_fetches(self) -> int:
+        return len(self._fetches)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks declared unsettled and not settled yet."""
+        return len(self._quarantine)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is fetched, in flight or withheld."""
+        return not self._fetches and not self._reads and self._quarantine.is_empty
+
+    def expect(
+        self,
+        request_id: RequestId,
+        *,
+        peer: WorkerId,
+        epoch: Epoch,
+        local: Sequence[BlockId],
+        num_cached_blocks: int,
+        timeout_s: float,
+    ) -> None:
+        """Fetch a request's prompt KV from a connected peer into `local`, by block position.
+
+        The first `num_cached_blocks` are valid already and not read. Ends with exactly one call
+        of the sink. Raises ValueError when the request is being fetched or the counts are wrong.
+        """
+        if request_id in self._fetches:
+            raise ValueError(f"request {request_id} is being fetched already")
+        now_s = self._clock.now()
+        expected = Expected(
+            request_id, peer, epoch, tuple(local), num_cached_blocks, now_s + timeout_s
+        )
+        fetch = _Fetch(FetchMachine(expected, self._limits.link_grace_s, now_s))
+        self._fetches[request_id] = fetch
+        self._apply(fetch, fetch.machine.start())
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick_while_busy())
+
+    def receive(self, peer: WorkerId, message: OwnerMessage) -> None:
+        """A message from the stream of `peer`. What belongs to no fetch (any more) is dropped."""
+        now_s = self._clock.now()
+        match message:
+            case ChunkReady():
+                fetch = self._find(peer, message.request_id)
+                if fetch is not None:
+                    self._apply(fetch, fetch.machine.chunk_ready(message, now_s))
+            case Refused(request_id, reason):
+                fetch = self._find(peer, request_id)
+                if fetch is not None:
+                    self._apply(fetch, fetch.machine.refused(reason, now_s))
+            case Completed(lease_id, valid):
+                self._complete(peer, lease_id, valid, now_s)
+
+    def link_lost(self, peer: WorkerId) -> None:
+        """The stream to `peer` broke; its fetches wait `link_grace_s` for `link_restored`."""
+        for fetch in self._of(peer):
+            self._apply(fetch, fetch.machine.link_lost(self._clock.now()))
+
+    def link_restored(self, peer: WorkerId, epoch: Epoch) -> None:
+        """A new stream to `peer`, which is the same process exactly if the epoch is the same."""
+        for fetch in self._of(peer):
+            now_s = self._clock.now()
+            if fetch.machine.expected.epoch == epoch:
+                self._apply(fetch, fetch.machine.link_restored(now_s))
+            else:
+                restarted = PeerGone(f"{peer} restarted: its KV is gone")
+                self._apply(fetch, fetch.machine.peer_gone(restarted, now_s))
+
+    def peer_gone(self, peer: WorkerId, reason: str) -> None:
+        """The peer is known to be dead; no grace."""
+        for fetch in self._of(peer):
+            error = PeerGone(f"{peer}: {reason}")
+            self._apply(fetch, fetch.machine.peer_gone(error, self._clock.now()))
+
+    def cancel(self, request_id: RequestId, reason: str) -> None:
+        """End a fetch in any state; the sink hears of it before this returns."""
+        fetch = self._fetches.get(request_id)
+        if fetch is not None:
+            self._apply(fetch, fetch.machine.cancel(reason, self._clock.now()))
+
+    def tick(self) -> None:
+        """Let time pass. Called by the fetcher itself while it is busy."""
+        for fetch in list(self._fetches.values()):
+            self._apply(fetch, fetch.machine.tick(self._clock.now()))
+        freed = self._quarantine.settle(self._transport.settled())
+        if freed:
+            self._sink.blocks_settled(freed)
+
+    async def close(self) -> None:
+        """Fail everything that is open. The transport is closed by its owner afterwards."""
+        for request_id in list(self._fetches):
+            self.cancel(request_id, "the worker is stopping")
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await asyncio.gather(*self._reads, *filter(None, [self._ticker]), return_exceptions=True)
+        self.tick()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when machines, reads and quarantine disagree."""
+        self._quarantine.check_integrity()
+        for fetch in self._fetches.values():
+            fetch.machine.check_integrity()
+            assert fetch.machine.state is not FetchState.ENDED
+            assert (fetch.read is not None) == (fetch.machine.state is FetchState.READING)
+
+    def _apply(self, fetch: _Fetch, effects: list[FetchEffect]) -> None:
+        expected = fetch.machine.expected
+        for effect in effects:
+            match effect:
+                case ToOwner(message):
+                    self._link.send(expected.peer, message)
+                case StartRead():
+                    task = asyncio.get_running_loop().create_task(self._read(fetch, effect))
+                    fetch.read = task
+                    self._reads.add(task)
+                    task.add_done_callback(self._reads.discard)
+                case StopRead():
+                    assert fetch.read is not None
+                    fetch.read.cancel()
+                case Finish(outcome):
+                    self._finish(outcome)
+
+    def _finish(self, outcome: TransferResult | TransferFailure) -> None:
+        del self._fetches[outcome.request_id]
+        if isinstance(outcome, TransferResult):
+            self._sink.transfer_finished(outcome)
+            return
+        unsettled = tuple(self._quarantine.hold(outcome.unsettled))
+        logger.info(
+            "transfer of %s failed: %s (%d blocks withheld)",
+            outcome.request_id,
+            outcome.error,
+            len(unsettled),
+        )
+        self._sink.transfer_failed(TransferFailure(outcome.request_id, outcome.error, unsettled))
+
+    async def _read(self, fetch: _Fetch, wanted: StartRead) -> None:
+        expected = fetch.machine.expected
+        left_s = expected.deadline_s - self._clock.now()
+        try:
+            read = await self._transport.read(
+                expected.peer,
+                wanted.remote,
+                wanted.local,
+                timeout_s=max(0.001, min(self._limits.read_timeout_s, left_s)),
+            )
+        except TransferError as error:
+            fetch.read = None
+            self._apply(fetch, fetch.machine.read_failed(error, self._clock.now()))
+        else:
+            fetch.read = None
+            self._apply(fetch, fetch.machine.read_done(read, self._clock.now()))
+
+    def _complete(self, peer: WorkerId, lease_id: LeaseId, valid: bool, now_s: float) -> None:
+        for fetch in self._of(peer):
+            self._apply(fetch, fetch.machine.completed(lease_id, valid=valid, now_s=now_s))
+
+    def _find(self, peer: WorkerId, request_id: RequestId) -> _Fetch | None:
+        fetch = self._fetches.get(request_id)
+        return fetch if fetch is not None and fetch.machine.expected.peer == peer else None
+
+    def _of(self, peer: WorkerId) -> list[_Fetch]:
+        return [f for f in self._fetches.values() if f.machine.expected.peer == peer]
+
+    async def _tick_while_busy(self) -> None:
+        while not self.is_empty:
+            await asyncio.sleep(self._limits.tick_s)
+            self.tick()
+        self._ticker = None

@@ -1,0 +1,85 @@
+"""What a reader and an owner of KV blocks say to each other, as plain values.
+
+The same vocabulary as `proto/v1/transfer.proto`; the worker shell converts between the two. The
+life cycle is drawn there, in `owner` and in `fetch_state`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+from baton.core.block import BlockId
+from baton.core.request import RequestId, TokenDelta
+from baton.core.worker_info import Epoch
+
+LeaseId = NewType("LeaseId", str)
+"""Random: knowing it is the permission to renew and to complete the lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Reader: send me the chunks of this request. May be repeated after a broken stream."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Reader: I am still reading under this lease."""
+
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Reader: I have read everything; was the lease valid all the time?"""
+
+    lease_id: LeaseId
+    epoch: Epoch
+    """Epoch of the owner that granted the lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Reader: I will not read this request (any more)."""
+
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReady:
+    """Owner: these blocks are complete in memory and leased to the reader."""
+
+    request_id: RequestId
+    lease_id: LeaseId
+    epoch: Epoch
+    lease_s: float
+    """Seconds from sending until the lease ends unless it is renewed."""
+    first_block_index: int
+    """Position in the sequence of the block `block_ids[0]`."""
+    block_ids: tuple[BlockId, ...]
+    is_last: bool = False
+    first_token: TokenDelta | None = None
+    """With `is_last`; handed through unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Owner: the answer to Complete. Not valid: what was read must be thrown away."""
+
+    lease_id: LeaseId
+    valid: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Owner: this request will not be delivered."""
+
+    request_id: RequestId
+    reason: str
+
+
+ReaderMessage = Watch | Renew | Complete | GiveUp
+OwnerMessage = ChunkReady | Completed | Refused

@@ -1,0 +1,15 @@
+"""The decode pool as a Ray Serve deployment."""
+
+from __future__ import annotations
+
+from ray import serve
+
+from services.decode.config import DEFAULTS
+from services.worker.deployment import SERVE_OPTIONS, WorkerReplica
+
+
+@serve.deployment(name="Decode", **SERVE_OPTIONS)
+class DecodeDeployment(WorkerReplica):
+    """One decode worker a replica."""
+
+    DEFAULTS = DEFAULTS

@@ -1,0 +1,35 @@
+"""The Ray Serve application: one router deployment over one deployment per pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from baton.core.config import merge
+from baton.core.worker_info import Role
+from services.decode.deployment import DecodeDeployment
+from services.launch.config import SystemConfig, router_values, worker_values
+from services.launch.run_directory import RunDirectory
+from services.prefill.deployment import PrefillDeployment
+from services.router.deployment import RouterDeployment
+
+POOLS = {Role.PREFILL: PrefillDeployment, Role.DECODE: DecodeDeployment}
+
+
+def build_graph(system: SystemConfig, run: RunDirectory, cluster_secret: str) -> serve.Application:
+    """The application of `system`, to be given to `serve.run`."""
+    handles = [_bind_pool(system, run, role, cluster_secret) for role in system.roles]
+    return RouterDeployment.bind(router_values(system), str(run.path / "logs"), *handles)
+
+
+def _bind_pool(
+    system: SystemConfig, run: RunDirectory, role: Role, cluster_secret: str
+) -> serve.Application:
+    count = system.num_prefill if role is Role.PREFILL else system.num_decode
+    values: dict[str, Any] = merge(
+        worker_values(system, role, 0), {"transfer": {"cluster_secret": cluster_secret}}
+    )
+    # Replicas of one deployment get the same settings; each makes up its own worker id.
+    del values["worker_id"]
+    return POOLS[role].options(num_replicas=count).bind(values, str(run.path / "logs"))

@@ -1,0 +1,120 @@
+"""The system on a local Ray: `baton serve`.
+
+Ray is started with what Serve needs and no more: no dashboard pages, no log or autoscaler monitor,
+a small object store (tokens and KV never pass through it). Its token authentication stays on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from services.launch.config import SystemConfig
+from services.launch.run_directory import RunDirectory, new_secret
+
+APPLICATION = "baton"
+OBJECT_STORE_BYTES = 80 << 20
+BASE_ENVIRONMENT = {
+    # Without this the dashboard agent reports usage to its makers.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    # A killed proxy is noticed in seconds instead of half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
+}
+HAPROXY_ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+}
+
+
+@dataclass(slots=True)
+class RaySystem:
+    """A running Serve application; Ray restarts its parts by itself."""
+
+    is_running: bool = True
+
+    def poll(self) -> None:
+        """Nothing is due: Serve's controller does the work."""
+
+    def hopeless(self) -> str | None:
+        """Serve reports a failed start from `serve.run` already."""
+        return None
+
+    def stop(self, *, grace_s: float) -> None:
+        import ray
+        from ray import serve
+
+        if not self.is_running:
+            return
+        self.is_running = False
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+
+
+def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) -> RaySystem:
+    """Start Ray and deploy the application; returns when Serve calls all replicas running.
+
+    Raises Unavailable with Serve's reason when a replica does not come up.
+    """
+    os.environ.update(BASE_ENVIRONMENT)
+    if use_haproxy:
+        os.environ.update(HAPROXY_ENVIRONMENT)
+    # Ray reads its environment when it is imported.
+    import ray
+    from ray import serve
+
+    from baton.core.errors import Unavailable
+    from services.launch.graph import build_graph
+
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    with _without_monitors():
+        ray.init(
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            num_cpus=max(2, os.cpu_count() or 2),
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    running = RaySystem()
+    try:
+        serve.start(
+            http_options={
+                "host": system.host,
+                "port": system.http_port,
+                "request_timeout_s": None,
+            },
+            logging_config={"log_level": "WARNING"},
+        )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.run(build_graph(system, run, new_secret()), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        running.stop(grace_s=0)
+        raise Unavailable(f"Ray Serve could not start the system: {error}") from error
+    except BaseException:
+        running.stop(grace_s=0)
+        raise
+    return running
+
+
+@contextlib.contextmanager
+def _without_monitors() -> Iterator[None]:
+    """`ray start` has options for these two processes, `ray.init` has none (Ray 2.60)."""
+    import ray._private.parameter as parameter
+
+    original = parameter.RayParams.__init__
+
+    def trimmed(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "no_monitor": True, "include_log_monitor": False})
+
+    parameter.RayParams.__init__ = trimmed
+    try:
+        yield
+    finally:
+        parameter.RayParams.__init__ = original

@@ -1,0 +1,15 @@
+"""The prefill pool as a Ray Serve deployment."""
+
+from __future__ import annotations
+
+from ray import serve
+
+from services.prefill.config import DEFAULTS
+from services.worker.deployment import SERVE_OPTIONS, WorkerReplica
+
+
+@serve.deployment(name="Prefill", **SERVE_OPTIONS)
+class PrefillDeployment(WorkerReplica):
+    """One prefill worker a replica."""
+
+    DEFAULTS = DEFAULTS

@@ -1,0 +1,31 @@
+"""Settings of the router's HTTP and gRPC edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeConfig:
+    """What one client request may cost before the dispatcher sees it."""
+
+    max_body_bytes: int = 16 << 20
+    """Longer bodies are refused unread. A context of 128k tokens is well below 1 MiB of text."""
+    body_timeout_s: float = 60.0
+    """From the request's head to the end of its body."""
+    deadline_s: float = 600.0
+    """From arrival until the client gets an error; a gRPC client's shorter deadline wins."""
+    keep_alive_s: int = 75
+    """Idle time of an HTTP connection; above the 60 s of common load balancers."""
+    stop_grace_s: float = 2.0
+    """At a stop, how long open streams may go on before they get an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "body_timeout_s", "deadline_s", "keep_alive_s"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ConfigError(f"edge.{name} must be positive, got {value}")
+        if self.stop_grace_s < 0:
+            raise ConfigError(f"edge.stop_grace_s must not be negative, got {self.stop_grace_s}")

@@ -1,0 +1,101 @@
+"""The router's gRPC front: Inference, grpc.health.v1 and reflection on one port.
+
+Health says SERVING only while the dispatcher calls itself ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.core.errors import ConfigError
+from baton.rpc.channel import new_server
+from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
+from services.router.edge_config import EdgeConfig
+from services.router.generation import Generator
+from services.router.grpc_api import InferenceApi
+from services.router.preprocess import Preprocessor
+
+logger = logging.getLogger(__name__)
+
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+HEALTH_PERIOD_S = 0.5
+HEALTH_TIMEOUT_S = 2.0
+
+
+class GrpcServer:
+    """start() → serving → stop()."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        host: str,
+        port: int,
+        count_rejected: Callable[[int], None],
+        config: EdgeConfig,
+    ) -> None:
+        self._generator = generator
+        self._config = config
+        self._preprocessor = Preprocessor(generator)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server = new_server()
+        api = InferenceApi(
+            generator, self._preprocessor, count_rejected=count_rejected, config=config
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(api, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self.port = _bind(self._server, host, port)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns once calls are accepted."""
+        await self._report_health()
+        await self._server.start()
+        self._watch = asyncio.create_task(self._follow_health())
+
+    async def stop(self) -> None:
+        """Refuse new calls, let streams go on for `stop_grace_s`, then end them."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._config.stop_grace_s)
+        self._preprocessor.close()
+
+    async def _follow_health(self) -> None:
+        while True:
+            await asyncio.sleep(HEALTH_PERIOD_S)
+            await self._report_health()
+
+    async def _report_health(self) -> None:
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                is_ready = (await self._generator.health()).is_ready
+        except TimeoutError:
+            is_ready = False
+        except Exception:
+            logger.exception("the health check failed")
+            is_ready = False
+        response = health_pb2.HealthCheckResponse
+        status = response.SERVING if is_ready else response.NOT_SERVING
+        for name in ("", INFERENCE):
+            await self._health.set(name, status)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    """The port taken. Raises ConfigError."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        bound: int = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise ConfigError(f"cannot listen on {address}; choose another port")
+    return bound

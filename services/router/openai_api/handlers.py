@@ -1,0 +1,130 @@
+"""POST /v1/chat/completions and POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton.core.errors import InvalidRequest
+from baton.core.request import RequestId
+from services.router.edge_config import EdgeConfig
+from services.router.generation import GenerationInput, Generator, ModelCard
+from services.router.openai_api.exchange import Exchange
+from services.router.openai_api.prompts import plain_messages, plain_prompts, plain_stop
+from services.router.openai_api.sampling import SamplingPlan, chat_plan, completion_plan
+from services.router.openai_api.schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    check_response_format,
+    parse_body,
+)
+from services.router.openai_api.serving import Job, Serving
+from services.router.openai_api.wire_format import ChatFormat, CompletionFormat, Frame
+from services.router.preprocess import Preprocessor, check_stop, new_id
+
+MAX_CHOICES = 256
+"""Generations of one HTTP request: prompts times n."""
+
+
+class GenerationRoutes:
+    """Parse, check, tokenize, run."""
+
+    def __init__(
+        self, generator: Generator, preprocessor: Preprocessor, config: EdgeConfig
+    ) -> None:
+        self.serving = Serving(generator)
+        self._preprocessor = preprocessor
+        self._config = config
+
+    async def chat(self, exchange: Exchange) -> None:
+        body = parse_body(await self._read(exchange), ChatBody)
+        card = self._preprocessor.model_card(body.model)
+        plan = chat_plan(card, body)
+        _check_common(body)
+        prompt = await self._preprocessor.chat_prompt(card, plain_messages(body.messages))
+        frame = _frame(new_id("chatcmpl"), card, body, exchange, plan.sampling.logprobs)
+        job = self._job(exchange, body, plan, frame, [prompt])
+        await self.serving.run(job, exchange, ChatFormat(frame))
+
+    async def completions(self, exchange: Exchange) -> None:
+        body = parse_body(await self._read(exchange), CompletionBody)
+        card = self._preprocessor.model_card(body.model)
+        plan = completion_plan(card, body)
+        _check_common(body)
+        prompts = [await self._prompt(card, p) for p in plain_prompts(body.prompt)]
+        frame = _frame(new_id("cmpl"), card, body, exchange, plan.sampling.logprobs)
+        job = self._job(exchange, body, plan, frame, prompts)
+        await self.serving.run(job, exchange, CompletionFormat(frame))
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        return await exchange.body(
+            self._config.max_body_bytes, timeout_s=self._config.body_timeout_s
+        )
+
+    async def _prompt(self, card: ModelCard, prompt: str | list[int]) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return await self._preprocessor.text_prompt(card, prompt)
+        return self._preprocessor.token_prompt(card, prompt)
+
+    def _job(
+        self,
+        exchange: Exchange,
+        body: GenerationBody,
+        plan: SamplingPlan,
+        frame: Frame,
+        prompts: Sequence[tuple[int, ...]],
+    ) -> Job:
+        num_choices = body.n or 1
+        if len(prompts) * num_choices > MAX_CHOICES:
+            raise InvalidRequest(
+                f"prompts times n must be at most {MAX_CHOICES}, got {len(prompts) * num_choices}",
+                param="n",
+            )
+        stop = check_stop(plain_stop(body.stop))
+        is_single = len(prompts) * num_choices == 1
+        inputs = [
+            GenerationInput(
+                request_id=RequestId(
+                    frame.response_id if is_single else f"{frame.response_id}-{p}.{c}"
+                ),
+                model=plan.card.name,
+                prompt_token_ids=prompt,
+                sampling=plan.for_choice(len(prompt), c),
+                stop=stop,
+                cache_salt=body.cache_salt or "",
+                deadline_s=self._config.deadline_s,
+                arrived_at_s=exchange.arrived_at_s,
+            )
+            for p, prompt in enumerate(prompts)
+            for c in range(num_choices)
+        ]
+        return Job(
+            inputs=inputs,
+            num_choices=num_choices,
+            is_stream=bool(body.stream),
+            include_usage=frame.include_usage,
+            has_logprobs=frame.num_top_logprobs is not None,
+        )
+
+
+def _check_common(body: GenerationBody) -> None:
+    check_response_format(body.response_format)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options needs stream: true", param="stream_options")
+
+
+def _frame(
+    response_id: str,
+    card: ModelCard,
+    body: GenerationBody,
+    exchange: Exchange,
+    num_top_logprobs: int | None,
+) -> Frame:
+    return Frame(
+        response_id=response_id,
+        model=card.name,
+        created_s=int(exchange.arrived_at_s),
+        tokenizer=card.tokenizer,
+        num_top_logprobs=num_top_logprobs,
+        include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+    )

@@ -1,0 +1,107 @@
+"""The prompt part of a body as plain values: messages, texts or lists of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton.core.errors import InvalidRequest
+from services.router.openai_api.schema import ChatMessageBody, TextPart, describe, validate
+
+MAX_PROMPTS = 256
+
+
+def plain_messages(messages: Sequence[ChatMessageBody]) -> list[dict[str, str]]:
+    """`{"role", "content"}` of each message. Raises InvalidRequest."""
+    plain = []
+    for index, message in enumerate(messages):
+        where = f"messages.{index}"
+        if message.tool_calls or message.function_call:
+            raise InvalidRequest(
+                "tool calls in messages are not supported yet; leave them out",
+                param=f"{where}.tool_calls",
+            )
+        plain.append({"role": message.role, "content": _content(message, where)})
+    return plain
+
+
+def _content(message: ChatMessageBody, where: str) -> str:
+    content = message.content
+    where = f"{where}.content"
+    if isinstance(content, str):
+        return content
+    if content is None and message.role == "assistant":
+        return ""
+    if not isinstance(content, list):
+        raise InvalidRequest(
+            f"{where} must be a string or a list of text parts, got {describe(content)}",
+            param=where,
+        )
+    return "".join(_part_text(part, f"{where}.{i}") for i, part in enumerate(content))
+
+
+def _part_text(part: object, where: str) -> str:
+    match part:
+        case {"type": str(kind)} if kind != "text":
+            raise InvalidRequest(
+                f"{where} is a part of type {describe(kind)}; this model takes text parts only",
+                param=where,
+            )
+    return validate(part, TextPart, where).text
+
+
+def plain_prompts(prompt: object) -> list[str | list[int]]:
+    """The prompts of a completions body: a text, token ids, or a list of either.
+
+    Raises InvalidRequest.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise InvalidRequest(
+            "prompt must be a string, a list of strings, a list of token ids or a list of such "
+            f"lists, got {describe(prompt)}",
+            param="prompt",
+        )
+    if not prompt:
+        raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
+    if _is_token_id(prompt[0]):
+        return [_token_ids(prompt, "prompt")]
+    if len(prompt) > MAX_PROMPTS:
+        raise InvalidRequest(
+            f"prompt takes at most {MAX_PROMPTS} prompts, got {len(prompt)}", param="prompt"
+        )
+    return [_one_prompt(entry, f"prompt.{index}") for index, entry in enumerate(prompt)]
+
+
+def plain_stop(stop: object) -> list[str]:
+    """Stop strings of a body: absent, one, or a list. Raises InvalidRequest."""
+    entries = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    strings = [entry for entry in entries if isinstance(entry, str)]
+    if len(strings) != len(entries):
+        wrong = next(entry for entry in entries if not isinstance(entry, str))
+        raise InvalidRequest(
+            f"stop must be a string or a list of strings, got {describe(wrong)}", param="stop"
+        )
+    return strings
+
+
+def _one_prompt(entry: object, where: str) -> str | list[int]:
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, list):
+        raise InvalidRequest(
+            f"{where} must be a string or a list of token ids, got {describe(entry)}", param=where
+        )
+    return _token_ids(entry, where)
+
+
+def _token_ids(entry: list[object], where: str) -> list[int]:
+    token_ids = [v for v in entry if isinstance(v, int) and not isinstance(v, bool)]
+    if len(token_ids) != len(entry):
+        wrong = next(value for value in entry if not _is_token_id(value))
+        raise InvalidRequest(f"{where} must hold token ids, got {describe(wrong)}", param=where)
+    return token_ids
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,172 @@
+"""Run the generations of one HTTP request and answer with a stream or one body.
+
+    start all ─► first delta or error ─► 200 + chunks ... [DONE]     errors now go into the stream
+                          └─► 4xx / 5xx while the status is still open
+
+The client leaving cancels all generations at once, in either form of answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from baton.core.errors import BatonError, InternalError, RequestCancelled
+from baton.core.request import FinishReason, TokenLogprobs
+from services.router.generation import GenerationDelta, GenerationInput, Generator, Usage
+from services.router.openai_api.error_body import error_answer
+from services.router.openai_api.exchange import Exchange, Receive
+from services.router.openai_api.feed import DeltaFeed, Item
+from services.router.openai_api.wire_format import DONE, Choice, WireFormat
+
+logger = logging.getLogger(__name__)
+
+CLEANUP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request's generations. Input number i is choice `i % num_choices` of its prompt."""
+
+    inputs: Sequence[GenerationInput]
+    num_choices: int
+    is_stream: bool
+    include_usage: bool
+    has_logprobs: bool
+
+
+class Serving:
+    """Runs jobs; knows which are running so that a stop of the process can end them."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self._feeds: set[DeltaFeed] = set()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._feeds)
+
+    def end_all(self, error: BatonError) -> None:
+        """Cancel everything that runs; clients read `error`."""
+        for feed in list(self._feeds):
+            feed.fail(error)
+
+    async def run(self, job: Job, exchange: Exchange, wire: WireFormat) -> None:
+        """Answer the request. Raises RequestError or ServiceError while nothing has been sent."""
+        exchange.is_dispatched = True
+        feed = DeltaFeed([self._generator.generate(request) for request in job.inputs])
+        self._feeds.add(feed)
+        watch = asyncio.create_task(_watch_client(exchange.receive, feed))
+        try:
+            if job.is_stream:
+                await _stream(job, feed, exchange, wire)
+            else:
+                await exchange.answer(200, await _collect(job, feed, wire))
+        finally:
+            watch.cancel()
+            self._feeds.discard(feed)
+            await feed.aclose()
+
+
+async def _watch_client(receive: Receive, feed: DeltaFeed) -> None:
+    """After the body, the only thing a client can do is leave."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    feed.fail(RequestCancelled("the client went away"))
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What has been seen of one choice."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    usage: Usage | None = None
+    is_open: bool = False
+    """Its opening chunk has been written."""
+
+
+async def _collect(job: Job, feed: DeltaFeed, wire: WireFormat) -> bytes:
+    progress = [_Progress() for _ in job.inputs]
+    while items := await feed.take():
+        for index, delta in items:
+            choice = progress[index]
+            choice.text.append(delta.text)
+            choice.logprobs.extend(delta.logprobs)
+            _note_end(choice, delta)
+    choices = [
+        Choice(i, "".join(p.text), p.logprobs, _finish_reason(p), p.stop_reason)
+        for i, p in enumerate(progress)
+    ]
+    return wire.answer(choices, _total_usage(job, progress))
+
+
+async def _stream(job: Job, feed: DeltaFeed, exchange: Exchange, wire: WireFormat) -> None:
+    progress = [_Progress() for _ in job.inputs]
+    items = await feed.take()
+    await exchange.start_stream()
+    try:
+        while True:
+            data = b"".join(_chunks(job, wire, progress, items))
+            if all(p.finish_reason is not None for p in progress):
+                break
+            if data:
+                await exchange.stream(data)
+            items = await feed.take()
+            if not items:
+                raise InternalError("a generation ended without a finish reason")
+        if job.include_usage:
+            data += wire.usage(_total_usage(job, progress))
+        await exchange.stream(data + DONE, is_last=True)
+        await feed.drain(CLEANUP_TIMEOUT_S)
+    except Exception as error:
+        if not isinstance(error, BatonError):
+            logger.exception("a stream broke, request %s", exchange.request_id.decode())
+        # To a client that has left this goes nowhere.
+        with contextlib.suppress(OSError):
+            await exchange.stream(b"data: %b\n\n" % error_answer(error).body, is_last=True)
+
+
+def _chunks(
+    job: Job, wire: WireFormat, progress: list[_Progress], items: Sequence[Item]
+) -> Iterator[bytes]:
+    """The events for these deltas, one event each: clients count events as tokens."""
+    for index, delta in items:
+        choice = progress[index]
+        if not choice.is_open:
+            choice.is_open = True
+            yield wire.opening(index)
+        if delta.text or (job.has_logprobs and delta.logprobs):
+            yield wire.text(index, delta.text, delta.logprobs)
+        _note_end(choice, delta)
+        if delta.finish_reason is not None:
+            yield wire.finish(index, delta.finish_reason, delta.stop_reason)
+
+
+def _note_end(choice: _Progress, delta: GenerationDelta) -> None:
+    if delta.finish_reason is not None:
+        choice.finish_reason = delta.finish_reason
+        choice.stop_reason = delta.stop_reason
+        choice.usage = delta.usage
+
+
+def _finish_reason(choice: _Progress) -> FinishReason:
+    if choice.finish_reason is None:
+        raise InternalError("a generation ended without a finish reason")
+    return choice.finish_reason
+
+
+def _total_usage(job: Job, progress: Sequence[_Progress]) -> Usage:
+    """Each prompt counts once, however many choices it has; every choice's output counts."""
+    usages = [p.usage or Usage(0, 0, 0) for p in progress]
+    prompts = usages[:: job.num_choices]
+    return Usage(
+        prompt_tokens=sum(u.prompt_tokens for u in prompts),
+        completion_tokens=sum(u.completion_tokens for u in usages),
+        cached_tokens=sum(u.cached_tokens for u in prompts),
+    )

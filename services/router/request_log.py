@@ -1,0 +1,160 @@
+"""What remains of a request: its histograms and one log line, both from the same record.
+
+Durations come from the time points of `baton.core.lifecycle` and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from baton.core import metrics as series
+from baton.core.errors import wire_status
+from baton.core.lifecycle import LifecycleEvent as Event
+from baton.core.lifecycle import Timeline
+from baton.core.logging import log_fields
+from baton.core.request import FinishReason, RequestId
+from baton.core.worker_info import Role
+from baton.telemetry.metrics import Metrics, Observer
+from services.router.policy import Placement
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED_CANDIDATES = 8
+_SPANS = (
+    (series.TTFT, Event.ARRIVED, Event.FIRST_TOKEN),
+    (series.E2E, Event.ARRIVED, Event.LAST_TOKEN),
+    (series.QUEUE, Event.PREFILL_QUEUED, Event.PREFILL_STARTED),
+    (series.PREFILL, Event.PREFILL_STARTED, Event.PREFILL_ENDED),
+    (series.DECODE, Event.DECODE_STARTED, Event.DECODE_ENDED),
+)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in while the request lives."""
+
+    request_id: RequestId
+    model: str
+    num_prompt_tokens: int
+    timeline: Timeline = field(default_factory=Timeline)
+    placements: list[Placement] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Of given-up placements, in order."""
+    num_output_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """On the worker that computed the prompt; None until it has spoken."""
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+    last_token_at_s: float = 0.0
+
+
+class RequestRecorder:
+    """Turns records into series and log lines."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._itl: dict[str, Observer] = {}
+
+    def started(self) -> None:
+        self._metrics.add(series.RUNNING, 1)
+
+    def placed(self, record: RequestRecord, placement: Placement, at_s: float) -> None:
+        kind = "replay" if record.placements else placement.kind.value
+        record.placements.append(placement)
+        record.timeline.record(Event.PLACED, at_s)
+        self._metrics.add(series.PLACEMENTS, 1, kind)
+
+    def tokens(self, record: RequestRecord, num_tokens: int, at_s: float) -> None:
+        """New tokens arrived together at `at_s`; called for every one of them, hence short."""
+        if record.num_output_tokens:
+            itl = self._itl.get(record.model) or self._itl_observer(record.model)
+            gap_s = (at_s - record.last_token_at_s) / num_tokens
+            for _ in range(num_tokens):
+                itl(gap_s)
+        else:
+            record.timeline.record(Event.FIRST_TOKEN, at_s)
+        record.num_output_tokens += num_tokens
+        record.last_token_at_s = at_s
+
+    def cached(self, record: RequestRecord, role: Role, num_cached_tokens: int) -> None:
+        """A worker has said what it found in its prefix cache."""
+        if record.num_cached_tokens is None:
+            record.num_cached_tokens = num_cached_tokens
+        self._metrics.add(series.PREFIX_QUERY_TOKENS, record.num_prompt_tokens, role.value)
+        self._metrics.add(series.PREFIX_HIT_TOKENS, num_cached_tokens, role.value)
+
+    def ended(self, record: RequestRecord) -> None:
+        """Once per request that was started."""
+        metrics, model = self._metrics, record.model
+        if record.num_output_tokens:
+            record.timeline.record(Event.LAST_TOKEN, record.last_token_at_s)
+        metrics.add(series.RUNNING, -1)
+        finish = record.finish_reason or FinishReason.ERROR
+        metrics.add(series.REQUESTS, 1, model, finish.value)
+        metrics.add(series.GENERATION_TOKENS, record.num_output_tokens, model)
+        if finish in (FinishReason.STOP, FinishReason.LENGTH):
+            metrics.add(series.PROMPT_TOKENS, record.num_prompt_tokens, model)
+            metrics.add(series.CACHED_TOKENS, record.num_cached_tokens or 0, model)
+        for family, start, end in _SPANS:
+            seconds = record.timeline.seconds(start, end)
+            if seconds is not None:
+                metrics.observe(family, seconds, model)
+        transfer = record.timeline.transfer
+        if transfer.num_reads:
+            metrics.observe(series.TRANSFER, transfer.seconds, model)
+            metrics.observe(series.TRANSFER_EXPOSED, transfer.exposed_seconds, model)
+            metrics.observe(series.TRANSFER_BYTES, transfer.num_bytes, model)
+        _log(record, finish)
+
+    def rejected(self, error: BaseException) -> None:
+        """Refused before any work."""
+        self._metrics.add(series.REJECTED, 1, str(wire_status(error).http))
+
+    def _itl_observer(self, model: str) -> Observer:
+        observer = self._itl[model] = self._metrics.observer(series.ITL, model)
+        return observer
+
+
+def _log(record: RequestRecord, finish: FinishReason) -> None:
+    timeline, transfer = record.timeline, record.timeline.transfer
+    spans = {
+        family.name.removeprefix("baton_"): timeline.seconds(start, end)
+        for family, start, end in _SPANS
+    }
+    log_fields(
+        logger,
+        "request ended",
+        request_id=record.request_id,
+        model=record.model,
+        finish_reason=finish.value,
+        error=None if record.error is None else f"{type(record.error).__name__}: {record.error}",
+        prompt_tokens=record.num_prompt_tokens,
+        completion_tokens=record.num_output_tokens,
+        cached_tokens=record.num_cached_tokens,
+        **{name: round(s, 6) for name, s in spans.items() if s is not None},
+        kv_transfer_bytes=transfer.num_bytes,
+        kv_transfer_seconds=round(transfer.seconds, 6),
+        kv_transfer_exposed_seconds=round(transfer.exposed_seconds, 6),
+        placements=[placement_fields(p) for p in record.placements],
+        failures=record.failures,
+    )
+
+
+def placement_fields(placement: Placement) -> dict[str, object]:
+    """A placement as JSON: the decision and the terms of its best candidates."""
+    ranked = sorted(
+        placement.terms,
+        key=lambda t: (t.worker_id not in placement.workers, t.prefill_cost + t.decode_cost),
+    )
+    return {
+        "kind": placement.kind.value,
+        "prefill": placement.prefill,
+        "decode": placement.decode,
+        "score": round(placement.score, 1),
+        "reason": placement.reason,
+        "candidates": [
+            {**t._asdict(), "role": t.role.value} for t in ranked[:MAX_LOGGED_CANDIDATES]
+        ],
+        "num_candidates": len(ranked),
+    }

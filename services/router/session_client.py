@@ -1,0 +1,380 @@
+"""The router's end of the session with one worker.
+
+    CONNECTING ── Welcome ──► READY ── stream ends, falls silent or is broken off ──► LOST
+        ▲                                                                              │
+        └───────────────────────────── pause (backoff) ────────────────────────────────┘
+
+One stream carries all requests. Its messages are fanned out to the mailboxes of the requests; its
+KV events and identity go to a listener. When it is lost, every request on it gets to know at
+once, and the worker takes no work before the next Welcome: that is its quarantine. A worker that
+comes back under another epoch has an empty past anyway, since each Welcome is a fresh snapshot.
+
+Does not know: placement, retries, text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import grpc
+
+from baton.core.block import BlockHash, split_hashes
+from baton.core.errors import WorkerLost
+from baton.core.logging import log_fields
+from baton.core.request import GenerateRequest, RequestId
+from baton.core.worker_info import PROTOCOL_VERSION, LoadReport, WorkerInfo
+from baton.rpc.channel import open_channel
+from baton.rpc.convert import load_from_wire, request_to_wire, worker_info_from_wire
+from baton.rpc.v1 import worker_pb2 as pb
+from baton.rpc.v1.worker_pb2_grpc import WorkerStub
+from services.router.config import SessionConfig
+from services.router.mailbox import Arrival, Mailbox
+from services.router.wire_delta import delta_from_wire, is_last
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 1.0
+UNREPORTED_S = 0.05
+"""A load report this much younger than a submit contains it: delivery and one engine step."""
+
+
+class SessionState(Enum):
+    CONNECTING = "connecting"
+    READY = "ready"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+class SessionListener(Protocol):
+    """Called on the event loop; must not block."""
+
+    def on_ready(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
+        """Welcome has arrived."""
+        ...
+
+    def on_kv_event(
+        self,
+        session: WorkerSession,
+        removed: Sequence[BlockHash],
+        stored: Sequence[BlockHash],
+    ) -> None:
+        """What was removed must be applied first: a block may be evicted and stored again."""
+        ...
+
+    def on_snapshot(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
+        """Replaces everything known of the worker's blocks; empty while a gap is repaired."""
+        ...
+
+    def on_lost(self, session: WorkerSession, reason: str) -> None:
+        """All requests of the session have been told."""
+        ...
+
+
+@dataclass(slots=True)
+class SentRequest:
+    """A request on the worker, as this router remembers it."""
+
+    mailbox: Mailbox
+    sent_at_s: float
+    prefill_tokens: int
+    kv_tokens: int
+
+
+class WorkerSession:
+    """One worker's session. `run` keeps it open until cancelled."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        router_id: str,
+        config: SessionConfig,
+        listener: SessionListener,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.address = address
+        self.state = SessionState.CONNECTING
+        self.info: WorkerInfo | None = None
+        """Of the current or the last session."""
+        self.last_message_at_s = 0.0
+        """Event-loop time."""
+        self.last_progress_at_s = 0.0
+        """Event-loop time of the last token, stored block or computed prompt token."""
+        self.lost_reason = "not connected yet"
+        self._router_id = router_id
+        self._config = config
+        self._listener = listener
+        self._wall_clock = wall_clock
+        self._requests: dict[RequestId, SentRequest] = {}
+        self._outgoing: deque[pb.RouterMessage] = deque()
+        self._wake_writer = asyncio.Event()
+        self._load = pb.LoadReport()
+        self._kv_sequence = 0
+        self._resync: asyncio.Task[None] | None = None
+        self._resync_events: list[tuple[int, pb.KvEvent]] = []
+        self._stub: WorkerStub | None = None
+        self._serving: asyncio.Task[str] | None = None
+        self._pause_s = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is SessionState.READY
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._requests)
+
+    @property
+    def load(self) -> LoadReport:
+        return load_from_wire(self._load)
+
+    def unreported(self, now_s: float) -> tuple[int, int]:
+        """(prefill tokens, KV tokens) of requests the last load report cannot contain."""
+        seen_s = self.last_message_at_s - UNREPORTED_S
+        prefill_tokens = kv_tokens = 0
+        # Insertion order is submit order, so the recent ones are at the end.
+        for sent in reversed(self._requests.values()):
+            if sent.sent_at_s < seen_s:
+                break
+            prefill_tokens += sent.prefill_tokens
+            kv_tokens += sent.kv_tokens
+        return prefill_tokens, kv_tokens
+
+    def submit(
+        self, request: GenerateRequest, mailbox: Mailbox, *, prefill_tokens: int, kv_tokens: int
+    ) -> None:
+        """Send `request`; its deltas go to `mailbox`. Raises WorkerLost while not READY.
+
+        `prefill_tokens` and `kv_tokens`: what it will cost the worker, until it reports itself.
+        """
+        if not self.is_ready:
+            raise WorkerLost(f"worker at {self.address} is not connected: {self.lost_reason}")
+        now_s = asyncio.get_running_loop().time()
+        self._requests[request.request_id] = SentRequest(
+            mailbox, now_s, prefill_tokens, kv_tokens
+        )
+        self._send(pb.RouterMessage(submit=request_to_wire(request)))
+
+    def cancel(self, request_id: RequestId, reason: str) -> None:
+        """Tell the worker; nothing more of this request is delivered. Any state."""
+        self._requests.pop(request_id, None)
+        if self.is_ready:
+            self._send(pb.RouterMessage(cancel=pb.Cancel(request_id=request_id, reason=reason)))
+
+    def forget(self, request_id: RequestId) -> None:
+        """Deliver nothing more of this request, which the worker has finished by itself."""
+        self._requests.pop(request_id, None)
+
+    def break_off(self, reason: str, *, pause_s: float = 0.0) -> None:
+        """Take the worker as lost now; connect again after `pause_s` at the earliest."""
+        self._pause_s = max(self._pause_s, pause_s)
+        self._lose(reason)
+        if self._serving is not None:
+            self._serving.cancel()
+
+    def check_idle(self, now_s: float) -> None:
+        """To be called often: breaks the session off when the worker has fallen silent."""
+        silent_s = now_s - self.last_message_at_s
+        if self.is_ready and silent_s > self._config.idle_timeout_s:
+            self.break_off(f"no message for {silent_s:.1f} s")
+
+    async def run(self) -> None:
+        """Connect, serve, reconnect; ends by cancellation only."""
+        backoff_s = self._config.backoff_min_s
+        try:
+            while True:
+                self.state = SessionState.CONNECTING
+                was_ready = await self._run_once()
+                backoff_s = (
+                    self._config.backoff_min_s
+                    if was_ready
+                    else min(2 * backoff_s, self._config.backoff_max_s)
+                )
+                pause_s, self._pause_s = max(self._pause_s, backoff_s), 0.0
+                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+        finally:
+            self._lose("the session was closed")
+            self.state = SessionState.CLOSED
+
+    async def _run_once(self) -> bool:
+        """One connection from start to end; returns whether it ever was READY."""
+        welcomed_before = self.info
+        self._serving = asyncio.create_task(self._serve(), name=f"session {self.address}")
+        try:
+            # wait() instead of await: breaking off cancels the inner task only.
+            await asyncio.wait([self._serving])
+        finally:
+            if not self._serving.done():
+                self._serving.cancel()
+                await asyncio.wait([self._serving], timeout=CLOSE_TIMEOUT_S)
+        serving, self._serving = self._serving, None
+        if not serving.cancelled():
+            error = serving.exception()
+            if error is not None:
+                logger.error("session with %s failed", self.address, exc_info=error)
+            self._lose(repr(error) if error is not None else serving.result())
+        return self.info is not welcomed_before
+
+    async def _serve(self) -> str:
+        """Returns why the session ended."""
+        channel = open_channel(self.address)
+        call = None
+        writer = None
+        try:
+            self._stub = WorkerStub(channel)
+            call = self._stub.Session()
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                hello = pb.Hello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
+                await call.write(pb.RouterMessage(hello=hello))
+                first = await call.read()
+            if first is grpc.aio.EOF:
+                return f"refused: {await call.details() or await call.code()}"
+            if not first.HasField("welcome"):
+                return "the worker's first message was not Welcome"
+            self._on_welcome(first.welcome)
+            writer = asyncio.create_task(self._write(call))
+            async for message in call:
+                self._on_step(message.step)
+            return f"the worker ended the session: {await call.details() or await call.code()}"
+        except TimeoutError:
+            return f"no Welcome within {self._config.connect_timeout_s:g} s"
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {error.details()}"
+        except ValueError as error:
+            return f"the worker speaks another protocol: {error}"
+        finally:
+            for task in (writer, self._resync):
+                if task is not None:
+                    task.cancel()
+            if call is not None:
+                call.cancel()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(channel.close(), CLOSE_TIMEOUT_S)
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
+        """A write that fails ends the stream, which the reading side notices."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                while self._outgoing:
+                    await call.write(self._outgoing.popleft())
+                self._wake_writer.clear()
+                await self._wake_writer.wait()
+
+    def _send(self, message: pb.RouterMessage) -> None:
+        self._outgoing.append(message)
+        self._wake_writer.set()
+
+    def _on_welcome(self, welcome: pb.Welcome) -> None:
+        info = worker_info_from_wire(welcome.info)
+        is_restarted = self.info is not None and self.info.epoch != info.epoch
+        self.info = info
+        self._load = welcome.load
+        self._kv_sequence = welcome.kv_sequence
+        self._outgoing.clear()
+        self.last_message_at_s = self.last_progress_at_s = asyncio.get_running_loop().time()
+        self.state = SessionState.READY
+        self._listener.on_ready(self, split_hashes(welcome.cached_hashes))
+        log_fields(
+            logger,
+            "worker connected",
+            worker=info.worker_id,
+            epoch=info.epoch,
+            role=info.role.value,
+            address=self.address,
+            is_restarted=is_restarted,
+        )
+
+    def _on_step(self, batch: pb.StepBatch) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self.last_message_at_s = now_s
+        if batch.deltas:
+            self.last_progress_at_s = now_s
+            self._deliver(batch, now_s)
+        if batch.HasField("load"):
+            if batch.load.queued_prefill_tokens < self._load.queued_prefill_tokens:
+                self.last_progress_at_s = now_s
+            self._load = batch.load
+        if batch.kv_events:
+            self.last_progress_at_s = now_s
+            self._on_kv_events(batch.first_kv_sequence, batch.kv_events)
+
+    def _deliver(self, batch: pb.StepBatch, now_s: float) -> None:
+        assert self.info is not None
+        worker_id, at_s = self.info.worker_id, self._wall_clock()
+        requests = self._requests
+        for message in batch.deltas:
+            sent = requests.get(message.request_id)
+            if sent is None:
+                continue
+            delta = delta_from_wire(message)
+            if is_last(delta):
+                del requests[delta.request_id]
+            sent.mailbox.put(Arrival(worker_id, at_s, delta), now_s)
+
+    def _on_kv_events(self, first_sequence: int, events: Sequence[pb.KvEvent]) -> None:
+        if self._resync is not None:
+            self._resync_events += enumerate(events, start=first_sequence)
+            return
+        if first_sequence != self._kv_sequence + 1:
+            assert self.info is not None
+            logger.warning(
+                "worker %s: KV event %d follows %d; asking for a snapshot",
+                self.info.worker_id, first_sequence, self._kv_sequence,
+            )  # fmt: skip
+            self._listener.on_snapshot(self, ())
+            self._resync = asyncio.create_task(self._repair_gap())
+            return
+        self._kv_sequence += len(events)
+        for event in events:
+            self._listener.on_kv_event(
+                self, split_hashes(event.removed), split_hashes(event.stored)
+            )
+
+    async def _repair_gap(self) -> None:
+        """Fetch a snapshot beside the running session, then apply what came meanwhile."""
+        assert self._stub is not None
+        try:
+            snapshot = await self._stub.GetInfo(
+                pb.GetInfoRequest(), timeout=self._config.resync_timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            self._resync = None
+            self.break_off(f"gap in KV events and no snapshot: {error.code().name}")
+            return
+        events, self._resync_events = self._resync_events, []
+        self._resync = None
+        self._kv_sequence = snapshot.kv_sequence
+        self._listener.on_snapshot(self, split_hashes(snapshot.cached_hashes))
+        for sequence, event in events:
+            if sequence > self._kv_sequence:
+                self._on_kv_events(sequence, [event])
+
+    def _lose(self, reason: str) -> None:
+        """Tell every request; only the first reason of a session counts."""
+        was_ready = self.is_ready
+        if self.state in (SessionState.LOST, SessionState.CLOSED):
+            return
+        self.state = SessionState.LOST
+        self.lost_reason = reason
+        self._resync = None
+        self._resync_events.clear()
+        self._outgoing.clear()
+        requests, self._requests = self._requests, {}
+        now_s, at_s = asyncio.get_running_loop().time(), self._wall_clock()
+        worker_id = None if self.info is None else self.info.worker_id
+        for sent in requests.values():
+            sent.mailbox.put(Arrival(worker_id, at_s, lost=reason), now_s)
+        if was_ready:
+            logger.warning(
+                "worker %s lost with %d requests: %s", worker_id, len(requests), reason
+            )
+            self._listener.on_lost(self, reason)

@@ -1,0 +1,216 @@
+"""All workers of this router: one session per address, one prefix index over them.
+
+Follows a membership, opens and closes sessions, feeds the index from their KV events and takes
+the snapshots (`ClusterView`) that placement works on.
+
+Does not know: requests, retries, text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from baton.core.block import BlockHash
+from baton.core.errors import WorkerLost
+from baton.core.worker_info import WorkerId
+from services.router.cluster_view import ClusterView, WorkerState
+from services.router.config import SessionConfig
+from services.router.membership import Membership, Snapshot
+from services.router.prefix_index import PrefixIndex
+from services.router.session_client import WorkerSession
+
+logger = logging.getLogger(__name__)
+
+MONITOR_PERIOD_S = 0.25
+MEMBERSHIP_RETRY_S = 1.0
+
+
+class WorkerPool:
+    """Implements SessionListener. Everything runs on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        router_id: str,
+        config: SessionConfig,
+        index: PrefixIndex,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.index = index
+        self._router_id = router_id
+        self._config = config
+        self._wall_clock = wall_clock
+        self._sessions: dict[str, WorkerSession] = {}
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._by_id: dict[WorkerId, WorkerSession] = {}
+        self._leaving: set[str] = set()
+        """Addresses no longer in the membership whose requests may still finish."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._changed = asyncio.Event()
+
+    def start(self, membership: Membership) -> None:
+        self._tasks = [
+            asyncio.create_task(self._follow(membership), name="membership"),
+            asyncio.create_task(self._monitor(), name="session monitor"),
+        ]
+
+    async def stop(self) -> None:
+        """Close all sessions; their requests are told."""
+        tasks = [*self._tasks, *self._runs.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+        self._runs.clear()
+        self._sessions.clear()
+        self._by_id.clear()
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Open sessions to new addresses. Those to addresses that are gone take no new work and
+        are closed as soon as their requests have ended."""
+        addresses = set(snapshot.values())
+        self._leaving = self._sessions.keys() - addresses
+        self._close_left()
+        for address in sorted(addresses - self._sessions.keys()):
+            session = WorkerSession(
+                address,
+                router_id=self._router_id,
+                config=self._config,
+                listener=self,
+                wall_clock=self._wall_clock,
+            )
+            self._sessions[address] = session
+            self._runs[address] = asyncio.create_task(session.run(), name=f"worker {address}")
+
+    def session(self, worker_id: WorkerId) -> WorkerSession:
+        """Raises WorkerLost when the worker is not connected."""
+        session = self._by_id.get(worker_id)
+        if session is None or not session.is_ready or session.address in self._leaving:
+            raise WorkerLost(f"worker {worker_id} is not connected")
+        return session
+
+    def sessions(self) -> list[WorkerSession]:
+        """One per worker that was ever connected and has not left."""
+        return [s for s in self._by_id.values() if s.address not in self._leaving]
+
+    def view(self) -> ClusterView:
+        now_s = asyncio.get_running_loop().time()
+        return ClusterView(tuple(_state(s, now_s) for s in self.sessions()))
+
+    @property
+    def num_addresses(self) -> int:
+        """Workers the membership names, connected or not."""
+        return len(self._sessions)
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Returns after a worker came or went, at the latest after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    # SessionListener
+
+    def on_ready(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
+        assert session.info is not None
+        worker_id = session.info.worker_id
+        other = self._by_id.get(worker_id)
+        if other is not None and other is not session and other.is_ready:
+            logger.warning("worker id %s answers at %s too", worker_id, other.address)
+        self._drop_stale_ids(session)
+        self._by_id[worker_id] = session
+        self.index.reset_worker(worker_id, cached_hashes)
+        self._notify()
+
+    def on_snapshot(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
+        if session.info is not None and self._by_id.get(session.info.worker_id) is session:
+            self.index.reset_worker(session.info.worker_id, cached_hashes)
+
+    def on_kv_event(
+        self,
+        session: WorkerSession,
+        removed: Sequence[BlockHash],
+        stored: Sequence[BlockHash],
+    ) -> None:
+        assert session.info is not None
+        worker_id = session.info.worker_id
+        if self._by_id.get(worker_id) is not session:
+            return
+        if removed:
+            self.index.remove(worker_id, removed)
+        if stored:
+            self.index.store(worker_id, stored)
+
+    def on_lost(self, session: WorkerSession, reason: str) -> None:
+        if session.info is not None and self._by_id.get(session.info.worker_id) is session:
+            self.index.remove_worker(session.info.worker_id)
+        self._notify()
+
+    # Inside.
+
+    async def _follow(self, membership: Membership) -> None:
+        while True:
+            try:
+                async for snapshot in membership.watch():
+                    self.apply(snapshot)
+                return
+            except Exception:
+                # The workers known so far stay; the source may recover.
+                logger.exception("membership failed; trying again in %g s", MEMBERSHIP_RETRY_S)
+            await asyncio.sleep(MEMBERSHIP_RETRY_S)
+
+    async def _monitor(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(MONITOR_PERIOD_S)
+            for session in list(self._sessions.values()):
+                session.check_idle(loop.time())
+            self._close_left()
+
+    def _close_left(self) -> None:
+        for address in sorted(self._leaving):
+            session = self._sessions[address]
+            if session.is_ready and session.num_in_flight:
+                continue
+            logger.info("worker at %s left", address)
+            self._leaving.discard(address)
+            del self._sessions[address]
+            self._runs.pop(address).cancel()
+            self._forget(session)
+
+    def _forget(self, session: WorkerSession) -> None:
+        if session.info is None or self._by_id.get(session.info.worker_id) is not session:
+            return
+        del self._by_id[session.info.worker_id]
+        self.index.remove_worker(session.info.worker_id)
+        self._notify()
+
+    def _drop_stale_ids(self, session: WorkerSession) -> None:
+        """Another worker may have come up at an old one's address."""
+        assert session.info is not None
+        for worker_id, known in list(self._by_id.items()):
+            if known is session and worker_id != session.info.worker_id:
+                del self._by_id[worker_id]
+                self.index.remove_worker(worker_id)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _state(session: WorkerSession, now_s: float) -> WorkerState:
+    assert session.info is not None
+    prefill_tokens, kv_tokens = session.unreported(now_s)
+    return WorkerState(
+        info=session.info,
+        load=session.load,
+        load_age_s=now_s - session.last_message_at_s,
+        num_in_flight=session.num_in_flight,
+        unreported_prefill_tokens=prefill_tokens,
+        unreported_kv_tokens=kv_tokens,
+        is_quarantined=not session.is_ready,
+    )

@@ -1,0 +1,128 @@
+"""The command line of a worker process, the same for both pools.
+
+Order of life: settings, logging, event loop, start, ready, wait for a signal or for the
+supervisor's end, drain, stop. Every wait is bounded, so a signal ends the process in
+`drain_s` plus a few seconds at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from baton.core.config import merge
+from baton.core.errors import BatonError, ConfigError
+from baton.core.logging import setup_logging
+from baton.core.worker_info import Role
+from services.worker.config import LogFormat, WorkerConfig, load_worker_config, parse_override
+from services.worker.worker import WorkerServer
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>: the signal this process gets when its parent ends."""
+STOP_MARGIN_S = 10.0
+"""Beyond `drain_s`: for the step in progress, the transports and the server to end."""
+EXIT_CONFIG = 2
+
+
+def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = None) -> int:
+    """Run one worker until it is told to stop; returns the exit status."""
+    arguments = _parser(role).parse_args(argv)
+    if arguments.exit_with_parent:
+        _exit_with_parent(arguments.exit_with_parent)
+    try:
+        config = _config(role, defaults, arguments)
+    except ConfigError as error:
+        print(f"baton {role.value} worker: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    setup_logging(
+        role.value, level=config.log.level, as_json=config.log.format is LogFormat.JSON
+    )
+    try:
+        asyncio.run(_serve(config))
+    except BatonError as error:
+        logger.error("%s", error)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _parser(role: Role) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m services.{role.value}",
+        description=f"One {role.value} worker. Every setting of WorkerConfig can be given by "
+        "--config, by BATON_<SECTION>__<FIELD> in the environment, or by --set.",
+    )
+    parser.add_argument("--model", type=Path, metavar="PATH", help="Hugging Face model folder")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.FIELD=VALUE",
+        help="one setting, e.g. --set engine.max_num_seqs=16; may be repeated",
+    )
+    parser.add_argument(
+        "--registry", type=Path, metavar="DIR", help="announce the worker in this directory"
+    )
+    parser.add_argument(
+        "--exit-with-parent",
+        type=int,
+        metavar="PID",
+        help="drain and exit when the process PID, which must be the parent, ends",
+    )
+    return parser
+
+
+def _config(
+    role: Role, defaults: Mapping[str, Any], arguments: argparse.Namespace
+) -> WorkerConfig:
+    flags: dict[str, Any] = {
+        "role": role.value,
+        "engine": {"model_path": arguments.model},
+        "registry": {"directory": arguments.registry},
+    }
+    overrides = merge(*(parse_override(text) for text in arguments.overrides), flags)
+    return load_worker_config(
+        defaults=defaults, file=arguments.config, environ=os.environ, overrides=overrides
+    )
+
+
+def _exit_with_parent(parent_pid: int) -> None:
+    """SIGTERM for us when the parent ends, however it ends. Linux only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        logger.warning("prctl failed; this worker will outlive its parent")
+    if os.getppid() != parent_pid:
+        # The parent was faster to end than we were to ask.
+        raise SystemExit(1)
+
+
+async def _serve(config: WorkerConfig) -> None:
+    stop_requested = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop_requested.set)
+    server = WorkerServer(config)
+    starting = asyncio.create_task(server.start())
+    stopping = asyncio.create_task(stop_requested.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await stopping
+        else:
+            starting.cancel()
+    finally:
+        stopping.cancel()
+        async with asyncio.timeout(config.drain_s + STOP_MARGIN_S):
+            await server.stop()

@@ -1,0 +1,43 @@
+"""Fixtures every test folder may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from baton.model_import.cache import default_cache_dir
+from baton.model_import.importer import import_source
+from baton.model_import.sources import DEFAULT_SOURCE
+
+ImportModel = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def import_smollm2() -> ImportModel:
+    """dtype -> folder of the real model in it, from the cache that `make serve` fills as well."""
+
+    def import_as(dtype: str) -> Path:
+        result = import_source(
+            DEFAULT_SOURCE,
+            cache_dir=default_cache_dir(os.environ),
+            environ=os.environ,
+            dtype=dtype,
+        )
+        return result.folder
+
+    return import_as
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(import_smollm2: ImportModel) -> Path:
+    """The real model as users get it: weights rounded to bfloat16."""
+    return import_smollm2("bfloat16")
+
+
+@pytest.fixture(scope="session")
+def smollm2_float32_dir(import_smollm2: ImportModel) -> Path:
+    """The real model unrounded: the weights that the golden outputs were made with."""
+    return import_smollm2("float32")

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from baton.core.errors import ConfigError
+from baton.core.worker_info import Role
+from services.decode import config as decode
+from services.prefill import config as prefill
+from services.worker.config import TransportChoice, load_worker_config, parse_override
+
+MODEL = {"engine": {"model_path": "/models/tiny"}}
+
+
+def test_pools_differ_in_their_defaults():
+    p = load_worker_config(defaults=prefill.DEFAULTS, overrides=MODEL)
+    d = load_worker_config(defaults=decode.DEFAULTS, overrides=MODEL)
+    assert (p.role, d.role) == (Role.PREFILL, Role.DECODE)
+    assert p.engine.max_num_seqs < d.engine.max_num_seqs
+    assert p.engine.max_num_batched_tokens > d.engine.max_num_batched_tokens
+    assert p.served_model_name == "tiny"
+    assert p.host == "127.0.0.1"
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "worker.yaml"
+    file.write_text("port: 1\ndrain_s: 3\nengine: {max_num_seqs: 3, model_path: /m}\n")
+    environ = {"BATON_PORT": "2", "BATON_ENGINE__MAX_NUM_SEQS": "4", "HOME": "/"}
+    config = load_worker_config(
+        defaults=prefill.DEFAULTS,
+        file=file,
+        environ=environ,
+        overrides=parse_override("engine.max_num_seqs=5"),
+    )
+    assert (config.drain_s, config.port, config.engine.max_num_seqs) == (3.0, 2, 5)
+    assert config.engine.model_path == Path("/m")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.max_num_seq=3", "unknown setting engine.max_num_seq"),
+        ("transfer.transport=rdma", "transfer.transport must be one of auto, nixl, shm, fake"),
+        ("port=70000", "port must be between 0 and 65535, got 70000"),
+        ("transfer.cluster_secret=short", "has 5 characters"),
+        ("transfer.lease_s=0", "transfer.lease_s must be positive, got 0"),
+        ("host=0.0.0.0", "set advertise_host"),
+        ("log.level=LOUD", "log.level must be"),
+        ("port", "not of the form"),
+        ("engine..x=1", "not of the form"),
+    ],
+)
+def test_wrong_setting_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_worker_config(
+            defaults=decode.DEFAULTS,
+            overrides={**MODEL, **parse_override(override)},
+        )
+
+
+def test_secret_is_not_shown(tmp_path):
+    overrides = {**MODEL, **parse_override("transfer.cluster_secret=0123456789abcdef")}
+    config = load_worker_config(defaults=decode.DEFAULTS, overrides=overrides)
+    assert "0123456789abcdef" not in repr(config)
+    assert config.transfer.transport is TransportChoice.AUTO
+
+
+def test_broken_file_is_a_configuration_error(tmp_path):
+    file = tmp_path / "worker.yaml"
+    for text in ("- a\n", "a: [\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"worker\.yaml"):
+            load_worker_config(defaults=decode.DEFAULTS, file=file)
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_worker_config(defaults=decode.DEFAULTS, file=tmp_path / "none.yaml")
+
+
+def test_missing_model_is_named():
+    with pytest.raises(ConfigError, match="model_path"):
+        load_worker_config(defaults=decode.DEFAULTS, overrides={"engine": {}})

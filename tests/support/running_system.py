@@ -1,0 +1,127 @@
+"""One running `baton serve` under test: start, inspect, interrupt."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import psutil
+
+from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
+
+READY_TIMEOUT_S = 120.0
+IDLE_TIMEOUT_S = 30.0
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class RunningSystem:
+    """One `baton serve`, from its start to its end."""
+
+    arguments: list[str]
+    run_dir: Path
+    http_port: int = field(default_factory=free_port)
+    grpc_port: int = field(default_factory=free_port)
+    output: list[str] = field(default_factory=list)
+    process: subprocess.Popen[str] | None = None
+    members: set[int] = field(default_factory=set)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "baton.cli.main", "serve", "--run-dir", str(self.run_dir),
+            "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port),
+            *self.arguments,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        threading.Thread(target=self._read_output, daemon=True).start()
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not any(line.startswith("ready") for line in self.output):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError("not ready:\n" + "".join(self.output) + self.logs())
+            time.sleep(0.05)
+        self.members = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def interrupt(self, timeout_s: float) -> float:
+        """Ctrl-C; returns the seconds until the command had ended."""
+        assert self.process is not None
+        members = psutil.Process(self.process.pid).children(recursive=True)
+        self.members |= {p.pid for p in members}
+        start = time.monotonic()
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout_s)
+        return time.monotonic() - start
+
+    def kill(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            process.kill()
+        self.process.kill()
+        self.process.wait(10)
+
+    def leftovers(self) -> list[int]:
+        """Members of the system that still run."""
+        return [
+            pid
+            for pid in self.members
+            if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        ]
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.run_dir.glob("logs/*")
+        )
+
+    def workers(self) -> dict[str, worker_pb2.Welcome]:
+        """Worker id -> what it says of itself, asked over gRPC."""
+        answers = {}
+        for file in self.run_dir.glob("registry/*.json"):
+            address = json.loads(file.read_text())["info"]["address"]
+            with grpc.insecure_channel(address) as channel:
+                stub = worker_pb2_grpc.WorkerStub(channel)
+                welcome = stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10)
+                answers[welcome.info.worker_id] = welcome
+        return answers
+
+    def assert_nothing_leaked(self) -> None:
+        """All blocks free or cached, no lease, no reservation, on every worker."""
+        deadline = time.monotonic() + IDLE_TIMEOUT_S
+        while True:
+            loads = {worker_id: w.load for worker_id, w in self.workers().items()}
+            if all(is_idle(load) for load in loads.values()):
+                return
+            assert time.monotonic() < deadline, f"leaked: {loads}"
+            time.sleep(0.2)
+
+    def _read_output(self) -> None:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+
+
+def is_idle(load: worker_pb2.LoadReport) -> bool:
+    held = load.num_running + load.num_waiting + load.leases + load.reservations
+    everything = load.free_blocks + load.cached_blocks == load.total_blocks
+    return held == 0 and load.quarantined_blocks == 0 and everything
