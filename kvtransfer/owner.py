@@ -227,12 +227,14 @@ class LeaseOwner:
         return effects
 
     def request_failed(self, request_id: RequestId, reason: str) -> list[OwnerEffect]:
-        """The engine ended the request without finishing its chunks (error or cancel)."""
+        """The engine ended the request (error or cancel), or nobody wants its KV any more.
+
+        Unknown requests are ignored: a reader that asks later waits for its own router's cancel.
+        """
         effects = self.tick()
         owned = self._requests.get(request_id)
         if owned is None:
-            owned = self._add(request_id, OwnedState.ENDED)
-            owned.reason = reason
+            return effects
         owned.is_computed = True
         return effects + self._refuse(owned, reason)
 

@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         # The reader of our output has gone, e.g. `baton model info PATH | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # Disk full, no permission, ...: the system's own words name what and where.
+        print(f"baton: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
 
 
 def _load(name: str | None) -> Command:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from baton.cli.progress import TerminalProgress
 
 DTYPES = ("bfloat16", "float32")
 
@@ -94,16 +98,40 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return _run_info(args)
 
 
-def _run_import(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+def import_default(environ: Mapping[str, str], *, dtype: str) -> Path:
+    """The folder of the default model, made first when the cache does not have it.
+
+    Progress goes to stderr. Raises as import_source.
+    """
+    from baton.model_import.cache import default_cache_dir
+    from baton.model_import.importer import import_source
+    from baton.model_import.sources import DEFAULT_SOURCE
+
+    with _progress() as progress:
+        return import_source(
+            DEFAULT_SOURCE,
+            cache_dir=default_cache_dir(environ),
+            environ=environ,
+            dtype=dtype,
+            progress=progress,
+        ).folder
+
+
+def _progress() -> TerminalProgress:
     from rich.console import Console
 
     from baton.cli.progress import TerminalProgress
+
+    return TerminalProgress(Console(stderr=True))
+
+
+def _run_import(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.model_import.cache import default_cache_dir, model_dir
     from baton.model_import.importer import import_gguf, import_source
     from baton.model_import.sources import find_source
 
     cache_dir: Path = args.cache_dir or default_cache_dir(environ)
-    with TerminalProgress(Console(stderr=True)) as progress:
+    with _progress() as progress:
         if args.gguf is None:
             result = import_source(
                 find_source(args.source),

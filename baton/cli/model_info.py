@@ -84,6 +84,8 @@ def _roofline_table(report: Report) -> Table:
         f"{report.context_tokens:,}; c: compute-bound, m: memory-bound)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("machine", no_wrap=True)
     decode_rows = report.rooflines[0].decode if report.rooflines else ()
@@ -104,7 +106,7 @@ def _roofline_table(report: Report) -> Table:
 
 def _rate(estimate: Estimate) -> str:
     mark = "c" if estimate.bound is Bound.COMPUTE else "m"
-    return f"{_si(estimate.tokens_per_s).strip()} {mark}"
+    return f"{_si(estimate.tokens_per_s).replace(' ', '')} {mark}"
 
 
 def _count(value: int | None) -> str:

@@ -69,7 +69,7 @@ class TerminalProgress:
     def start_stage(self, description: str, total: int | None, unit: Unit) -> None:
         self._finish_stage()
         if not self._console.is_terminal:
-            self._console.print(f"{description} ...", highlight=False)
+            self._console.print(f"{description} ...", highlight=False, soft_wrap=True)
         self._task = self._progress.add_task(description, total=total, unit=unit)
 
     def update(self, completed: int) -> None:
@@ -77,7 +77,7 @@ class TerminalProgress:
             self._progress.update(self._task, completed=completed)
 
     def note(self, message: str) -> None:
-        self._progress.console.print(message, highlight=False)
+        self._progress.console.print(message, highlight=False, soft_wrap=True)
 
     def _finish_stage(self) -> None:
         """A stage whose total was an estimate still ends at its end."""

@@ -22,6 +22,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.core.errors import ConfigError, InvalidRequest
 
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What expressions of a template raise over messages they were not written for."""
+
 
 class ChatTemplate:
     """A compiled template. Raises ConfigError when the source is not valid Jinja."""
@@ -52,7 +63,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except _REFUSALS as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error

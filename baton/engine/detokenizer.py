@@ -76,8 +76,8 @@ class WindowDetokenizer:
 
     When the text ends in U+FFFD a character may be incomplete, so `p` waits, but for at most
     MAX_PENDING_TOKENS tokens. The tokens shown last are the next context, hence the window stays
-    short. Tokens without text are dropped: as context they would make the next piece look like
-    the start of a text.
+    short. A token that adds no text is dropped: as context it would make the next piece look like
+    the start of a text. (At the start it stays, as it may be the space that is to be stripped.)
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class WindowDetokenizer:
     def _push_one(self, token_id: int) -> str:
         num_pending = len(self._ids) - self._num_context
         text = self._decode([*self._ids, token_id])
-        if text == self._text and not num_pending:
+        if text and text == self._text and not num_pending:
             return ""
         self._ids.append(token_id)
         self._text = text

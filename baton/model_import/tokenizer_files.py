@@ -79,17 +79,17 @@ BUILDERS: Mapping[str, Callable[[GgufFile], tokenizers.Tokenizer]] = {"gpt2": _b
 
 
 def _pre_tokenizer(file: GgufFile) -> pre_tokenizers.PreTokenizer:
-    name = file.get(f"{PREFIX}.pre", str, "default")
+    name = file.get(f"{PREFIX}.pre", str)
     byte_level = pre_tokenizers.ByteLevel(
         add_prefix_space=file.get(f"{PREFIX}.add_space_prefix", bool, False), use_regex=True
     )
-    if name in ("smollm", "starcoder", "refact", "command-r"):
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if name in ("gpt-2", "default"):
+    if name == "gpt-2":
         return byte_level
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     raise ConfigError(
-        f"{file.path.name} uses the pre-tokenizer {name!r}; known: smollm, gpt-2, default; "
-        "use the model's Hugging Face folder"
+        f"{file.path.name} uses the pre-tokenizer {name!r}; known: gpt-2, smollm; use the model's "
+        "Hugging Face folder"
     )
 
 

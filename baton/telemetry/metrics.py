@@ -64,7 +64,7 @@ class _Histogram:
         bounds = [*map(repr, map(float, series.buckets)), "+Inf"]
         for labels, child in self._children.items():
             cumulative = 0
-            buckets: list[Sequence[object]] = []
+            buckets: list[tuple[str, float]] = []
             for bound, count in zip(bounds, child.counts, strict=True):
                 cumulative += count
                 buckets.append((bound, cumulative))
@@ -80,31 +80,26 @@ class Metrics:
 
     def __init__(self, series: Sequence[Series] = ALL_SERIES) -> None:
         self._registry = CollectorRegistry()
-        self._counters: dict[str, Counter] = {}
-        self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, _Histogram] = {}
+        self._families: dict[str, Counter | Gauge] = {}
+        self._children: dict[tuple[str, tuple[str, ...]], Counter | Gauge] = {}
         for s in series:
-            if s.kind is Kind.COUNTER:
-                self._counters[s.name] = Counter(s.name, s.help, s.labels, registry=self._registry)
-            elif s.kind is Kind.GAUGE:
-                self._gauges[s.name] = Gauge(s.name, s.help, s.labels, registry=self._registry)
-            else:
+            if s.kind is Kind.HISTOGRAM:
                 self._histograms[s.name] = _Histogram(s)
                 self._registry.register(self._histograms[s.name])
+                continue
+            kind = Counter if s.kind is Kind.COUNTER else Gauge
+            self._families[s.name] = kind(s.name, s.help, s.labels, registry=self._registry)
 
     def add(self, series: Series, amount: float, *labels: str) -> None:
         """Increase a counter, or move a gauge by `amount`."""
-        if series.kind is Kind.COUNTER:
-            counter = self._counters[series.name]
-            (counter.labels(*labels) if labels else counter).inc(amount)
-        else:
-            gauge = self._gauges[series.name]
-            (gauge.labels(*labels) if labels else gauge).inc(amount)
+        self._child(series, labels).inc(amount)
 
     def set(self, series: Series, value: float, *labels: str) -> None:
         """Set a gauge."""
-        gauge = self._gauges[series.name]
-        (gauge.labels(*labels) if labels else gauge).set(value)
+        child = self._child(series, labels)
+        assert isinstance(child, Gauge), f"{series.name} is no gauge"
+        child.set(value)
 
     def observe(self, series: Series, value: float, *labels: str) -> None:
         """Add to a histogram."""
@@ -118,11 +113,17 @@ class Metrics:
         """Drop one label set; it no longer shows. Unknown ones are ignored."""
         if series.kind is Kind.HISTOGRAM:
             self._histograms[series.name].remove(labels)
-            return
-        family = (self._counters if series.kind is Kind.COUNTER else self._gauges)[series.name]
-        if labels in family._metrics:
-            family.remove(*labels)
+        elif labels and self._children.pop((series.name, labels), None) is not None:
+            self._families[series.name].remove(*labels)
 
     def render(self) -> bytes:
         """All series in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+    def _child(self, series: Series, labels: tuple[str, ...]) -> Counter | Gauge:
+        key = (series.name, labels)
+        child = self._children.get(key)
+        if child is None:
+            family = self._families[series.name]
+            child = self._children[key] = family.labels(*labels) if labels else family
+        return child

@@ -22,9 +22,7 @@ def create(
     overrides: Mapping[str, Any] | None = None,
 ) -> WorkerServer:
     """A worker to be started inside a running event loop. Raises ConfigError."""
-    config = load_worker_config(
-        defaults=DEFAULTS, file=file, environ=environ, overrides=overrides
-    )
+    config = load_worker_config(defaults=DEFAULTS, file=file, environ=environ, overrides=overrides)
     return WorkerServer(config)
 
 

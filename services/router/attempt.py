@@ -63,6 +63,8 @@ class Attempt:
     sessions: dict[WorkerId, WorkerSession] = field(default_factory=dict)
     unfinished: set[WorkerId] = field(default_factory=set)
     """Workers that have not sent their last delta."""
+    cached_seen: set[WorkerId] = field(default_factory=set)
+    """Workers whose prefix cache hits have been counted."""
     is_handed_over: bool = False
     """The decode worker has been heard: it no longer needs the prefill worker."""
 
@@ -126,7 +128,6 @@ class Attempt:
         if delta is None:
             if worker_id is not None and worker_id not in self.unfinished:
                 return None
-            self.unfinished.discard(worker_id) if worker_id is not None else None
             return AttemptFailure(arrival.lost, worker_id)
         if self.is_remote and worker_id == self.placement.decode and delta.token_ids:
             self.is_handed_over = True

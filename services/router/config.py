@@ -17,6 +17,7 @@ import yaml
 from baton.core.config import build, env_values, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
+from services.router.edge_config import EdgeConfig
 
 
 class LogFormat(Enum):
@@ -114,9 +115,7 @@ class DispatchConfig:
             "dispatch", self, "worker_wait_s", "stall_s", "request_stall_s", "watchdog_period_s"
         )
         if self.max_retries < 0:
-            raise ConfigError(
-                f"dispatch.max_retries must not be negative, got {self.max_retries}"
-            )
+            raise ConfigError(f"dispatch.max_retries must not be negative, got {self.max_retries}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +162,7 @@ class RouterConfig:
     """Directory of the single-machine worker registry."""
     workers: tuple[str, ...] = ()
     """Addresses (host:port) of workers, instead of a registry."""
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)

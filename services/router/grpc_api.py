@@ -21,11 +21,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from baton.core.errors import BatonError, InternalError, InvalidRequest, Overloaded, wire_status
 from baton.core.logging import log_fields
+from baton.core.metrics import REJECTED
 from baton.core.request import FinishReason, RequestId
 from baton.rpc.channel import abort
 from baton.rpc.convert import finish_to_wire, logprobs_to_wire, sampling_from_wire
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc
+from baton.telemetry.metrics import Metrics
 from services.router.edge_config import EdgeConfig
 from services.router.generation import GenerationDelta, GenerationInput, Generator, ModelCard
 from services.router.preprocess import (
@@ -46,19 +48,19 @@ PromptOf = Callable[[ModelCard], Awaitable[tuple[int, ...]]]
 
 
 class InferenceApi(inference_pb2_grpc.InferenceServicer):
-    """`count_rejected` gets the HTTP status that matches each refusal."""
+    """Calls turned away here are counted in `metrics` under the matching HTTP status."""
 
     def __init__(
         self,
         generator: Generator,
         preprocessor: Preprocessor,
         *,
-        count_rejected: Callable[[int], None],
+        metrics: Metrics,
         config: EdgeConfig,
     ) -> None:
         self._generator = generator
         self._preprocessor = preprocessor
-        self._count_rejected = count_rejected
+        self._metrics = metrics
         self._config = config
 
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> Deltas:
@@ -157,7 +159,7 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
 
     async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
         status = wire_status(error)
-        self._count_rejected(status.http)
+        self._metrics.add(REJECTED, 1, str(status.http))
         log_fields(logger, "request rejected", status=status.grpc, error=str(error)[:500])
         await _end_with(context, error, "")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from baton.core.errors import ConfigError
 from baton.rpc.channel import new_server
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
+from baton.telemetry.metrics import Metrics
 from services.router.edge_config import EdgeConfig
 from services.router.generation import Generator
 from services.router.grpc_api import InferenceApi
@@ -37,7 +37,7 @@ class GrpcServer:
         *,
         host: str,
         port: int,
-        count_rejected: Callable[[int], None],
+        metrics: Metrics,
         config: EdgeConfig,
     ) -> None:
         self._generator = generator
@@ -45,9 +45,7 @@ class GrpcServer:
         self._preprocessor = Preprocessor(generator)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server = new_server()
-        api = InferenceApi(
-            generator, self._preprocessor, count_rejected=count_rejected, config=config
-        )
+        api = InferenceApi(generator, self._preprocessor, metrics=metrics, config=config)
         inference_pb2_grpc.add_InferenceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)

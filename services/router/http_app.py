@@ -19,9 +19,12 @@ from baton.core.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    RequestError,
     Unavailable,
 )
 from baton.core.logging import log_fields
+from baton.core.metrics import REJECTED
+from baton.telemetry.metrics import Metrics
 from services.router.edge_config import EdgeConfig
 from services.router.generation import Generator, Health, ModelCard
 from services.router.openai_api.exchange import Exchange, Receive, Scope, Send
@@ -31,28 +34,23 @@ from services.router.preprocess import Preprocessor, shorten
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_S = 2.0
-METRICS_CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _MODELS = "/v1/models"
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
 class HttpApp:
-    """`render_metrics` returns the Prometheus text; `count_rejected` gets the status of every
-    request that this edge turned away itself.
-    """
+    """`metrics` is what /metrics shows; requests turned away here are counted in it."""
 
     def __init__(
         self,
         generator: Generator,
         *,
-        render_metrics: Callable[[], bytes],
-        count_rejected: Callable[[int], None],
+        metrics: Metrics,
         config: EdgeConfig | None = None,
     ) -> None:
         self._generator = generator
-        self._render_metrics = render_metrics
-        self._count_rejected = count_rejected
+        self._metrics = metrics
         self._preprocessor = Preprocessor(generator)
         self._routes = GenerationRoutes(generator, self._preprocessor, config or EdgeConfig())
         self._table: dict[str, dict[str, Handler]] = {
@@ -61,7 +59,7 @@ class HttpApp:
             _MODELS: {"GET": self._models, "HEAD": self._models},
             "/health": {"GET": self._health, "HEAD": self._health},
             "/version": {"GET": self._version, "HEAD": self._version},
-            "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
+            "/metrics": {"GET": self._show_metrics, "HEAD": self._show_metrics},
         }
         self._one_model: dict[str, Handler] = {"GET": self._model, "HEAD": self._model}
 
@@ -120,8 +118,9 @@ class HttpApp:
             status=status,
             error=str(error)[:500],
         )
-        if not exchange.is_dispatched:
-            self._count_rejected(status)
+        # The dispatcher counts what it has begun; what it refuses at the door it leaves to us.
+        if isinstance(error, RequestError) or not exchange.is_dispatched:
+            self._metrics.add(REJECTED, 1, str(status))
 
     async def _models(self, exchange: Exchange) -> None:
         cards = [_model_object(card) for card in self._generator.models()]
@@ -153,8 +152,9 @@ class HttpApp:
     async def _version(self, exchange: Exchange) -> None:
         await exchange.answer_json(200, {"version": baton.__version__})
 
-    async def _metrics(self, exchange: Exchange) -> None:
-        await exchange.answer(200, self._render_metrics(), METRICS_CONTENT_TYPE)
+    async def _show_metrics(self, exchange: Exchange) -> None:
+        content_type = self._metrics.content_type.encode()
+        await exchange.answer(200, self._metrics.render(), content_type)
 
 
 class _WrongMethod(MethodNotAllowed):

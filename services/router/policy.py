@@ -195,9 +195,7 @@ def _cheapest(scored: Iterable[tuple[float, T]], rng: random.Random) -> T:
     return best[0] if len(best) == 1 else rng.choice(best)
 
 
-def _why_none(
-    view: ClusterView, request: PlacementRequest, eligible: Sequence[WorkerState]
-) -> str:
+def _why_none(view: ClusterView, request: PlacementRequest, eligible: Sequence[WorkerState]) -> str:
     if eligible:
         longest = max(w.info.max_model_len for w in eligible)
         return (

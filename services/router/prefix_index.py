@@ -95,7 +95,7 @@ class PrefixIndex:
         lengths: dict[WorkerId, int] = {}
         for worker_id, bit in self._bit.items():
             if common[0] & bit:
-                lengths[worker_id] = bisect_left(common, True, key=lambda m, b=bit: not m & b)
+                lengths[worker_id] = _first_without(common, bit)
         return lengths
 
     def touch(self, hashes: Sequence[BlockHash]) -> None:
@@ -141,3 +141,8 @@ class PrefixIndex:
             bit = mask & -mask
             self._held[self._worker_of_bit[bit]].discard(block_hash)
             mask ^= bit
+
+
+def _first_without(common: Sequence[int], bit: int) -> int:
+    """`common` loses bits along the way and never regains one."""
+    return bisect_left(common, True, key=lambda mask: not mask & bit)

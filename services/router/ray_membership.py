@@ -17,15 +17,12 @@ from typing import Any
 
 # The stable path ray.serve.request_router exports only the abstract base.
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
-from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from baton.core.worker_info import WorkerId
 from baton.rpc.convert import worker_info_from_wire
 from baton.rpc.v1 import worker_pb2
 from services.router.membership import PushMembership, Snapshot
-
-ROUTER_CLASS = "services.router.ray_membership.PublishingRequestRouter"
 
 
 class ReplicaBoard:
@@ -82,11 +79,6 @@ class PublishingRequestRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[m
             self._deployment_id.name,
             {r.replica_id.unique_id: r.replica_metadata for r in self._replicas.values()},
         )
-
-
-def request_router_config() -> RequestRouterConfig:
-    """For the pools' deployments: handles to them publish their replicas on the board."""
-    return RequestRouterConfig(request_router_class=ROUTER_CLASS)
 
 
 def watch_replicas(handles: tuple[DeploymentHandle, ...]) -> PushMembership:

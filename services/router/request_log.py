@@ -9,7 +9,6 @@ import logging
 from dataclasses import dataclass, field
 
 from baton.core import metrics as series
-from baton.core.errors import wire_status
 from baton.core.lifecycle import LifecycleEvent as Event
 from baton.core.lifecycle import Timeline
 from baton.core.logging import log_fields
@@ -106,10 +105,6 @@ class RequestRecorder:
             metrics.observe(series.TRANSFER_EXPOSED, transfer.exposed_seconds, model)
             metrics.observe(series.TRANSFER_BYTES, transfer.num_bytes, model)
         _log(record, finish)
-
-    def rejected(self, error: BaseException) -> None:
-        """Refused before any work."""
-        self._metrics.add(series.REJECTED, 1, str(wire_status(error).http))
 
     def _itl_observer(self, model: str) -> Observer:
         observer = self._itl[model] = self._metrics.observer(series.ITL, model)

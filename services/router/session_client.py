@@ -43,6 +43,7 @@ from services.router.wire_delta import delta_from_wire, is_last
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
+CLOSED_BY_US = "the router closed the session"
 UNREPORTED_S = 0.05
 """A load report this much younger than a submit contains it: delivery and one engine step."""
 
@@ -74,7 +75,7 @@ class SessionListener(Protocol):
         """Replaces everything known of the worker's blocks; empty while a gap is repaired."""
         ...
 
-    def on_lost(self, session: WorkerSession, reason: str) -> None:
+    def on_lost(self, session: WorkerSession) -> None:
         """All requests of the session have been told."""
         ...
 
@@ -114,7 +115,7 @@ class WorkerSession:
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
-        self._requests: dict[RequestId, SentRequest] = {}
+        self._requests: dict[str, SentRequest] = {}
         self._outgoing: deque[pb.RouterMessage] = deque()
         self._wake_writer = asyncio.Event()
         self._load = pb.LoadReport()
@@ -159,9 +160,7 @@ class WorkerSession:
         if not self.is_ready:
             raise WorkerLost(f"worker at {self.address} is not connected: {self.lost_reason}")
         now_s = asyncio.get_running_loop().time()
-        self._requests[request.request_id] = SentRequest(
-            mailbox, now_s, prefill_tokens, kv_tokens
-        )
+        self._requests[request.request_id] = SentRequest(mailbox, now_s, prefill_tokens, kv_tokens)
         self._send(pb.RouterMessage(submit=request_to_wire(request)))
 
     def cancel(self, request_id: RequestId, reason: str) -> None:
@@ -180,6 +179,10 @@ class WorkerSession:
         self._lose(reason)
         if self._serving is not None:
             self._serving.cancel()
+
+    def quarantine(self, reason: str) -> None:
+        """Break off with a worker that answers but does not work, and leave it alone a while."""
+        self.break_off(reason, pause_s=self._config.stall_quarantine_s)
 
     def check_idle(self, now_s: float) -> None:
         """To be called often: breaks the session off when the worker has fallen silent."""
@@ -202,7 +205,7 @@ class WorkerSession:
                 pause_s, self._pause_s = max(self._pause_s, backoff_s), 0.0
                 await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
         finally:
-            self._lose("the session was closed")
+            self._lose(CLOSED_BY_US)
             self.state = SessionState.CLOSED
 
     async def _run_once(self) -> bool:
@@ -242,7 +245,7 @@ class WorkerSession:
                 return "the worker's first message was not Welcome"
             self._on_welcome(first.welcome)
             writer = asyncio.create_task(self._write(call))
-            async for message in call:
+            while (message := await call.read()) is not grpc.aio.EOF:
                 self._on_step(message.step)
             return f"the worker ended the session: {await call.details() or await call.code()}"
         except TimeoutError:
@@ -374,7 +377,5 @@ class WorkerSession:
         for sent in requests.values():
             sent.mailbox.put(Arrival(worker_id, at_s, lost=reason), now_s)
         if was_ready:
-            logger.warning(
-                "worker %s lost with %d requests: %s", worker_id, len(requests), reason
-            )
+            logger.warning("worker %s lost with %d requests: %s", worker_id, len(requests), reason)
             self._listener.on_lost(self, reason)

@@ -145,7 +145,7 @@ class WorkerPool:
         if stored:
             self.index.store(worker_id, stored)
 
-    def on_lost(self, session: WorkerSession, reason: str) -> None:
+    def on_lost(self, session: WorkerSession) -> None:
         if session.info is not None and self._by_id.get(session.info.worker_id) is session:
             self.index.remove_worker(session.info.worker_id)
         self._notify()

@@ -18,17 +18,7 @@ from baton.core.config import build, env_values, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
 from baton.engine.config import EngineConfig
-
-
-class TransportChoice(Enum):
-    """Which link moves KV between workers."""
-
-    AUTO = "auto"
-    """nixl where it works, shm otherwise; the log says which and why."""
-    NIXL = "nixl"
-    SHM = "shm"
-    FAKE = "fake"
-    """Between servers of one process: tests only."""
+from kvtransfer.select import TransportKind
 
 
 class LogFormat(Enum):
@@ -54,21 +44,23 @@ class LogConfig:
 class TransferConfig:
     """Leases and reads between workers."""
 
-    transport: TransportChoice = TransportChoice.AUTO
+    transport: TransportKind = TransportKind.AUTO
+    """auto takes nixl where it works and shm elsewhere; the log says which and why."""
     cluster_secret: str | None = field(default=None, repr=False)
     """Signs peer cards; equal on all workers of a cluster. None shares a file in the registry
     directory, which serves the workers of one machine."""
-    lease_s: float = 10.0
-    """How long the owner keeps blocks for a reader that does not renew."""
+    lease_s: float = 15.0
+    """How long the owner keeps blocks for a reader that does not renew. Readers renew at a third
+    of it, so a busy machine may delay a renewal by seconds."""
     connect_timeout_s: float = 5.0
     """Reaching a prefill peer and exchanging cards."""
     read_timeout_s: float = 10.0
     """One read. Ample for a whole prompt on a slow link; a dead peer is noticed sooner."""
-    validate_timeout_s: float = 5.0
-    """The owner's answer to Complete. Until it comes, what was read is not trusted."""
+    link_grace_s: float = 2.0
+    """How long a broken stream to a prefill peer may take to come back."""
 
     def __post_init__(self) -> None:
-        for name in ("lease_s", "connect_timeout_s", "read_timeout_s", "validate_timeout_s"):
+        for name in ("lease_s", "connect_timeout_s", "read_timeout_s", "link_grace_s"):
             _check_positive(f"transfer.{name}", getattr(self, name))
         if self.cluster_secret is not None and len(self.cluster_secret) < 16:
             raise ConfigError(

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ray.serve.config import RequestRouterConfig
+
+from baton.core.errors import Unavailable
 from baton.core.logging import setup_logging
 from baton.rpc.convert import worker_info_to_wire
 from services.worker.config import LogFormat, load_worker_config
@@ -19,6 +22,9 @@ from services.worker.worker import WorkerServer
 
 STOP_MARGIN_S = 10.0
 SERVE_OPTIONS: dict[str, Any] = {
+    "request_router_config": RequestRouterConfig(
+        request_router_class="services.router.ray_membership.PublishingRequestRouter"
+    ),
     # A fraction: the engine's threads are the machine's cores whatever Ray books for them.
     "ray_actor_options": {"num_cpus": 0.1},
     "health_check_period_s": 1.0,
@@ -54,7 +60,9 @@ class WorkerReplica:
 
     async def check_health(self) -> None:
         """Raises Unavailable; Serve replaces the replica after three failures."""
-        await self._server.check_health()
+        verdict = await self._server.check_health()
+        if not verdict.is_healthy:
+            raise Unavailable(verdict.reason)
 
     async def __del__(self) -> None:
         async with asyncio.timeout(self._drain_s + STOP_MARGIN_S):

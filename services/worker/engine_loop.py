@@ -23,8 +23,21 @@ from typing import Protocol, TypeVar
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
-from baton.core.errors import BatonError, InvalidRequest, Overloaded, RequestError
-from baton.core.request import FinishReason, GenerateRequest, RequestId, TokenDelta
+from baton.core.errors import (
+    BatonError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+)
+from baton.core.request import (
+    FinishReason,
+    GenerateRequest,
+    RequestId,
+    SamplingParams,
+    TokenDelta,
+    Work,
+)
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import StepOutput
 
@@ -34,6 +47,7 @@ JOIN_TIMEOUT_S = 5.0
 """A step in progress cannot be interrupted; beyond this the thread is left to die alone."""
 MAX_FAILED_STEPS = 3
 """This many unexpected errors in a row, and the engine calls itself broken."""
+WARM_UP_TOKENS = 4
 FAILURE = "the worker's engine failed"
 
 
@@ -159,6 +173,13 @@ class EngineLoop:
     async def snapshot(self) -> Snapshot:
         """The engine's state after all commands sent so far."""
         return await self._ask(self._take_snapshot)
+
+    async def warm_up(self) -> None:
+        """Compute a few tokens for nobody, so that the first client does not pay for it.
+
+        Raises InternalError when they do not come.
+        """
+        await self._ask(self._compute_sample)
 
     async def check_integrity(self) -> None:
         """Raises what the engine's own check raises."""
@@ -319,11 +340,23 @@ class EngineLoop:
         self._failing.discard(request_id)
         self._undelivered.append(error_delta(request_id, FAILURE, is_retryable=True))
 
+    def _compute_sample(self) -> None:
+        sampling = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0.0, ignore_eos=True)
+        request = GenerateRequest(
+            RequestId("warm-up"), Work.GENERATE, (0,) * WARM_UP_TOKENS, sampling
+        )
+        self._engine.submit(request)
+        num_tokens = 0
+        for _ in range(10 * WARM_UP_TOKENS):
+            num_tokens += sum(len(delta.token_ids) for delta in self._engine.step().deltas)
+            if not self._engine.has_work:
+                break
+        if num_tokens != WARM_UP_TOKENS:
+            raise InternalError(f"warm-up made {num_tokens} of {WARM_UP_TOKENS} tokens")
+
     def _take_snapshot(self) -> Snapshot:
         engine = self._engine
-        return Snapshot(
-            engine.load(), engine.cached_hashes(), self._kv_sequence, engine.is_empty
-        )
+        return Snapshot(engine.load(), engine.cached_hashes(), self._kv_sequence, engine.is_empty)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None
@@ -361,6 +394,4 @@ def error_delta(request_id: RequestId, message: str, *, is_retryable: bool) -> T
 
 def refusal(request_id: RequestId, error: BatonError) -> TokenDelta:
     """The answer to a submit this worker does not take. Only a wrong request is hopeless."""
-    return error_delta(
-        request_id, str(error), is_retryable=not isinstance(error, InvalidRequest)
-    )
+    return error_delta(request_id, str(error), is_retryable=not isinstance(error, InvalidRequest))

@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from baton.core.config import merge
 from baton.core.errors import BatonError, ConfigError
@@ -44,14 +44,17 @@ def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = No
     except ConfigError as error:
         print(f"baton {role.value} worker: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    setup_logging(
-        role.value, level=config.log.level, as_json=config.log.format is LogFormat.JSON
-    )
+    setup_logging(role.value, level=config.log.level, as_json=config.log.format is LogFormat.JSON)
     try:
-        asyncio.run(_serve(config))
+        has_started = asyncio.run(_serve(config))
     except BatonError as error:
         logger.error("%s", error)
         return EXIT_CONFIG if isinstance(error, ConfigError) else 1
+    except TimeoutError:
+        logger.error("the worker did not stop in time")
+        _leave_now(1)
+    if not has_started:
+        _leave_now(0)
     return 0
 
 
@@ -83,9 +86,7 @@ def _parser(role: Role) -> argparse.ArgumentParser:
     return parser
 
 
-def _config(
-    role: Role, defaults: Mapping[str, Any], arguments: argparse.Namespace
-) -> WorkerConfig:
+def _config(role: Role, defaults: Mapping[str, Any], arguments: argparse.Namespace) -> WorkerConfig:
     flags: dict[str, Any] = {
         "role": role.value,
         "engine": {"model_path": arguments.model},
@@ -107,7 +108,14 @@ def _exit_with_parent(parent_pid: int) -> None:
         raise SystemExit(1)
 
 
-async def _serve(config: WorkerConfig) -> None:
+def _leave_now(code: int) -> NoReturn:
+    """End the process although threads are still inside native code."""
+    logging.shutdown()
+    os._exit(code)
+
+
+async def _serve(config: WorkerConfig) -> bool:
+    """Returns False when the stop signal came before the worker was ready."""
     stop_requested = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -126,3 +134,4 @@ async def _serve(config: WorkerConfig) -> None:
         stopping.cancel()
         async with asyncio.timeout(config.drain_s + STOP_MARGIN_S):
             await server.stop()
+    return starting.done() and not starting.cancelled()

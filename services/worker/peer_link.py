@@ -76,7 +76,10 @@ class PeerLink:
         transport: Transport,
         listener: LinkListener,
         connect_timeout_s: float,
+        predecessor: PeerLink | None = None,
     ) -> None:
+        """`predecessor`: a dead or older link to the same worker id; it is ended first, because
+        the transport knows one epoch of a peer at a time."""
         self.peer = peer
         self.state = LinkState.CONNECTING
         self._myself = myself
@@ -85,7 +88,7 @@ class PeerLink:
         self._connect_timeout_s = connect_timeout_s
         self._outgoing: asyncio.Queue[ReaderMessage] = asyncio.Queue()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(), name=f"link to {peer.worker_id}")
+        self._task = asyncio.create_task(self._run(predecessor), name=f"link to {peer.worker_id}")
 
     async def ready(self) -> None:
         """Waits until the first connection is made. Raises TransferError when it is not."""
@@ -101,9 +104,11 @@ class PeerLink:
         self._task.cancel()
         await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT_S)
 
-    async def _run(self) -> None:
+    async def _run(self, predecessor: PeerLink | None) -> None:
         error: TransferError = PeerGone(f"the link to {self.peer.worker_id} was closed")
         try:
+            if predecessor is not None:
+                await predecessor.close()
             while True:
                 await self._serve_once()
                 self.state = LinkState.RECONNECTING
@@ -155,9 +160,7 @@ class PeerLink:
                 )
                 worker_id, epoch = await self._transport.connect(reply.card)
                 call = stub.Leases()
-                hello = pb.ReaderHello(
-                    worker_id=self._myself.worker_id, epoch=self._myself.epoch
-                )
+                hello = pb.ReaderHello(worker_id=self._myself.worker_id, epoch=self._myself.epoch)
                 await call.write(pb.ReaderMessage(hello=hello))
         except TimeoutError:
             limit = f"{self._connect_timeout_s:g} s"

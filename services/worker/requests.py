@@ -32,9 +32,11 @@ from baton.engine.engine import ChunkDone, Reservation
 from baton.rpc.convert import request_from_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.engine_loop import EngineLoop, StepResult, error_delta, is_last, refusal
-from services.worker.session import Session, Sessions
+from services.worker.session import RouterSession, Sessions
 
 logger = logging.getLogger(__name__)
+
+_UNFINISHED = (FinishReason.CANCELLED, FinishReason.ERROR)
 
 
 class LeaseSide(Protocol):
@@ -61,14 +63,14 @@ class ReadSide(Protocol):
         ...
 
     def drop(self, request_id: RequestId) -> None:
-        """Stop and give up the reservation, if there is one. Unknown ids are ignored."""
+        """Stop; a reservation ends in `not_arrived` before this returns. Unknown: ignored."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class _Record:
     request: GenerateRequest
-    session: Session | None
+    session: RouterSession | None
     """None once the request has ended towards its router."""
     deadline: asyncio.TimerHandle
     is_reserved: bool = False
@@ -118,7 +120,7 @@ class Requests:
 
     # From routers.
 
-    def submit(self, session: Session, message: pb.Submit) -> None:
+    def submit(self, session: RouterSession, message: pb.Submit) -> None:
         """Take a request, or answer its session with an error delta."""
         request_id = RequestId(message.request_id)
         try:
@@ -137,7 +139,7 @@ class Requests:
             self._reads.expect(request)
         self._engine.submit(request)
 
-    def cancel(self, session: Session, request_id: RequestId, reason: str) -> None:
+    def cancel(self, session: RouterSession, request_id: RequestId, reason: str) -> None:
         """The router no longer wants the request; it gets one delta CANCELLED if still live."""
         record = self._live.get(request_id)
         if record is None:
@@ -147,7 +149,7 @@ class Requests:
             logger.debug("request %s cancelled by its router: %s", request_id, reason)
             self._stop(record, TokenDelta(request_id, finish_reason=FinishReason.CANCELLED))
 
-    def session_ended(self, session: Session) -> None:
+    def session_ended(self, session: RouterSession) -> None:
         """The router is gone: nobody is left to read its requests' tokens."""
         for record in list(self._live.values()):
             if record.session is session:
@@ -187,12 +189,10 @@ class Requests:
         if record is None or not record.is_reserved:
             return
         record.is_reserved = False
+        self._engine.activate(request_id, first)
         if first.finish_reason is not None:
             # The sequence ended with its first token; there is nothing to decode.
-            self._engine.abandon(request_id, unsettled=())
             self._end(record, _ended_with_first(first))
-            return
-        self._engine.activate(request_id, first)
 
     def not_arrived(
         self, request_id: RequestId, message: str, unsettled: Sequence[BlockId]
@@ -209,6 +209,10 @@ class Requests:
         elif record.session is not None:
             # Not reserved yet: the engine still has it in its queue.
             self._stop(record, delta)
+
+    def settled(self, block_ids: Sequence[BlockId]) -> None:
+        """Blocks given up as unsettled before can be used again."""
+        self._engine.recover(block_ids)
 
     # Inside.
 
@@ -239,17 +243,13 @@ class Requests:
             if record.session is not None:
                 record.session.send(delta)
             return
-        if record.request.work is Work.PREFILL and delta.finish_reason in (
-            FinishReason.CANCELLED,
-            FinishReason.ERROR,
-        ):
-            self._leases.withdraw(delta.request_id, delta.error or "cancelled")
-        if record.request.work is Work.DECODE:
-            self._reads.drop(delta.request_id)
-        if not record.is_reserved:
-            self._end(record, delta)
-        else:
-            self._answer(record, delta)
+        self._answer(record, delta)
+        request_id, work = delta.request_id, record.request.work
+        if work is Work.PREFILL and delta.finish_reason in _UNFINISHED:
+            self._leases.withdraw(request_id, delta.error or "the request was cancelled")
+        if work is Work.DECODE:
+            self._reads.drop(request_id)
+        self._remove_unless_reserved(record)
 
     def _reserved(self, reservation: Reservation) -> None:
         record = self._live.get(reservation.request_id)
@@ -265,9 +265,10 @@ class Requests:
         """End a request towards its router now and make the engine let go of it."""
         self._answer(record, answer)
         request = record.request
+        is_waiting_or_running = not record.is_reserved
         if request.work is Work.DECODE:
             self._reads.drop(request.request_id)
-        if not record.is_reserved:
+        if is_waiting_or_running:
             self._engine.cancel(request.request_id)
 
     def _answer(self, record: _Record, delta: TokenDelta | None) -> None:
@@ -278,7 +279,12 @@ class Requests:
 
     def _end(self, record: _Record, delta: TokenDelta | None) -> None:
         self._answer(record, delta)
-        del self._live[record.request.request_id]
+        self._remove_unless_reserved(record)
+
+    def _remove_unless_reserved(self, record: _Record) -> None:
+        request_id = record.request.request_id
+        if not record.is_reserved and self._live.get(request_id) is record:
+            del self._live[request_id]
 
 
 def _ended_with_first(first: TokenDelta) -> TokenDelta:

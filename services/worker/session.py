@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from baton.core.block import BlockHash, join_hashes
 from baton.core.errors import BatonError, Unavailable
@@ -104,7 +104,7 @@ def _join(earlier: TokenDelta, later: TokenDelta) -> TokenDelta:
     )
 
 
-class Session:
+class RouterSession:
     """One connected router. Compared by identity."""
 
     def __init__(self, router_id: str, config: SessionConfig) -> None:
@@ -151,22 +151,22 @@ class Sessions:
     """All connected routers."""
 
     def __init__(self) -> None:
-        self._sessions: set[Session] = set()
+        self._sessions: set[RouterSession] = set()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def __iter__(self) -> Iterable[Session]:
+    def __iter__(self) -> Iterator[RouterSession]:
         return iter(tuple(self._sessions))
 
-    def open(self, session: Session) -> None:
+    def open(self, session: RouterSession) -> None:
         """Add a session. An older one of the same router is a broken link not noticed yet."""
         for other in tuple(self._sessions):
             if other.router_id == session.router_id:
                 other.close(Unavailable(f"router {other.router_id} opened a newer session"))
         self._sessions.add(session)
 
-    def remove(self, session: Session) -> None:
+    def remove(self, session: RouterSession) -> None:
         self._sessions.discard(session)
 
     def close_all(self, reason: BatonError) -> None:

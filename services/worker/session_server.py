@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -38,7 +38,7 @@ from services.worker.config import SessionConfig
 from services.worker.drain import Drain
 from services.worker.engine_loop import EngineLoop, Snapshot
 from services.worker.requests import Requests
-from services.worker.session import Session, Sessions
+from services.worker.session import RouterSession, Sessions
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ SNAPSHOT_TIMEOUT_S = 60.0
 """The engine answers between two steps; no step takes this long."""
 
 RouterMessages = AsyncIterator[pb.RouterMessage]
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class WorkerServicer(pb_grpc.WorkerServicer):
@@ -56,7 +56,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
     def __init__(
         self,
         *,
-        info: Callable[[], WorkerInfo],
+        info: WorkerInfo,
         engine: EngineLoop,
         requests: Requests,
         sessions: Sessions,
@@ -75,7 +75,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
             hello = await _hello(messages)
         except BatonError as error:
             await abort(context, error)
-        session = Session(hello.router_id, self._config)
+        session = RouterSession(hello.router_id, self._config)
         self._sessions.open(session)
         log_fields(logger, "session opened", router=session.router_id)
         try:
@@ -99,7 +99,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         return pb.DrainResponse(num_ended=num_ended)
 
     async def _serve(
-        self, session: Session, messages: RouterMessages, context: Context
+        self, session: RouterSession, messages: RouterMessages, context: Context
     ) -> BatonError | None:
         """Returns why the session must end with an error; None when the router hung up."""
         try:
@@ -118,7 +118,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         finally:
             await _end_tasks(tasks)
 
-    async def _read(self, session: Session, messages: RouterMessages) -> None:
+    async def _read(self, session: RouterSession, messages: RouterMessages) -> None:
         async for message in messages:
             try:
                 self._handle(session, message)
@@ -126,7 +126,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
                 # A defect of ours; the session and its other requests go on.
                 logger.exception("router message could not be handled")
 
-    def _handle(self, session: Session, message: pb.RouterMessage) -> None:
+    def _handle(self, session: RouterSession, message: pb.RouterMessage) -> None:
         kind = message.WhichOneof("body")
         if kind == "submit":
             self._requests.submit(session, message.submit)
@@ -147,7 +147,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
 
     def _welcome(self, snapshot: Snapshot) -> pb.Welcome:
         return pb.Welcome(
-            info=worker_info_to_wire(self._info()),
+            info=worker_info_to_wire(self._info),
             load=load_to_wire(self._requests.with_drain_flag(snapshot.load)),
             kv_sequence=snapshot.kv_sequence,
             cached_hashes=join_hashes(snapshot.cached_hashes),
@@ -174,7 +174,7 @@ async def _hello(messages: RouterMessages) -> pb.Hello:
     return hello
 
 
-async def _write(session: Session, context: Context) -> None:
+async def _write(session: RouterSession, context: Context) -> None:
     while True:
         batch = await session.next_batch()
         await context.write(pb.WorkerMessage(step=batch))

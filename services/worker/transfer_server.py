@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
+from typing import TypeAlias
 
 import grpc
 
 from baton.core.errors import BatonError, IncompatiblePeer, InvalidRequest, Unavailable
+from baton.core.kv_layout import KvLayout
 from baton.core.logging import log_fields
 from baton.core.request import RequestId
 from baton.core.worker_info import PROTOCOL_VERSION
@@ -25,6 +28,7 @@ from baton.rpc.channel import abort
 from baton.rpc.v1 import transfer_pb2 as pb
 from baton.rpc.v1 import transfer_pb2_grpc as pb_grpc
 from kvtransfer.messages import OwnerMessage
+from kvtransfer.metadata import check_compatible, open_card
 from kvtransfer.owner import LeaseOwner, OwnerEffect, ReaderId, ReleaseLease, Send
 from kvtransfer.transport import Transport
 from services.worker.engine_loop import EngineLoop
@@ -38,7 +42,7 @@ MAX_PENDING_MESSAGES = 16384
 """Messages waiting for one reader; beyond it its stream is closed and its leases expire."""
 
 ReaderMessages = AsyncIterator[pb.ReaderMessage]
-Context = grpc.aio.ServicerContext
+Context: TypeAlias = grpc.aio.ServicerContext
 
 
 class _ReaderStream:
@@ -109,7 +113,9 @@ class LeaseServer:
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            return Unavailable("the stream was replaced or fell behind") if tasks[2].done() else None
+            return (
+                Unavailable("the stream was replaced or fell behind") if tasks[2].done() else None
+            )
         finally:
             for task in tasks:
                 task.cancel()
@@ -139,9 +145,13 @@ class LeaseServer:
 class TransferServicer(pb_grpc.TransferServicer):
     """Implements baton.v1.Transfer."""
 
-    def __init__(self, leases: LeaseServer, transport: Transport) -> None:
+    def __init__(
+        self, leases: LeaseServer, transport: Transport, *, layout: KvLayout, secret: bytes
+    ) -> None:
         self._leases = leases
         self._transport = transport
+        self._layout = layout
+        self._secret = secret
         self._known_readers: set[ReaderId] = set()
 
     async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectReply:
@@ -151,12 +161,13 @@ class TransferServicer(pb_grpc.TransferServicer):
                     f"reader speaks protocol version {request.protocol_version}, this worker "
                     f"{PROTOCOL_VERSION}; run the same release on both"
                 )
-            worker_id, epoch = await self._transport.connect(request.card)
+            card = open_card(request.card, self._secret, now_s=time.time())
+            check_compatible(card, layout=self._layout, transport=self._transport.name)
         except BatonError as error:
             logger.warning("a reader was refused: %s", error)
             await abort(context, error)
-        self._known_readers.add(_reader_id(worker_id, epoch))
-        log_fields(logger, "reader connected", reader=worker_id, epoch=epoch)
+        self._known_readers.add(_reader_id(card.worker_id, card.epoch))
+        log_fields(logger, "reader connected", reader=card.worker_id, epoch=card.epoch)
         return pb.ConnectReply(card=self._transport.card())
 
     async def Leases(self, messages: ReaderMessages, context: Context) -> None:

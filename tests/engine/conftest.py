@@ -1,4 +1,4 @@
-"""Engines with fake runners, as fixtures. The helper files are loaded by path: tests are no package."""
+"""Engines with fake runners, as fixtures. Helper files are loaded by path: tests are no package."""
 
 from __future__ import annotations
 

@@ -254,12 +254,15 @@ class Walker:
         self.hashes: set[BlockHash] = set()
 
     def step(self) -> None:
-        operation = self.random.choice(
-            [self.allocate, self.allocate, self.reserve, self.commit, self.commit, self.share]
-            + [self.release, self.release, self.lease, self.unlease, self.arrive]
-            + [self.quarantine, self.recover]
-        )
+        often = [self.allocate, self.commit, self.release]
+        once = [self.reserve, self.share, self.lease, self.unlease, self.arrive]
+        rare = [self.quarantine, self.recover]
+        operation = self.random.choice([*often, *often, *once, *rare])
         operation()
+        self.tables, self.reserved, self.leases = (
+            [table for table in tables if table]
+            for tables in (self.tables, self.reserved, self.leases)
+        )
         self.pool.check_integrity()
         self.check_model()
 
@@ -305,9 +308,11 @@ class Walker:
         self.tables.append(matched)
 
     def release(self) -> None:
-        table = self.pop(self.tables)
-        if table is not None:
-            self.pool.release(table)
+        # In bursts, so that small pools run empty of holders now and then.
+        for _ in range(self.random.choice([1, 1, 1, len(self.tables)])):
+            table = self.pop(self.tables)
+            if table is not None:
+                self.pool.release(table)
 
     def lease(self) -> None:
         table = self.random.choice(self.tables) if self.tables else []
@@ -351,8 +356,12 @@ class Walker:
 @pytest.mark.parametrize(("seed", "num_blocks"), [(1, 1), (2, 7), (3, 24), (4, 64)])
 def test_random_walk_keeps_the_laws_and_leaks_nothing(seed: int, num_blocks: int) -> None:
     walker = Walker(seed, num_blocks)
+    seen = dict.fromkeys(BlockState, 0)
     for _ in range(4000):
         walker.step()
+        for block in walker.pool.blocks():
+            seen[block.state] += 1
+    assert all(seen.values()), f"the walk never reached some state: {seen}"
     walker.settle()
     walker.pool.check_integrity()
     free, cached, active, leased, quarantined = walker.pool.counts

@@ -129,7 +129,7 @@ def test_directory_is_private_and_an_open_one_is_refused(tmp_path, clock):
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o755)
-    with pytest.raises(ConfigError, match="0755.*chmod 700"):
+    with pytest.raises(ConfigError, match=r"0755.*chmod 700"):
         DirectoryRegistry(tmp_path / "open", clock=clock)
 
 

@@ -41,7 +41,7 @@ class Exchange:
         self.has_started = False
         """The response's status has been sent; errors can no longer change it."""
         self.is_dispatched = False
-        """Handed to the dispatcher, which then counts and logs the request."""
+        """Handed to the dispatcher."""
         self._headers: Iterable[Header] = scope["headers"]
         given = self.header(b"x-request-id")
         self.request_id = given if _USABLE_ID.fullmatch(given) else new_id("req").encode()

@@ -59,10 +59,20 @@ def chat_plan(card: ModelCard, body: ChatBody) -> SamplingPlan:
     num_top = body.top_logprobs
     if num_top is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
-    asked = body.max_completion_tokens
-    if asked is None:
-        asked = body.max_tokens
-    return _plan(card, body, (num_top or 0) if body.logprobs else None, asked, None)
+    num_top = (num_top or 0) if body.logprobs else None
+    client_names = {"logprobs": "top_logprobs"}
+    asked = body.max_tokens
+    if body.max_completion_tokens is not None:
+        asked = body.max_completion_tokens
+        client_names["max_tokens"] = "max_completion_tokens"
+    try:
+        return _plan(card, body, num_top, asked, None)
+    except InvalidRequest as error:
+        name = client_names.get(error.param or "")
+        if name is None:
+            raise
+        message = str(error).replace(error.param or "", name, 1)
+        raise InvalidRequest(message, param=name) from None
 
 
 def completion_plan(card: ModelCard, body: CompletionBody) -> SamplingPlan:

@@ -4,9 +4,10 @@ import pytest
 
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
+from kvtransfer.select import TransportKind
 from services.decode import config as decode
 from services.prefill import config as prefill
-from services.worker.config import TransportChoice, load_worker_config, parse_override
+from services.worker.config import load_worker_config, parse_override
 
 MODEL = {"engine": {"model_path": "/models/tiny"}}
 
@@ -39,7 +40,7 @@ def test_later_layers_win(tmp_path):
     ("override", "message"),
     [
         ("engine.max_num_seq=3", "unknown setting engine.max_num_seq"),
-        ("transfer.transport=rdma", "transfer.transport must be one of auto, nixl, shm, fake"),
+        ("transfer.transport=rdma", "transfer.transport must be one of auto, nixl, shm"),
         ("port=70000", "port must be between 0 and 65535, got 70000"),
         ("transfer.cluster_secret=short", "has 5 characters"),
         ("transfer.lease_s=0", "transfer.lease_s must be positive, got 0"),
@@ -61,7 +62,7 @@ def test_secret_is_not_shown(tmp_path):
     overrides = {**MODEL, **parse_override("transfer.cluster_secret=0123456789abcdef")}
     config = load_worker_config(defaults=decode.DEFAULTS, overrides=overrides)
     assert "0123456789abcdef" not in repr(config)
-    assert config.transfer.transport is TransportChoice.AUTO
+    assert config.transfer.transport is TransportKind.AUTO
 
 
 def test_broken_file_is_a_configuration_error(tmp_path):

@@ -7,7 +7,7 @@ from baton.core.request import FinishReason, RequestId, TokenDelta
 from baton.core.worker_info import LoadReport
 from baton.rpc.convert import delta_from_wire
 from services.worker.config import SessionConfig
-from services.worker.session import Outbox, Session, Sessions
+from services.worker.session import Outbox, RouterSession, Sessions
 
 A, B = RequestId("a"), RequestId("b")
 
@@ -78,7 +78,7 @@ def test_only_the_latest_load_is_kept():
 
 
 async def test_session_closes_when_too_many_tokens_wait():
-    session = Session("r", SessionConfig(max_pending_tokens=10))
+    session = RouterSession("r", SessionConfig(max_pending_tokens=10))
     for index in range(20):
         session.send(TokenDelta(A, index, [index]))
     reason = await session.closed()
@@ -87,7 +87,7 @@ async def test_session_closes_when_too_many_tokens_wait():
 
 
 async def test_session_closes_when_too_many_hashes_wait():
-    sessions, session = Sessions(), Session("r", SessionConfig(max_pending_hashes=10))
+    sessions, session = Sessions(), RouterSession("r", SessionConfig(max_pending_hashes=10))
     sessions.open(session)
     sessions.broadcast_event(1, hashes(*range(20)), [])
     sessions.broadcast_load(LoadReport())
@@ -96,7 +96,7 @@ async def test_session_closes_when_too_many_hashes_wait():
 
 async def test_newer_session_of_a_router_replaces_the_older():
     sessions = Sessions()
-    old, other, new = (Session(name, SessionConfig()) for name in ("r", "q", "r"))
+    old, other, new = (RouterSession(name, SessionConfig()) for name in ("r", "q", "r"))
     for session in (old, other, new):
         sessions.open(session)
     assert (old.is_closed, other.is_closed, new.is_closed) == (True, False, False)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 import tokenizers
+import uvloop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from baton.core.errors import BatonError
 from baton.core.request import FinishReason, TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
+from baton.telemetry.metrics import Metrics
 from services.router.edge_config import EdgeConfig
 from services.router.generation import (
     GenerationDelta,
@@ -37,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(folder: Path) -> Tokenizer:
+def write_tokenizer(folder: Path) -> None:
     """One token per byte (ids 0..255 in the order of the byte-level alphabet), then BOS, EOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(
@@ -53,7 +54,6 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": BOS, "eos_token": EOS, "chat_template": CHAT_TEMPLATE})
     )
-    return Tokenizer.from_folder(folder)
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Edge:
     generator: ScriptedGenerator
     app: HttpApp
     server: HttpServer
-    rejected: list[int]
+    metrics: Metrics
 
     @property
     def port(self) -> int:
@@ -177,8 +177,15 @@ def fixed(text: str) -> Callable[[GenerationInput], str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.from_folder(tokenizer_folder)
 
 
 @pytest.fixture
@@ -191,25 +198,14 @@ def edge_config() -> EdgeConfig:
     return EdgeConfig(max_body_bytes=256 << 10, stop_grace_s=0.05)
 
 
-def build_app(
-    generator: ScriptedGenerator, config: EdgeConfig, rejected: list[int]
-) -> HttpApp:
-    return HttpApp(
-        generator,
-        render_metrics=lambda: b"# TYPE baton_up gauge\nbaton_up 1.0\n",
-        count_rejected=rejected.append,
-        config=config,
-    )
-
-
 @contextlib.asynccontextmanager
 async def served(generator: ScriptedGenerator, config: EdgeConfig) -> AsyncIterator[Edge]:
-    rejected: list[int] = []
-    app = build_app(generator, config, rejected)
+    metrics = Metrics()
+    app = HttpApp(generator, metrics=metrics, config=config)
     server = HttpServer(app, host="127.0.0.1", port=0, config=config)
     await server.start()
     try:
-        yield Edge(generator, app, server, rejected)
+        yield Edge(generator, app, server, metrics)
     finally:
         await server.stop()
 
@@ -226,9 +222,18 @@ async def client(edge: Edge) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def event_loop_policy() -> Iterator[asyncio.AbstractEventLoopPolicy]:
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> object:
     """The loop that serving uses."""
-    import uvloop
+    return {"uvloop": uvloop.new_event_loop}
 
-    yield uvloop.EventLoopPolicy()
+
+@pytest.fixture
+async def direct(
+    generator: ScriptedGenerator, edge_config: EdgeConfig
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that calls the application without sockets; for the many cases of bad input."""
+    app = HttpApp(generator, metrics=Metrics(), config=edge_config)
+    transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+        yield client
+    app.close()

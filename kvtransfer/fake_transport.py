@@ -1,0 +1,218 @@
+"""A transport inside one process whose every read obeys the test: delay, drop, late write, death.
+
+    fabric = FakeFabric()
+    owner, reader = fabric.transport("prefill-0", ...), fabric.transport("decode-0", ...)
+    reader.is_held = True            reads wait in `reader.open_reads` until finish() or expire()
+    fabric.kill("prefill-0")         every read of it fails with PeerGone
+
+A read that was given up on stays in `open_reads` and settles only when it is finished by hand or
+its peer is killed, as a read over a real link would. Blocks are copied where regions have memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from baton.core.block import BlockId
+from baton.core.errors import PeerGone, TransferError, TransferTimeout
+from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.metadata import (
+    CANARY_BYTES,
+    CARD_LIFETIME_S,
+    PeerCard,
+    PeerIdentity,
+    check_compatible,
+    open_card,
+    seal_card,
+)
+from kvtransfer.plan import checked_ids, merge_runs
+from kvtransfer.transport import PoolRegion, ReadStats
+
+NAME = "fake"
+
+
+@dataclass(slots=True, eq=False)
+class FakeRead:
+    """One read as the test sees it."""
+
+    peer: WorkerId
+    remote: tuple[BlockId, ...]
+    local: tuple[BlockId, ...]
+    started_at_s: float
+    landed: asyncio.Future[ReadStats] = field(repr=False)
+    is_given_up: bool = False
+
+
+class FakeFabric:
+    """The transports of one test; a killed worker is one that is not in it any more."""
+
+    def __init__(self, secret: bytes = b"fake") -> None:
+        self.secret = secret
+        self.transports: dict[WorkerId, FakeTransport] = {}
+
+    def transport(self, worker_id: str, epoch: str, region: PoolRegion) -> FakeTransport:
+        """A new worker, or a new epoch of one."""
+        identity = PeerIdentity(WorkerId(worker_id), Epoch(epoch))
+        transport = FakeTransport(self, identity, region)
+        self.transports[identity.worker_id] = transport
+        return transport
+
+    def kill(self, worker_id: str) -> None:
+        """The process of a worker dies: reads of it fail, given-up ones settle."""
+        dead = WorkerId(worker_id)
+        self.transports.pop(dead, None)
+        for transport in self.transports.values():
+            transport.peer_died(dead)
+
+
+class FakeTransport:
+    """Implements `Transport`; the attributes and `finish`, `expire` are for the test."""
+
+    def __init__(self, fabric: FakeFabric, identity: PeerIdentity, region: PoolRegion) -> None:
+        self.identity = identity
+        self.region = region
+        self.delay_s = 0.0
+        """How long a read takes when it is not held."""
+        self.is_held = False
+        self.open_reads: list[FakeRead] = []
+        self._fabric = fabric
+        self._peers: dict[WorkerId, PeerCard] = {}
+        self._settled: list[BlockId] = []
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    def card(self) -> bytes:
+        now_s = time.time()
+        card = PeerCard(
+            worker_id=self.identity.worker_id,
+            epoch=self.identity.epoch,
+            transport=NAME,
+            layout=self.region.layout,
+            num_blocks=self.region.num_blocks,
+            host_id="",
+            pid_namespace="",
+            pid=1,
+            canary_address=0,
+            canary=bytes(CANARY_BYTES),
+            endpoint=None,
+            issued_at_s=now_s,
+            expires_at_s=now_s + CARD_LIFETIME_S,
+        )
+        return seal_card(card, self._fabric.secret)
+
+    async def connect(self, card: bytes) -> tuple[WorkerId, Epoch]:
+        peer = open_card(card, self._fabric.secret, now_s=time.time())
+        check_compatible(peer, layout=self.region.layout, transport=NAME)
+        self._live(peer)
+        self._peers[peer.worker_id] = peer
+        return peer.worker_id, peer.epoch
+
+    async def read(
+        self,
+        peer: WorkerId,
+        remote: Sequence[BlockId],
+        local: Sequence[BlockId],
+        *,
+        timeout_s: float,
+    ) -> ReadStats:
+        card = self._peers.get(peer)
+        if card is None:
+            raise PeerGone(f"{peer} is not connected")
+        if len(remote) != len(local):
+            raise TransferError(f"{len(remote)} remote blocks for {len(local)} local ones")
+        checked_ids(remote, card.num_blocks, f"{peer}'s")
+        checked_ids(local, self.region.num_blocks, "the local")
+        self._live(card)
+        loop = asyncio.get_running_loop()
+        read = FakeRead(peer, tuple(remote), tuple(local), time.monotonic(), loop.create_future())
+        self.open_reads.append(read)
+        try:
+            async with asyncio.timeout(timeout_s):
+                if not self.is_held:
+                    await asyncio.sleep(self.delay_s)
+                    self.finish(read)
+                return await asyncio.shield(read.landed)
+        except TimeoutError:
+            self._give_up(read)
+            raise TransferTimeout(f"read from {peer} passed its deadline") from None
+        except asyncio.CancelledError:
+            self._give_up(read)
+            raise
+
+    def finish(self, read: FakeRead) -> None:
+        """The data lands now, however late."""
+        if read not in self.open_reads:
+            return
+        self.open_reads.remove(read)
+        self._copy(read)
+        if read.is_given_up:
+            self._settled += read.local
+            return
+        size = self.region.layout.block_bytes
+        runs = merge_runs(
+            checked_ids(read.remote, 1 << 31, ""), checked_ids(read.local, 1 << 31, "")
+        )
+        seconds = time.monotonic() - read.started_at_s
+        read.landed.set_result(ReadStats(len(read.local) * size, len(runs), seconds))
+
+    def expire(self, read: FakeRead) -> None:
+        """The deadline passes now; the data has not landed yet."""
+        if read.is_given_up:
+            return
+        read.is_given_up = True
+        read.landed.set_exception(TransferTimeout(f"read from {read.peer} passed its deadline"))
+
+    def peer_died(self, peer: WorkerId) -> None:
+        """Called by the fabric."""
+        self._peers.pop(peer, None)
+        for read in [r for r in self.open_reads if r.peer == peer]:
+            self.open_reads.remove(read)
+            if read.is_given_up:
+                self._settled += read.local
+            else:
+                read.landed.set_exception(PeerGone(f"{peer}: its process has ended"))
+
+    def settled(self) -> list[BlockId]:
+        blocks, self._settled = self._settled, []
+        return blocks
+
+    async def disconnect(self, peer: WorkerId) -> None:
+        self._peers.pop(peer, None)
+        for read in [r for r in self.open_reads if r.peer == peer and not r.is_given_up]:
+            self.expire(read)
+
+    async def close(self) -> None:
+        for peer in list(self._peers):
+            await self.disconnect(peer)
+        for read in list(self.open_reads):
+            self.open_reads.remove(read)
+            self._settled += read.local
+
+    def _live(self, card: PeerCard) -> FakeTransport:
+        peer = self._fabric.transports.get(card.worker_id)
+        if peer is None or peer.identity.epoch != card.epoch:
+            raise PeerGone(f"{card.worker_id}: its process has ended")
+        return peer
+
+    def _give_up(self, read: FakeRead) -> None:
+        if read in self.open_reads:
+            read.is_given_up = True
+        elif not read.is_given_up:
+            # It had ended in the very instant in which it was cancelled.
+            self._settled += read.local
+
+    def _copy(self, read: FakeRead) -> None:
+        peer = self._fabric.transports.get(read.peer)
+        if peer is None or not peer.region.address or not self.region.address:
+            return
+        size = self.region.layout.block_bytes
+        for remote, local in zip(read.remote, read.local, strict=True):
+            ctypes.memmove(
+                self.region.address + local * size, peer.region.address + remote * size, size
+            )

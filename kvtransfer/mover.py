@@ -1,0 +1,446 @@
+"""One thread that owns a link and moves blocks over it.
+
+    read submitted ─► queued ─► in flight (in pieces) ─► done
+                         │           │ deadline, cancel, broken link
+                         ▼           ▼
+                      settled   given up: pieces in flight are quarantined until the link calls
+                                them terminal, or until `recycle` destroyed the link
+
+The thread sleeps while there is nothing to move, polls with short sleeps while pieces are in
+flight, and slowly while only quarantined ones are. A read is cut into pieces so that cancels,
+deadlines and other reads get their turn; the bytes in flight are bounded and the rest is queued.
+
+Why quarantine: a link such as NIXL has neither cancel nor time-out. What was given up on may land
+at any later time, until it is reported terminal or the link is destroyed.
+
+Knows no cards, no asyncio and no kind of link; `Link` is implemented by each transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+from baton.core.block import BlockId
+from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTimeout
+from baton.core.worker_info import WorkerId
+from kvtransfer.plan import BlockIds, merge_runs
+from kvtransfer.transport import ReadStats
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+POLL_S = 0.0001
+"""Between polls of pieces in flight; shorter polls take the progress thread's time."""
+QUARANTINE_POLL_S = 0.01
+
+
+class LinkBroken(TransferError):
+    """A link to a living peer failed: what is in flight may still land until a recycle."""
+
+
+class Posted(Protocol):
+    """A piece that the link has not finished yet."""
+
+    def is_done(self) -> bool:
+        """Raises PeerGone (terminal) or LinkBroken (not terminal)."""
+        ...
+
+    def release(self) -> None:
+        """Drop every reference to the link's objects. Does not stop the movement."""
+        ...
+
+
+class Link(Protocol):
+    """What a mover drives. All calls come from the mover's thread."""
+
+    def open(self) -> None: ...
+
+    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+        """Start to move a piece; None when it is done already.
+
+        Raises PeerGone or LinkBroken as `Posted` does.
+        """
+        ...
+
+    def drop_peer(self, peer: WorkerId) -> None:
+        """Forget a peer, if known."""
+        ...
+
+    def recycle(self) -> None:
+        """Destroy and rebuild the link: when this returns, nothing posted before can land.
+
+        Raises LinkBroken when it cannot be sure of that.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MoverLimits:
+    """Bounds of one mover."""
+
+    max_bytes_in_flight: int = 64 << 20
+    """Of healthy reads; more is queued."""
+    max_piece_bytes: int = 8 << 20
+    """A piece is moved in one call on host memory: it bounds how late a cancel is noticed."""
+    max_quarantined_ratio: float = 0.05
+    """Share of the pool in quarantine above which the link is recycled."""
+    max_quarantine_s: float = 60.0
+    """Age of a quarantined piece at which the link is recycled."""
+    recycle_pause_s: float = 5.0
+    """Between two recycles, so that a hopeless link does not keep the thread busy."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_piece_bytes <= self.max_bytes_in_flight:
+            raise ConfigError(
+                f"max_piece_bytes {self.max_piece_bytes} must be between 1 and "
+                f"max_bytes_in_flight {self.max_bytes_in_flight}"
+            )
+        if not 0 <= self.max_quarantined_ratio <= 1 or self.max_quarantine_s < 0:
+            raise ConfigError("max_quarantined_ratio must be 0..1, max_quarantine_s not negative")
+
+
+@dataclass(slots=True, eq=False)
+class BlockRead:
+    """One read; changed on the mover's thread only."""
+
+    peer: WorkerId
+    remote: BlockIds
+    local: BlockIds
+    deadline_s: float
+    future: Future[ReadStats] = field(default_factory=Future)
+    num_posted: int = 0
+    num_in_flight: int = 0
+    num_descriptors: int = 0
+    started_at_s: float = 0.0
+    is_over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    read: BlockRead
+    local: BlockIds
+    posted: Posted
+    given_up_at_s: float | None = None
+
+
+class Mover:
+    """Reads blocks over one link. Methods may be called from any thread unless marked `_`."""
+
+    def __init__(
+        self, link: Link, *, block_bytes: int, num_blocks: int, limits: MoverLimits, name: str
+    ) -> None:
+        self._link = link
+        self._block_bytes = block_bytes
+        self._limits = limits
+        self._piece_blocks = max(1, limits.max_piece_bytes // block_bytes)
+        self._max_in_flight_blocks = max(1, limits.max_bytes_in_flight // block_bytes)
+        self._max_quarantined_blocks = int(num_blocks * limits.max_quarantined_ratio)
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._queued: deque[BlockRead] = deque()
+        self._pieces: list[_Piece] = []
+        self._settled: SimpleQueue[BlockId] = SimpleQueue()
+        self._is_broken = False
+        self._recycles: list[Future[None]] = []
+        self._no_recycle_before_s = 0.0
+        self._is_stopping = False
+        self.num_recycles = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self, *, timeout_s: float) -> None:
+        """Open the link on the mover's thread. Raises what opening raises."""
+        self._thread.start()
+        self.call(self._link.open).result(timeout_s)
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the mover's thread."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                future.set_exception(_bare(error))
+            else:
+                future.set_result(result)
+
+        self._commands.put(run)
+        return future
+
+    def read(self, read: BlockRead) -> None:
+        """Start a read; `read.future` gets its stats, PeerGone or TransferTimeout."""
+        read.future.set_running_or_notify_cancel()
+        self._commands.put(lambda: self._queued.append(read))
+
+    def give_up(self, read: BlockRead) -> None:
+        """Stop caring for a read. All its local blocks will be reported by `settled`."""
+        self._commands.put(lambda: self._abandon(read))
+
+    def settled(self) -> list[BlockId]:
+        """Local blocks of given-up reads that nothing writes to any more, each once."""
+        blocks = []
+        while True:
+            try:
+                blocks.append(self._settled.get_nowait())
+            except Empty:
+                return blocks
+
+    def recycle(self) -> Future[None]:
+        """Rebuild the link as soon as healthy pieces have landed; settles everything given up."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        self._commands.put(lambda: self._recycles.append(future))
+        return future
+
+    def stop(self, *, timeout_s: float) -> None:
+        """Fail what is open, close the link, end the thread. Raises TransferTimeout if it hangs."""
+
+        def finish() -> None:
+            self._is_stopping = True
+
+        self._commands.put(finish)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TransferTimeout(f"the KV mover did not stop within {timeout_s:g} s")
+
+    # Everything below runs on the mover's thread.
+
+    def fail_peer(self, peer: WorkerId, error: PeerGone) -> None:
+        """The peer's process is dead: nothing of it is written any more. Mover's thread only."""
+        reads = self._reads_of(peer)
+        for piece in [p for p in self._pieces if p.read.peer == peer]:
+            self._land(piece)
+        self._link.drop_peer(peer)
+        for read in reads:
+            self._end(read, PeerGone(str(error)))
+
+    def leave_peer(self, peer: WorkerId, reason: str) -> None:
+        """Give up the peer's reads although it may live. Mover's thread only."""
+        for read in self._reads_of(peer):
+            if read.num_in_flight:
+                self._abandon(read, TransferTimeout(f"{peer}: {reason}; blocks are quarantined"))
+            else:
+                self._end(read, PeerGone(f"{peer}: {reason}"))
+        self._link.drop_peer(peer)
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            self._run_commands()
+            self._expire()
+            moved = self._poll_pieces()
+            if self._wants_recycle():
+                self._try_recycle()
+            else:
+                moved |= self._post_next()
+            if moved:
+                # The next wait must not be blocking: there may be more to do.
+                self._commands.put(_nothing)
+        self._shut_down()
+
+    def _run_commands(self) -> None:
+        """Wait for work as long as the state allows, then do all of it."""
+        try:
+            command = self._commands.get(timeout=self._idle_s())
+        except Empty:
+            return
+        command()
+        self._drain_commands()
+
+    def _drain_commands(self) -> None:
+        while not self._commands.empty():
+            self._commands.get_nowait()()
+
+    def _idle_s(self) -> float | None:
+        if self._queued or any(p.given_up_at_s is None for p in self._pieces):
+            return POLL_S
+        return QUARANTINE_POLL_S if self._pieces or self._recycles else None
+
+    def _post_next(self) -> bool:
+        """Post one piece of the next read whose turn it is."""
+        in_flight = sum(len(p.local) for p in self._pieces if p.given_up_at_s is None)
+        if not self._queued or (in_flight and in_flight >= self._max_in_flight_blocks):
+            return False
+        read = self._queued.popleft()
+        read.started_at_s = read.started_at_s or time.monotonic()
+        part = slice(read.num_posted, read.num_posted + self._piece_blocks)
+        remote, local = read.remote[part], read.local[part]
+        try:
+            posted = self._link.post(read.peer, remote, local)
+        except TransferError as error:
+            self._queued.appendleft(read)
+            self._fail(read.peer, error)
+            return True
+        read.num_posted += len(local)
+        read.num_descriptors += len(merge_runs(remote, local))
+        if posted is not None:
+            read.num_in_flight += 1
+            self._pieces.append(_Piece(read, local, posted))
+        if read.num_posted < len(read.local):
+            self._queued.append(read)
+        else:
+            self._finish_if_complete(read)
+        return True
+
+    def _poll_pieces(self) -> bool:
+        moved = False
+        for piece in list(self._pieces):
+            if piece not in self._pieces:
+                continue
+            try:
+                if not piece.posted.is_done():
+                    continue
+            except TransferError as error:
+                if not (piece.given_up_at_s is not None and isinstance(error, LinkBroken)):
+                    self._fail(piece.read.peer, error)
+                    moved = True
+                continue
+            self._land(piece)
+            self._finish_if_complete(piece.read)
+            moved = True
+        return moved
+
+    def _land(self, piece: _Piece) -> None:
+        """Nothing of this piece is written any more."""
+        piece.posted.release()
+        self._pieces.remove(piece)
+        piece.read.num_in_flight -= 1
+        if piece.given_up_at_s is not None:
+            self._settle(piece.local)
+
+    def _finish_if_complete(self, read: BlockRead) -> None:
+        if read.is_over or read.num_in_flight or read.num_posted < len(read.local):
+            return
+        seconds = time.monotonic() - read.started_at_s
+        read.is_over = True
+        read.future.set_result(
+            ReadStats(len(read.local) * self._block_bytes, read.num_descriptors, seconds)
+        )
+
+    def _fail(self, peer: WorkerId, error: TransferError) -> None:
+        if isinstance(error, PeerGone):
+            self.fail_peer(peer, error)
+            return
+        logger.warning("link to %s failed, it will be rebuilt: %s", peer, str(error))
+        self._is_broken = True
+        for read in self._reads_of(peer):
+            self._abandon(read, TransferTimeout(f"{peer}: {error}; blocks are quarantined"))
+
+    def _expire(self) -> None:
+        now_s = time.monotonic()
+        for read in [r for r in self._open_reads() if r.deadline_s <= now_s]:
+            late = f"read of {len(read.local)} blocks from {read.peer} passed its deadline"
+            self._abandon(read, TransferTimeout(late))
+
+    def _abandon(self, read: BlockRead, error: TransferError | None = None) -> None:
+        """Give up: pieces in flight go to quarantine, everything else is settled now."""
+        if read.is_over:
+            if error is None and read.future.done() and not _is_given_up(read.future):
+                # Cancelled in the instant in which it had ended.
+                self._settle(read.local)
+            return
+        in_flight = [p for p in self._pieces if p.read is read]
+        now_s = time.monotonic()
+        held: set[int] = set()
+        for piece in in_flight:
+            piece.given_up_at_s = now_s
+            held.update(piece.local.tolist())
+        self._settle_ids([i for i in read.local.tolist() if i not in held])
+        self._end(read, error or TransferTimeout("the caller gave up"))
+
+    def _end(self, read: BlockRead, error: TransferError) -> None:
+        read.is_over = True
+        if read in self._queued:
+            self._queued.remove(read)
+        read.future.set_exception(_bare(error))
+
+    def _settle(self, block_ids: BlockIds) -> None:
+        self._settle_ids(block_ids.tolist())
+
+    def _settle_ids(self, block_ids: list[int]) -> None:
+        for block_id in block_ids:
+            self._settled.put(BlockId(block_id))
+
+    def _wants_recycle(self) -> bool:
+        if self._recycles:
+            return True
+        now_s = time.monotonic()
+        if now_s < self._no_recycle_before_s:
+            return False
+        held = [p for p in self._pieces if p.given_up_at_s is not None]
+        ages = [now_s - p.given_up_at_s for p in held if p.given_up_at_s is not None]
+        return (
+            self._is_broken
+            or sum(len(p.local) for p in held) > self._max_quarantined_blocks
+            or max(ages, default=0.0) > self._limits.max_quarantine_s
+        )
+
+    def _try_recycle(self) -> None:
+        """Healthy pieces land first or pass their deadline; new ones wait meanwhile."""
+        if any(p.given_up_at_s is None for p in self._pieces):
+            return
+        self._no_recycle_before_s = time.monotonic() + self._limits.recycle_pause_s
+        waiting, self._recycles = self._recycles, []
+        for piece in self._pieces:
+            piece.posted.release()
+        try:
+            self._link.recycle()
+        except Exception as error:
+            # The text only: a kept exception keeps frames, and with them the link's objects.
+            logger.error("KV link could not be rebuilt: %s", str(error))
+            for future in waiting:
+                future.set_exception(_bare(error))
+            return
+        logger.warning("KV link rebuilt; %d quarantined pieces settled", len(self._pieces))
+        for piece in list(self._pieces):
+            self._land(piece)
+        self._is_broken = False
+        self.num_recycles += 1
+        for future in waiting:
+            future.set_result(None)
+
+    def _shut_down(self) -> None:
+        self._drain_commands()
+        for read in self._open_reads():
+            self._abandon(read, TransferTimeout("the transport was closed"))
+        for piece in self._pieces:
+            piece.posted.release()
+        for future in self._recycles:
+            future.set_exception(TransferError("the transport was closed"))
+        try:
+            self._link.close()
+        except Exception as error:
+            logger.error("KV link did not close cleanly: %s", str(error))
+        for piece in list(self._pieces):
+            self._land(piece)
+
+    def _open_reads(self) -> list[BlockRead]:
+        reads = dict.fromkeys(self._queued)
+        reads.update(dict.fromkeys(p.read for p in self._pieces if not p.read.is_over))
+        return list(reads)
+
+    def _reads_of(self, peer: WorkerId) -> list[BlockRead]:
+        return [r for r in self._open_reads() if r.peer == peer]
+
+
+def _nothing() -> None:
+    """Wakes the thread."""
+
+
+def _is_given_up(future: Future[ReadStats]) -> bool:
+    return isinstance(future.exception(), TransferTimeout)
+
+
+def _bare(error: Exception) -> Exception:
+    """The error without its frames: they would keep the link's objects alive past a recycle."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error

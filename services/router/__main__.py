@@ -1,0 +1,147 @@
+"""`python -m services.router`: one router process without Ray.
+
+Order of life: settings, ports, logging, event loop, start, ready, wait for a signal or for the
+supervisor's end, stop. Stopping takes `edge.stop_grace_s` and a few seconds at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from baton.core.config import merge
+from baton.core.errors import BatonError, ConfigError
+from baton.core.logging import log_fields, setup_logging
+from baton.settings import parse_override
+from services.router.config import LogFormat, RouterConfig, load_router_config
+from services.router.core import RouterCore
+from services.router.grpc_server import GrpcServer
+from services.router.http_app import HttpApp
+from services.router.http_server import HttpServer
+
+logger = logging.getLogger("services.router")
+
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>: the signal this process gets when its parent ends."""
+CORE_STOP_TIMEOUT_S = 5.0
+EXIT_CONFIG = 2
+
+
+class RouterProcess:
+    """Dispatcher and both front doors on one event loop."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        """Takes the ports. Raises ConfigError."""
+        self._core = RouterCore.from_config(config)
+        generator, metrics = self._core.dispatcher, self._core.metrics
+        self._config = config
+        self._app = HttpApp(generator, metrics=metrics, config=config.edge)
+        self.http = HttpServer(
+            self._app, host=config.host, port=config.http_port, config=config.edge
+        )
+        self.grpc = GrpcServer(
+            generator, host=config.host, port=config.grpc_port, metrics=metrics, config=config.edge
+        )
+
+    async def start(self) -> None:
+        """Returns once both front doors answer."""
+        self._core.start()
+        await asyncio.gather(self.http.start(), self.grpc.start())
+        log_fields(
+            logger,
+            "router ready",
+            model=self._config.served_model_name,
+            http=f"{self._config.host}:{self.http.port}",
+            grpc=f"{self._config.host}:{self.grpc.port}",
+            pid=os.getpid(),
+        )
+
+    async def stop(self) -> None:
+        """Close the doors, let short requests finish, end the others, then the dispatcher."""
+        await asyncio.gather(self.http.stop(), self.grpc.stop(), return_exceptions=True)
+        async with asyncio.timeout(CORE_STOP_TIMEOUT_S):
+            await self._core.stop()
+        log_fields(logger, "router stopped")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one router until it is told to stop; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    if arguments.exit_with_parent is not None:
+        _exit_with_parent(arguments.exit_with_parent)
+    try:
+        overrides = merge(*(parse_override(text) for text in arguments.overrides))
+        config = load_router_config(file=arguments.config, environ=os.environ, overrides=overrides)
+    except ConfigError as error:
+        print(f"baton router: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    setup_logging("router", level=config.log.level, as_json=config.log.format is LogFormat.JSON)
+    # Its lines about starting and stopping repeat ours.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config))
+    except BatonError as error:
+        logger.error("%s", error)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m services.router",
+        description="One router with its HTTP and gRPC front doors. Every setting of RouterConfig "
+        "can be given by --config, by BATON_<SECTION>__<FIELD> in the environment, or by --set.",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.FIELD=VALUE",
+        help="one setting, e.g. --set edge.max_body_bytes=1048576; may be repeated",
+    )
+    parser.add_argument(
+        "--exit-with-parent",
+        type=int,
+        metavar="PID",
+        help="stop when the process PID, which must be the parent, ends",
+    )
+    return parser
+
+
+def _exit_with_parent(parent_pid: int) -> None:
+    """SIGTERM for us when the parent ends, however it ends. Linux only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        logger.warning("prctl failed; this router will outlive its parent")
+    if os.getppid() != parent_pid:
+        # The parent was faster to end than we were to ask.
+        raise SystemExit(1)
+
+
+async def _serve(config: RouterConfig) -> None:
+    stop_requested = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop_requested.set)
+    router = RouterProcess(config)
+    try:
+        await router.start()
+        await stop_requested.wait()
+    finally:
+        await router.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

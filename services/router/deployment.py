@@ -1,0 +1,70 @@
+"""The router inside a Ray Serve replica: Serve's front door carries HTTP, gRPC is our own.
+
+Serve hands HTTP requests to the ASGI application; workers come from the replicas' metadata. All
+else is what `python -m services.router` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from baton.core.logging import setup_logging
+from baton.settings import LogFormat
+from services.router.config import load_router_config
+from services.router.core import RouterCore
+from services.router.grpc_server import GrpcServer
+from services.router.http_app import HttpApp
+from services.router.ray_membership import watch_replicas
+
+# The event loop of the replica runs our code itself: half the CPU of a token on the router.
+_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+
+
+@serve.deployment(
+    name="Router",
+    ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ENVIRONMENT}},
+    # Serve's default of 5 would queue requests that the dispatcher could place.
+    max_ongoing_requests=4096,
+    health_check_period_s=1.0,
+    health_check_timeout_s=5.0,
+    graceful_shutdown_wait_loop_s=0.1,
+)
+@serve.ingress()
+class RouterDeployment:
+    """One router a replica. `pools` are handles to the worker deployments."""
+
+    async def __init__(
+        self, values: Mapping[str, Any], log_dir: str, *pools: DeploymentHandle
+    ) -> None:
+        config = load_router_config(overrides=values)
+        setup_logging(
+            "router",
+            level=config.log.level,
+            as_json=config.log.format is LogFormat.JSON,
+            stream=(Path(log_dir) / "router.log").open("a", buffering=1),
+        )
+        self._core = RouterCore.from_config(config, membership=watch_replicas(pools))
+        generator, metrics = self._core.dispatcher, self._core.metrics
+        self._http = HttpApp(generator, metrics=metrics, config=config.edge)
+        self._grpc = GrpcServer(
+            generator, host=config.host, port=config.grpc_port, metrics=metrics, config=config.edge
+        )
+        self._core.start()
+        await self._grpc.start()
+
+    def __serve_build_asgi_app__(self) -> HttpApp:
+        return self._http
+
+    async def __del__(self) -> None:
+        self._http.end_all()
+        await self._grpc.stop()
+        await self._core.stop()
+        self._http.close()

@@ -1,0 +1,481 @@
+"""Runs requests on workers: the `Generator` behind the HTTP and gRPC edges.
+
+ 1. hash the prompt's blocks once, place, submit to the workers of the placement
+ 2. follow their deltas through one mailbox, join them by output position
+ 3. text stage: detokenize, cut at stop strings
+ 4. a worker that fails, stalls or vanishes ends the attempt, not the request: place anew with the
+    tokens produced so far; text, positions and random numbers go on where they were
+ 5. at the end, whichever way: cancel what is left on the workers, write histograms and log line
+
+Nothing waits without bound: the request's deadline is a timer, a watchdog looks for attempts
+nobody works on, and retries have a budget.
+
+Does not know: HTTP, prompts as text, how workers are found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+
+from baton.core.block import BlockHash, chain_hashes, root_hash
+from baton.core.errors import (
+    BatonError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InternalError,
+    ModelNotFound,
+    NoWorker,
+    Unavailable,
+    WorkerLost,
+)
+from baton.core.lifecycle import LifecycleEvent
+from baton.core.request import FinishReason, RequestId, TokenDelta
+from baton.core.worker_info import WorkerId
+from baton.engine.tokenizer import Tokenizer
+from services.router.attempt import Attempt, AttemptFailure, WorkOrder
+from services.router.cluster_view import ClusterView
+from services.router.config import DispatchConfig, HealthConfig, PolicyConfig, SessionConfig
+from services.router.detokenize import TextStage
+from services.router.generation import (
+    GenerationDelta,
+    GenerationInput,
+    Health,
+    ModelCard,
+    Usage,
+)
+from services.router.health import Observations, assess
+from services.router.mailbox import Arrival, Mailbox
+from services.router.policy import Placement, PlacementRequest, place
+from services.router.request_log import RequestRecord, RequestRecorder
+from services.router.token_stream import NewTokens, TokenStream
+from services.router.worker_pool import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+WORKER_DEADLINE_MARGIN_S = 1.0
+"""Workers give up this much later than the router, so the client gets the router's answer."""
+RETRY_PAUSE_S = 0.1
+"""Before trying a worker that failed this request again; doubles with every failure."""
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One request in the router."""
+
+    request: GenerationInput
+    order: WorkOrder
+    text: TextStage
+    record: RequestRecord
+    deadline_at_s: float
+    """On the event loop's clock."""
+    stream: TokenStream = field(default_factory=TokenStream)
+    attempt: Attempt | None = None
+    avoid: set[WorkerId] = field(default_factory=set)
+    hashes: dict[str, tuple[BlockHash, ...]] = field(default_factory=dict)
+    """By layout fingerprint."""
+    timer: asyncio.TimerHandle | None = None
+    abort: BatonError | None = None
+    """Set from outside: the deadline has passed or the router stops."""
+
+
+class Dispatcher:
+    """Implements `generation.Generator`. Everything runs on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        pool: WorkerPool,
+        tokenizers: Mapping[str, Tokenizer],
+        recorder: RequestRecorder,
+        config: DispatchConfig,
+        policy: PolicyConfig,
+        session: SessionConfig,
+        health: HealthConfig,
+        rng: random.Random,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`tokenizers`: by model name."""
+        self._pool = pool
+        self._tokenizers = tokenizers
+        self._recorder = recorder
+        self._config = config
+        self._policy = policy
+        self._max_pending_deltas = session.max_pending_deltas
+        self._health = health
+        self._rng = rng
+        self._wall_clock = wall_clock
+        self._flights: set[Flight] = set()
+        self._tag = secrets.token_hex(3)
+        self._num_attempts = 0
+        self._first_seen_s: dict[str, int] = {}
+        self._last_token_at_s: float | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        self._is_stopping = False
+
+    def start(self) -> None:
+        self._watchdog = asyncio.create_task(self._watch(), name="request watchdog")
+
+    async def stop(self) -> None:
+        """Requests still running end with Unavailable."""
+        self._is_stopping = True
+        for flight in self._flights:
+            self._abort(flight, Unavailable("the router is stopping; send the request again"))
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            await asyncio.gather(self._watchdog, return_exceptions=True)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    def models(self) -> list[ModelCard]:
+        lengths: dict[str, int] = {}
+        for session in self._pool.sessions():
+            info = session.info
+            if info is None or not session.is_ready or info.model_name not in self._tokenizers:
+                continue
+            shortest = lengths.get(info.model_name, info.max_model_len)
+            lengths[info.model_name] = min(shortest, info.max_model_len)
+        now_s = int(self._wall_clock())
+        return [
+            ModelCard(
+                name, length, self._tokenizers[name], self._first_seen_s.setdefault(name, now_s)
+            )
+            for name, length in sorted(lengths.items())
+        ]
+
+    async def health(self) -> Health:
+        now_s = asyncio.get_running_loop().time()
+        progress = [s.last_progress_at_s for s in self._pool.sessions() if s.is_ready]
+        waits = [now_s - f.attempt.mailbox.last_put_at_s for f in self._flights if f.attempt]
+        token_at_s = self._last_token_at_s
+        return assess(
+            Observations(
+                workers=self._pool.view().workers,
+                num_in_flight=len(self._flights),
+                oldest_wait_s=max(waits, default=0.0),
+                token_age_s=None if token_at_s is None else now_s - token_at_s,
+                progress_age_s=now_s - max(progress) if progress else None,
+            ),
+            self._health,
+        )
+
+    async def generate(self, request: GenerationInput) -> AsyncIterator[GenerationDelta]:
+        flight = self._open(request)
+        record = flight.record
+        try:
+            while record.finish_reason is None:
+                if flight.attempt is None:
+                    await self._place(flight)
+                    continue
+                for arrival in await flight.attempt.mailbox.take():
+                    delta = self._advance(flight, arrival)
+                    if delta is not None:
+                        yield delta
+                    if flight.attempt is None:
+                        break
+        except (asyncio.CancelledError, GeneratorExit):
+            record.finish_reason = record.finish_reason or FinishReason.CANCELLED
+            raise
+        except BaseException as error:
+            record.finish_reason, record.error = FinishReason.ERROR, error
+            raise
+        finally:
+            self._close(flight)
+
+    # Beginning and end of a request.
+
+    def _open(self, request: GenerationInput) -> Flight:
+        """Raises RequestError or Unavailable before any work."""
+        if self._is_stopping:
+            raise Unavailable("the router is stopping; send the request again")
+        tokenizer = self._tokenizers.get(request.model)
+        if tokenizer is None:
+            raise ModelNotFound(
+                f"model {request.model!r} does not exist; "
+                f"served here: {', '.join(sorted(self._tokenizers))}",
+                param="model",
+            )
+        self._check_length(request)
+        loop = asyncio.get_running_loop()
+        arrived_at_s = request.arrived_at_s or self._wall_clock()
+        remaining_s = request.deadline_s - max(0.0, self._wall_clock() - arrived_at_s)
+        sampling = request.sampling
+        if sampling.seed is None and not sampling.is_greedy:
+            # A replay must draw what the lost worker drew.
+            sampling = dataclasses.replace(sampling, seed=self._rng.getrandbits(63))
+        flight = Flight(
+            request,
+            WorkOrder(request.prompt_token_ids, sampling, tokenizer.eos_token_ids),
+            TextStage(
+                tokenizer.detokenizer(request.prompt_token_ids),
+                request.stop,
+                min_tokens=sampling.min_tokens,
+            ),
+            RequestRecord(request.request_id, request.model, len(request.prompt_token_ids)),
+            deadline_at_s=loop.time() + remaining_s,
+        )
+        flight.record.timeline.record(LifecycleEvent.ARRIVED, arrived_at_s)
+        flight.timer = loop.call_at(flight.deadline_at_s, self._expire, flight)
+        self._flights.add(flight)
+        self._recorder.started()
+        return flight
+
+    def _check_length(self, request: GenerationInput) -> None:
+        limits = [
+            s.info.max_model_len
+            for s in self._pool.sessions()
+            if s.info is not None and s.info.model_name == request.model
+        ]
+        num_tokens = len(request.prompt_token_ids)
+        if limits and num_tokens >= max(limits):
+            raise ContextLengthExceeded(
+                f"the prompt has {num_tokens} tokens, but the context of {max(limits)} tokens "
+                "must hold it and at least one token of output; shorten the prompt",
+                param="prompt",
+            )
+
+    def _close(self, flight: Flight) -> None:
+        if flight.timer is not None:
+            flight.timer.cancel()
+        finish = flight.record.finish_reason
+        self._end_attempt(flight, "cancelled" if finish is None else finish.value)
+        self._flights.discard(flight)
+        self._recorder.ended(flight.record)
+
+    def _end_attempt(self, flight: Flight, reason: str) -> None:
+        if flight.attempt is not None:
+            flight.attempt.close(reason)
+            flight.attempt = None
+
+    # Placement.
+
+    async def _place(self, flight: Flight) -> None:
+        """Start the next attempt, waiting a bounded time for a worker.
+
+        Raises NoWorker, DeadlineExceeded, Unavailable.
+        """
+        loop = asyncio.get_running_loop()
+        patience_until_s = loop.time() + self._config.worker_wait_s
+        num_failures = len(flight.record.failures)
+        pause_s = RETRY_PAUSE_S * 2 ** (num_failures - 1) if num_failures else 0.0
+        while True:
+            if flight.abort is not None:
+                raise flight.abort
+            try:
+                placement = self._choose(flight)
+                if pause_s and flight.avoid.intersection(placement.workers):
+                    await asyncio.sleep(min(pause_s, flight.deadline_at_s - loop.time()))
+                    pause_s = 0.0
+                    continue
+                self._start_attempt(flight, placement)
+                return
+            except (NoWorker, WorkerLost):
+                left_s = min(patience_until_s, flight.deadline_at_s) - loop.time()
+                if left_s <= 0 and flight.abort is None:
+                    raise
+            await self._pool.wait_for_change(min(left_s, self._config.watchdog_period_s))
+
+    def _choose(self, flight: Flight) -> Placement:
+        view = self._pool.view()
+        flight.order.output_token_ids = tuple(flight.stream.token_ids)
+        num_output = flight.stream.next_index
+        request = PlacementRequest(
+            model=flight.request.model,
+            num_prompt_tokens=len(flight.request.prompt_token_ids) + num_output,
+            max_tokens=flight.order.sampling.max_tokens - num_output,
+            cached_tokens=self._cached_tokens(flight, view),
+            avoid=frozenset(flight.avoid),
+        )
+        return place(view, request, self._policy, self._rng)
+
+    def _cached_tokens(self, flight: Flight, view: ClusterView) -> dict[WorkerId, int]:
+        """Prompt tokens in each worker's prefix cache, as far as the index knows."""
+        cached: dict[WorkerId, int] = {}
+        layouts = {w.info.layout.fingerprint: w.info.layout for w in view.workers}
+        for fingerprint, layout in layouts.items():
+            hashes = flight.hashes.get(fingerprint)
+            if hashes is None:
+                root = root_hash(fingerprint, flight.request.cache_salt)
+                prompt = flight.request.prompt_token_ids
+                hashes = tuple(chain_hashes(root, prompt, layout.block_size))
+                flight.hashes[fingerprint] = hashes
+            for worker_id, num_blocks in self._pool.index.match(hashes).items():
+                cached[worker_id] = num_blocks * layout.block_size
+        return cached
+
+    def _start_attempt(self, flight: Flight, placement: Placement) -> None:
+        loop = asyncio.get_running_loop()
+        sessions = [self._pool.session(w) for w in placement.workers]
+        assert sessions[0].info is not None
+        hashes = flight.hashes[sessions[0].info.layout.fingerprint]
+        self._num_attempts += 1
+        flight.stream.restart()
+        flight.attempt = Attempt(
+            RequestId(f"{flight.request.request_id}.{self._tag}{self._num_attempts:x}"),
+            placement,
+            Mailbox(self._max_pending_deltas, now_s=loop.time()),
+        )
+        try:
+            flight.attempt.start(
+                flight.order,
+                sessions,
+                hashes,
+                deadline_s=flight.deadline_at_s - loop.time() + WORKER_DEADLINE_MARGIN_S,
+            )
+        except WorkerLost:
+            self._end_attempt(flight, "a worker is gone")
+            raise
+        self._recorder.placed(flight.record, placement, self._wall_clock())
+        self._pool.index.touch(hashes)
+
+    # Following a request.
+
+    def _advance(self, flight: Flight, arrival: Arrival) -> GenerationDelta | None:
+        """Take one arrival; what the client gets of it. Raises when the request has failed."""
+        attempt = flight.attempt
+        assert attempt is not None
+        delta = arrival.delta
+        failure = attempt.observe(arrival)
+        if delta is None or failure is not None:
+            if failure is not None:
+                self._on_failure(flight, failure)
+            return None
+        if delta.timeline is not None or delta.num_cached_tokens:
+            self._note(flight, attempt, arrival.worker_id, delta)
+        new = flight.stream.push(delta)
+        if new.finish_reason is None:
+            if not new.token_ids:
+                self._check_order(flight, attempt)
+                return None
+            if not attempt.unfinished:
+                self._on_failure(
+                    flight, AttemptFailure("ended without a finish reason", arrival.worker_id)
+                )
+        return self._emit(flight, new, arrival.at_s)
+
+    def _emit(self, flight: Flight, new: NewTokens, at_s: float) -> GenerationDelta:
+        record = flight.record
+        self._last_token_at_s = asyncio.get_running_loop().time()
+        text, num_tokens, stop = flight.text.push(new.token_ids)
+        finish = new.finish_reason
+        if finish is not None and stop is None:
+            tail = flight.text.finish()
+            text, stop = text + tail.text, tail.stop
+        if num_tokens:
+            self._recorder.tokens(record, num_tokens, at_s)
+        if stop is None and finish is None:
+            return GenerationDelta(text, tuple(new.token_ids), tuple(new.logprobs))
+        if stop is not None:
+            finish = FinishReason.STOP
+        record.finish_reason = finish
+        self._end_attempt(flight, "finished")
+        return GenerationDelta(
+            text,
+            tuple(new.token_ids[:num_tokens]),
+            tuple(new.logprobs[:num_tokens]),
+            finish,
+            stop_reason=stop if stop is not None else self._stop_token(flight, new),
+            usage=Usage(
+                prompt_tokens=record.num_prompt_tokens,
+                completion_tokens=record.num_output_tokens,
+                cached_tokens=record.num_cached_tokens or 0,
+            ),
+        )
+
+    def _stop_token(self, flight: Flight, new: NewTokens) -> int | None:
+        """The stop token the client asked for; the model's own end of sequence is not one."""
+        order, token_id = flight.order, new.stop_token_id
+        if token_id not in order.sampling.stop_token_ids:
+            return None
+        is_eos = token_id in order.eos_token_ids and not order.sampling.ignore_eos
+        return None if is_eos else token_id
+
+    def _note(
+        self, flight: Flight, attempt: Attempt, worker_id: WorkerId | None, delta: TokenDelta
+    ) -> None:
+        """What a worker measured, from its first or last delta."""
+        if delta.timeline is not None:
+            flight.record.timeline.merge(delta.timeline)
+        if worker_id is not None and worker_id not in attempt.cached_seen:
+            attempt.cached_seen.add(worker_id)
+            role = attempt.placement.terms_of(worker_id).role
+            self._recorder.cached(flight.record, role, delta.num_cached_tokens)
+
+    def _check_order(self, flight: Flight, attempt: Attempt) -> None:
+        """Tokens that wait for earlier ones are lost when nobody is left to send those."""
+        prefill_is_done = attempt.placement.prefill not in attempt.unfinished
+        if flight.stream.is_waiting and (prefill_is_done or not attempt.is_remote):
+            blamed = attempt.placement.decode or attempt.placement.prefill
+            self._on_failure(flight, AttemptFailure("gap in the output positions", blamed))
+        elif not attempt.unfinished:
+            blamed = attempt.placement.decode or attempt.placement.prefill
+            self._on_failure(flight, AttemptFailure("ended without a finish reason", blamed))
+
+    def _on_failure(self, flight: Flight, failure: AttemptFailure) -> None:
+        """End the attempt; returns when the request may be placed again, else raises."""
+        if flight.abort is not None:
+            raise flight.abort
+        record = flight.record
+        record.failures.append(f"{failure.blamed}: {failure.reason}")
+        logger.warning(
+            "request %s given up by %s: %s",
+            record.request_id, failure.blamed, failure.reason,
+        )  # fmt: skip
+        self._end_attempt(flight, "placed anew")
+        if not failure.is_retryable:
+            raise InternalError(
+                "a worker could not process the request; "
+                "the router's log holds the details under its request id"
+            )
+        if len(record.failures) > self._config.max_retries:
+            raise WorkerLost(
+                f"the request failed on {len(record.failures)} placements; try again in a moment"
+            )
+        if failure.blamed is not None:
+            flight.avoid.add(failure.blamed)
+
+    # Time.
+
+    def _expire(self, flight: Flight) -> None:
+        self._abort(
+            flight,
+            DeadlineExceeded(
+                f"the request did not finish within its deadline of {flight.request.deadline_s:g} s"
+            ),
+        )
+
+    def _abort(self, flight: Flight, error: BatonError) -> None:
+        flight.abort = flight.abort or error
+        if flight.attempt is not None:
+            now_s = asyncio.get_running_loop().time()
+            flight.attempt.mailbox.put(Arrival(None, self._wall_clock(), lost=str(error)), now_s)
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._config.watchdog_period_s)
+            for flight in list(self._flights):
+                if flight.attempt is not None:
+                    self._check_stall(flight.attempt, loop.time())
+
+    def _check_stall(self, attempt: Attempt, now_s: float) -> None:
+        """Blames the worker whose turn it is. One that serves others is left alone much longer:
+        the request may be in its queue, or preempted."""
+        worker_id = attempt.waits_for
+        quiet_s = now_s - attempt.mailbox.last_put_at_s
+        if worker_id is None or quiet_s <= self._config.stall_s:
+            return
+        session = attempt.sessions[worker_id]
+        if now_s - session.last_progress_at_s > self._config.stall_s:
+            session.quarantine(f"no progress for {quiet_s:.0f} s with requests to work on")
+        elif quiet_s > self._config.request_stall_s:
+            lost = f"no token for {quiet_s:.0f} s"
+            attempt.mailbox.put(Arrival(worker_id, self._wall_clock(), lost=lost), now_s)

@@ -1,0 +1,114 @@
+"""What a worker computes and moves with: the engine over its pool, and the transport over it.
+
+The pool's memory comes first, because only shared memory can be offered to peers without NIXL.
+Loading runs on a thread of its own, which ends with it: the event loop stays free for signals,
+and the tensor library's helper threads of that thread end too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from baton.core.clock import WallClock
+from baton.core.kv_layout import KvLayout
+from baton.core.logging import log_fields
+from kvtransfer.metadata import PeerIdentity
+from kvtransfer.select import create_transport, needs_shared_pool
+from kvtransfer.shm_transport import ShmPool
+from kvtransfer.transport import PoolRegion, Transport
+from services.worker.config import WorkerConfig
+from services.worker.engine_loop import EngineApi
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Ready to be driven by an engine loop; nothing runs yet."""
+
+    engine: EngineApi
+    layout: KvLayout
+    num_blocks: int
+    max_model_len: int
+    transport: Transport
+
+
+@dataclass(slots=True)
+class _PoolMemory:
+    """Shared memory for the pool when the transport needs it, made when the size is known."""
+
+    pool: ShmPool | None = field(default=None)
+
+    def make(self, num_bytes: int) -> memoryview:
+        self.pool = ShmPool.create(num_bytes)
+        return self.pool.memory
+
+
+async def open_backend(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backend:
+    """Load the model, make the pool, open the transport.
+
+    Raises ConfigError, or TransferError when the wanted transport does not work here.
+    """
+    return await _on_own_thread(lambda: _open(config, identity, secret))
+
+
+def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backend:
+    # The tensor library takes seconds to import; `--help` and configuration errors need not wait.
+    from baton.engine.factory import build_engine
+
+    started_s = time.monotonic()
+    log_fields(logger, "loading weights", model=config.served_model_name)
+    kind = config.transfer.transport
+    memory = _PoolMemory()
+    built = build_engine(
+        config.engine,
+        clock=WallClock(),
+        pool_memory_factory=memory.make if needs_shared_pool(kind) else None,
+    )
+    log_fields(
+        logger,
+        "engine built",
+        num_blocks=built.num_blocks,
+        block_bytes=built.layout.block_bytes,
+        seconds=round(time.monotonic() - started_s, 2),
+    )
+    region = PoolRegion(
+        address=built.pool_address,
+        num_bytes=built.pool_bytes,
+        num_blocks=built.num_blocks,
+        layout=built.layout,
+    )
+    transport = create_transport(kind, region, identity, secret, shared_pool=memory.pool)
+    return Backend(built.engine, built.layout, built.num_blocks, built.max_model_len, transport)
+
+
+async def _on_own_thread(function: Callable[[], T]) -> T:
+    """Like asyncio.to_thread on a fresh daemon thread: giving up waiting leaves it behind."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def deliver(value: T | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            value = function()
+        except Exception as error:
+            loop.call_soon_threadsafe(deliver, None, error)
+        else:
+            loop.call_soon_threadsafe(deliver, value, None)
+
+    threading.Thread(target=run, name="loading", daemon=True).start()
+    return await result

@@ -1,0 +1,224 @@
+"""One worker: starts the parts in order and stops them in order.
+
+start: backend (weights, pool, transport, warm-up) ─► engine thread ─► gRPC ─► registration
+stop:  leave the registry ─► drain ─► sessions, gRPC ─► transfers ─► transport ─► engine thread
+
+Runs inside any event loop: its own process (`main`) or a Ray Serve replica (`deployment`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.core.clock import MonotonicClock
+from baton.core.errors import ConfigError, InternalError, Unavailable
+from baton.core.logging import log_fields
+from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
+from baton.registry.directory import DirectoryRegistry, shared_secret
+from baton.rpc.channel import new_server
+from baton.rpc.v1 import transfer_pb2_grpc, worker_pb2_grpc
+from kvtransfer.metadata import PeerIdentity
+from services.worker.assembly import SERVICE_NAMES, Parts, assemble
+from services.worker.backend import Backend, open_backend
+from services.worker.config import WorkerConfig
+from services.worker.health import HealthVerdict
+from services.worker.registration import keep_registered
+
+logger = logging.getLogger(__name__)
+
+SERVER_GRACE_S = 1.0
+"""After the drain: for answers on their way."""
+BackendOpener = Callable[[WorkerConfig, PeerIdentity, bytes], Awaitable[Backend]]
+
+
+class WorkerServer:
+    """Start once, stop once. All calls on one event loop."""
+
+    def __init__(self, config: WorkerConfig, *, open_backend: BackendOpener = open_backend) -> None:
+        self._config = config
+        self._open_backend = open_backend
+        self._info: WorkerInfo | None = None
+        self._parts: Parts | None = None
+        self._server: grpc.aio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._registration: asyncio.Task[None] | None = None
+        self._backend: Backend | None = None
+        self._has_stopped = False
+
+    @property
+    def info(self) -> WorkerInfo:
+        """Known once `start` has returned."""
+        if self._info is None:
+            raise InternalError("the worker has not started yet")
+        return self._info
+
+    @property
+    def parts(self) -> Parts:
+        """For health checks and tests; known once `start` has returned."""
+        if self._parts is None:
+            raise InternalError("the worker has not started yet")
+        return self._parts
+
+    async def start(self) -> WorkerInfo:
+        """Load, warm up, listen, announce. On any error what was started is stopped again.
+
+        Raises ConfigError, or TransferError when the wanted transport does not work here.
+        """
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop(drain_s=0)
+            raise
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Drain for at most `drain_s` (None: as configured) and stop. Later calls do nothing."""
+        if self._has_stopped:
+            return
+        self._has_stopped = True
+        if self._registration is not None:
+            await _end(self._registration)
+        if self._parts is not None:
+            await self._stop_serving(
+                self._parts, self._config.drain_s if drain_s is None else drain_s
+            )
+        for task in self._tasks:
+            await _end(task)
+        if self._backend is not None:
+            if self._parts is not None:
+                await self._parts.reads.close()
+            await self._backend.transport.close()
+        if self._parts is not None:
+            await self._parts.engine.stop()
+        logger.info("stopped")
+
+    async def check_health(self) -> HealthVerdict:
+        """Answers within `health.ping_timeout_s`."""
+        if self._parts is None or self._has_stopped:
+            return HealthVerdict(False, "the worker is not running")
+        return await self._parts.health.check()
+
+    async def _start(self) -> WorkerInfo:
+        config = self._config
+        secret = self._secret()
+        worker_id = WorkerId(config.worker_id or f"{config.role.value}-{secrets.token_hex(4)}")
+        identity = PeerIdentity(worker_id, Epoch(secrets.token_hex(8)))
+        backend = self._backend = await self._open_backend(config, identity, secret)
+        server = self._server = new_server()
+        info = self._describe(identity, backend, address=self._listen(server))
+        parts = self._parts = assemble(config, info, backend, secret)
+        parts.engine.start()
+        await parts.engine.warm_up()
+        worker_pb2_grpc.add_WorkerServicer_to_server(parts.worker_service, server)
+        transfer_pb2_grpc.add_TransferServicer_to_server(parts.transfer_service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(parts.health.servicer, server)
+        reflection.enable_server_reflection(
+            (*SERVICE_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+        )
+        await server.start()
+        self._spawn(parts.health.watch())
+        self._spawn(parts.leases.tick_forever())
+        self._spawn(self._repeat_load(parts))
+        self._announce(info)
+        self._info = info
+        log_fields(
+            logger,
+            "ready",
+            address=info.address,
+            role=info.role.value,
+            worker=info.worker_id,
+            model=info.model_name,
+            pid=info.pid,
+            transport=info.transport,
+            num_blocks=info.num_blocks,
+        )
+        return info
+
+    async def _stop_serving(self, parts: Parts, drain_s: float) -> None:
+        await parts.health.set_serving(False)
+        if parts.engine.is_alive:
+            await parts.drain.run(timeout_s=drain_s)
+        parts.sessions.close_all(Unavailable("the worker is shutting down"))
+        if self._server is not None:
+            await self._server.stop(SERVER_GRACE_S)
+
+    def _describe(self, identity: PeerIdentity, backend: Backend, *, address: str) -> WorkerInfo:
+        return WorkerInfo(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            role=self._config.role,
+            address=address,
+            model_name=self._config.served_model_name,
+            layout=backend.layout,
+            num_blocks=backend.num_blocks,
+            max_model_len=backend.max_model_len,
+            max_num_seqs=self._config.engine.max_num_seqs,
+            transport=backend.transport.name,
+            pid=os.getpid(),
+        )
+
+    def _secret(self) -> bytes:
+        transfer, directory = self._config.transfer, self._config.registry.directory
+        if transfer.cluster_secret is not None:
+            return transfer.cluster_secret.encode()
+        if directory is not None:
+            return shared_secret(directory).encode()
+        logger.warning(
+            "neither transfer.cluster_secret nor registry.directory is set: "
+            "no other worker can exchange KV with this one"
+        )
+        return secrets.token_bytes(32)
+
+    def _listen(self, server: grpc.aio.Server) -> str:
+        config = self._config
+        try:
+            port = server.add_insecure_port(_authority(config.host, config.port))
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise ConfigError(
+                f"cannot listen on {config.host} port {config.port}: it is taken or not ours; "
+                "port 0 takes a free one"
+            )
+        return _authority(config.advertise_host or config.host, port)
+
+    def _announce(self, info: WorkerInfo) -> None:
+        config = self._config.registry
+        if config.directory is not None:
+            registry = DirectoryRegistry(config.directory, clock=MonotonicClock())
+            self._registration = asyncio.create_task(
+                keep_registered(registry, info, ttl_s=config.ttl_s), name="registration"
+            )
+
+    async def _repeat_load(self, parts: Parts) -> None:
+        while True:
+            await asyncio.sleep(self._config.session.load_period_s)
+            parts.requests.repeat_load()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_log_failure)
+        self._tasks.append(task)
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("a background task ended", exc_info=task.exception())

@@ -1,0 +1,188 @@
+"""Pools, peers in their own processes, and a fake fabric for the tests of kvtransfer."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from baton.core.kv_layout import KvLayout
+from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.metadata import PeerIdentity
+from kvtransfer.mover import MoverLimits
+from kvtransfer.mover_transport import MoverTransport
+from kvtransfer.nixl_transport import is_installed
+from kvtransfer.select import create_transport, needs_shared_pool
+from kvtransfer.shm_transport import ShmPool
+from kvtransfer.transport import PoolRegion
+
+SECRET = b"secret"
+UNTOUCHED = 0xFFFFFFFF
+CHILD = Path(__file__).with_name("peer_child.py")
+ROOT = CHILD.parents[2]
+
+
+def cpu_layout(block_size: int = 16) -> KvLayout:
+    """The laptop model: 23,040 bytes a token."""
+    return KvLayout("test-model", 30, 3, 64, block_size, "bfloat16")
+
+
+@dataclass
+class Pool:
+    """A local pool whose blocks are full of UNTOUCHED."""
+
+    region: PoolRegion
+    words: np.ndarray
+    shared: ShmPool | None
+    memory: object
+
+    @classmethod
+    def create(cls, kind: str, num_blocks: int, layout: KvLayout | None = None) -> Pool:
+        layout = layout or cpu_layout()
+        num_bytes = num_blocks * layout.block_bytes
+        shared = ShmPool.create(num_bytes) if needs_shared_pool(kind) else None
+        memory = shared.memory if shared else mmap.mmap(-1, num_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        words = np.frombuffer(memory, dtype=np.uint32).reshape(num_blocks, -1)
+        words[:] = UNTOUCHED
+        return cls(PoolRegion(address, num_bytes, num_blocks, layout), words, shared, memory)
+
+    def holds(self, local: list[int], remote: list[int], seed: int) -> bool:
+        expected = np.asarray(remote, dtype=np.uint32) + np.uint32(seed)
+        return bool((self.words[local] == expected[:, None]).all())
+
+    def untouched(self, blocks: list[int]) -> bool:
+        return bool((self.words[blocks] == UNTOUCHED).all())
+
+
+@dataclass
+class Peer:
+    """A peer process. Killed at the end of the test whatever happens."""
+
+    process: subprocess.Popen[str]
+    card: bytes
+    worker_id: WorkerId
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(5)
+
+
+@dataclass
+class Peers:
+    """Starts peer processes."""
+
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def start(
+        self,
+        kind: str,
+        worker_id: str = "prefill-0",
+        *,
+        epoch: str = "e1",
+        num_blocks: int = 64,
+        seed: int = 1000,
+        block_size: int = 16,
+    ) -> Peer:
+        arguments = [kind, worker_id, epoch, str(num_blocks), str(seed), str(block_size)]
+        process = subprocess.Popen(
+            [sys.executable, str(CHILD), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        self.started.append(process)
+        return Peer(process, self._card_of(process), WorkerId(worker_id))
+
+    @staticmethod
+    def _card_of(process: subprocess.Popen[str]) -> bytes:
+        assert process.stdout is not None
+        deadline_s = time.monotonic() + 30
+        while time.monotonic() < deadline_s:
+            if not select.select([process.stdout], [], [], 0.5)[0]:
+                continue
+            line = process.stdout.readline()
+            if line.startswith("card "):
+                return bytes.fromhex(line.split()[1])
+            if not line:
+                break
+        raise AssertionError("the peer process did not print its card")
+
+    def stop(self) -> None:
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait(5)
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    started = Peers()
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+OpenTransport = Callable[..., MoverTransport]
+
+
+@pytest.fixture
+async def open_transport():
+    """Makes transports of this process and closes them."""
+    opened: list[MoverTransport] = []
+
+    def make(
+        kind: str, pool: Pool, *, limits: MoverLimits | None = None, secret: bytes = SECRET
+    ) -> MoverTransport:
+        transport = create_transport(
+            kind,
+            pool.region,
+            PeerIdentity(WorkerId("decode-0"), Epoch("d1")),
+            secret,
+            shared_pool=pool.shared,
+            limits=limits,
+        )
+        opened.append(transport)
+        return transport
+
+    yield make
+    for transport in opened:
+        await transport.close()
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "nixl",
+            marks=[
+                pytest.mark.nixl,
+                pytest.mark.skipif(not is_installed(), reason="NIXL is not installed"),
+            ],
+        ),
+        "shm",
+    ]
+)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param

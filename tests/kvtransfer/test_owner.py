@@ -1,0 +1,335 @@
+"""LeaseOwner: the owner's state machine under a manual clock."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from baton.core.block import BlockId
+from baton.core.clock import ManualClock
+from baton.core.request import RequestId, TokenDelta
+from baton.core.worker_info import Epoch
+from kvtransfer.messages import (
+    ChunkReady,
+    Complete,
+    Completed,
+    GiveUp,
+    LeaseId,
+    Refused,
+    Renew,
+    Watch,
+)
+from kvtransfer.owner import LeaseOwner, OwnerEffect, OwnerLimits, ReaderId, ReleaseLease, Send
+
+EPOCH = Epoch("e1")
+READER = ReaderId("decode-0")
+OTHER = ReaderId("decode-1")
+R = RequestId("r")
+FIRST = TokenDelta(R, token_ids=[5])
+
+
+class Harness:
+    """An owner, its clock, and short spellings of its events."""
+
+    def __init__(self, **limits: float) -> None:
+        self.clock = ManualClock(50.0)
+        values = {"lease_s": 10.0, "watch_s": 60.0, "ended_s": 90.0, **limits}
+        self.owner = LeaseOwner(epoch=EPOCH, clock=self.clock, limits=OwnerLimits(**values))
+
+    def chunk(self, first: int, count: int, *, is_last: bool = False, request_id: RequestId = R):
+        return self.owner.chunk_done(
+            request_id,
+            first_block_index=first,
+            block_ids=[BlockId(100 + first + i) for i in range(count)],
+            is_last=is_last,
+            first_token=FIRST if is_last else None,
+        )
+
+    def lease_id(self) -> LeaseId:
+        """Of the only request, through a repeated watch."""
+        return chunks(self.owner.watch(R, READER))[0].lease_id
+
+    def finish(self):
+        self.owner.check_integrity()
+        assert self.owner.is_empty
+
+
+def chunks(effects: list[OwnerEffect]) -> list[ChunkReady]:
+    return [
+        e.message for e in effects if isinstance(e, Send) and isinstance(e.message, ChunkReady)
+    ]
+
+
+def refusals(effects: list[OwnerEffect]) -> list[Refused]:
+    return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Refused)]
+
+
+def verdicts(effects: list[OwnerEffect]) -> list[bool]:
+    return [
+        e.message.valid for e in effects if isinstance(e, Send) and isinstance(e.message, Completed)
+    ]
+
+
+def releases(effects: list[OwnerEffect]) -> list[RequestId]:
+    return [e.request_id for e in effects if isinstance(e, ReleaseLease)]
+
+
+def test_chunks_are_announced_and_the_lease_ends_with_completion():
+    h = Harness()
+    assert h.owner.receive(READER, Watch(R)) == []
+    (first,) = chunks(h.chunk(0, 2))
+    (last,) = chunks(h.chunk(2, 1, is_last=True))
+    assert (first.first_block_index, first.block_ids, first.is_last) == (0, (100, 101), False)
+    assert (last.first_block_index, last.block_ids, last.is_last) == (2, (102,), True)
+    assert last.first_token is FIRST and first.first_token is None
+    assert first.lease_id == last.lease_id and first.epoch == EPOCH
+    effects = h.owner.receive(READER, Complete(last.lease_id, EPOCH))
+    assert verdicts(effects) == [True] and releases(effects) == [R]
+    h.finish()
+
+
+def test_watch_after_the_chunks_gets_all_of_them_at_once():
+    h = Harness()
+    assert chunks(h.chunk(0, 2)) == []
+    assert chunks(h.chunk(2, 1, is_last=True)) == []
+    (whole,) = chunks(h.owner.watch(R, READER))
+    assert whole.block_ids == (100, 101, 102) and whole.is_last and whole.first_token is FIRST
+
+
+def test_watch_for_a_request_that_never_comes_is_refused_after_a_while():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.clock.advance(59)
+    assert h.owner.tick() == []
+    h.clock.advance(1)
+    (refusal,) = refusals(h.owner.tick())
+    assert "60 s" in refusal.reason
+    # Should it come after all, nobody waits for the lease to expire.
+    assert releases(h.chunk(0, 1)) == [R]
+    h.finish()
+
+
+def test_chunks_that_nobody_watches_expire_with_the_lease():
+    h = Harness()
+    h.chunk(0, 2)
+    h.clock.advance(9)
+    assert h.chunk(2, 1, is_last=True) == []
+    h.clock.advance(9)
+    assert h.owner.tick() == []
+    h.clock.advance(1)
+    assert releases(h.owner.tick()) == [R]
+    h.finish()
+
+
+def test_renewal_keeps_the_lease_and_expiry_tells_the_reader():
+    h = Harness()
+    h.owner.watch(R, READER)
+    (chunk,) = chunks(h.chunk(0, 1))
+    for _ in range(5):
+        h.clock.advance(9)
+        assert h.owner.receive(READER, Renew(chunk.lease_id)) == []
+    h.clock.advance(10)
+    effects = h.owner.tick()
+    assert releases(effects) == [R] and "expired" in refusals(effects)[0].reason
+    assert verdicts(h.owner.complete(READER, chunk.lease_id, EPOCH)) == [False]
+    assert releases(h.chunk(1, 1, is_last=True)) == [R]
+    h.finish()
+
+
+def test_broken_stream_keeps_the_lease_and_a_returning_reader_gets_everything_again():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.chunk(0, 1)
+    assert h.owner.reader_gone(READER) == []
+    assert chunks(h.chunk(1, 1, is_last=True)) == []
+    assert h.owner.num_leases == 1
+    (again,) = chunks(h.owner.watch(R, READER))
+    assert again.block_ids == (100, 101) and again.is_last
+    assert verdicts(h.owner.complete(READER, again.lease_id, EPOCH)) == [True]
+    h.finish()
+
+
+def test_broken_stream_forgets_watches_without_chunks():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.owner.reader_gone(READER)
+    h.finish()
+
+
+def test_verdict_lost_with_the_stream_can_be_asked_for_again():
+    h = Harness()
+    h.owner.watch(R, READER)
+    (chunk,) = chunks(h.chunk(0, 1, is_last=True))
+    assert verdicts(h.owner.complete(READER, chunk.lease_id, EPOCH)) == [True]
+    h.owner.reader_gone(READER)
+    assert verdicts(h.owner.complete(READER, chunk.lease_id, EPOCH)) == [True]
+    h.finish()
+
+
+@pytest.mark.parametrize("when", ["watched", "leased", "filled"])
+def test_give_up_returns_blocks_now_and_later_chunks_at_once(when):
+    h = Harness()
+    h.owner.watch(R, READER)
+    if when != "watched":
+        h.chunk(0, 1, is_last=when == "filled")
+    effects = h.owner.receive(READER, GiveUp(R, "cancelled"))
+    assert releases(effects) == ([] if when == "watched" else [R])
+    if when != "filled":
+        first = 0 if when == "watched" else 1
+        assert releases(h.chunk(first, 1)) == [R]
+        assert releases(h.chunk(first + 1, 1, is_last=True)) == [R]
+    h.finish()
+    # Nothing of its first life is in the way of a second one.
+    h.owner.watch(R, OTHER)
+    assert len(chunks(h.chunk(0, 1, is_last=True))) == 1
+
+
+def test_failed_request_is_refused_and_released():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.chunk(0, 1)
+    effects = h.owner.request_failed(R, "out of memory")
+    assert releases(effects) == [R] and refusals(effects)[0].reason == "out of memory"
+    h.finish()
+    assert h.owner.request_failed(RequestId("unknown"), "cancelled") == []
+
+
+def test_unwatched_failure_refuses_a_later_watch_once():
+    h = Harness()
+    h.chunk(0, 1)
+    assert releases(h.owner.request_failed(R, "cancelled")) == [R]
+    assert [r.reason for r in refusals(h.owner.watch(R, READER))] == ["cancelled"]
+    assert h.owner.watch(R, READER) == []
+
+
+def test_completion_needs_all_chunks_the_right_reader_and_the_right_epoch():
+    h = Harness()
+    h.owner.watch(R, READER)
+    (chunk,) = chunks(h.chunk(0, 1))
+    assert verdicts(h.owner.complete(READER, chunk.lease_id, EPOCH)) == [False]
+    h.chunk(1, 1, is_last=True)
+    assert verdicts(h.owner.complete(OTHER, chunk.lease_id, EPOCH)) == [False]
+    assert verdicts(h.owner.complete(READER, chunk.lease_id, Epoch("e0"))) == [False]
+    assert verdicts(h.owner.complete(READER, LeaseId("guess"), EPOCH)) == [False]
+    assert h.owner.num_leases == 1
+    assert verdicts(h.owner.complete(READER, chunk.lease_id, EPOCH)) == [True]
+    h.finish()
+
+
+def test_second_reader_is_refused_and_cannot_give_up_for_the_first():
+    h = Harness()
+    h.owner.watch(R, READER)
+    assert len(refusals(h.owner.watch(R, OTHER))) == 1
+    h.chunk(0, 1)
+    assert h.owner.give_up(OTHER, R, "mine") == []
+    assert h.owner.num_leases == 1
+
+
+def test_gap_in_the_chunks_ends_the_request():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.chunk(0, 1)
+    effects = h.chunk(3, 1)
+    assert R in releases(effects) and len(refusals(effects)) == 1
+    h.owner.check_integrity()
+
+
+def test_chunk_of_an_unknown_request_is_given_back():
+    h = Harness()
+    assert releases(h.chunk(4, 1)) == [R]
+    h.finish()
+
+
+def test_watches_and_memory_of_ended_requests_are_bounded():
+    h = Harness(max_watches=3, max_ended=2)
+    for i in range(5):
+        h.owner.watch(RequestId(f"w{i}"), READER)
+    assert h.owner.num_watches == 3
+    assert len(refusals(h.owner.watch(RequestId("w9"), READER))) == 1
+    for i in range(3):
+        h.owner.give_up(READER, RequestId(f"w{i}"), "test")
+    h.owner.tick()
+    h.owner.check_integrity()
+    # The oldest is forgotten, so its first chunk is leased like any other.
+    assert releases(h.chunk(0, 1, request_id=RequestId("w0"))) == []
+    assert releases(h.chunk(0, 1, request_id=RequestId("w2"))) == [RequestId("w2")]
+
+
+def test_ended_requests_are_forgotten_in_time():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.owner.give_up(READER, R, "test")
+    h.clock.advance(90)
+    h.owner.tick()
+    assert releases(h.chunk(0, 1)) == []
+
+
+class Engine:
+    """The lease counts that effects must bring back to zero."""
+
+    def __init__(self) -> None:
+        self.leased: Counter[RequestId] = Counter()
+        self.num_blocks: dict[RequestId, int] = {}
+        self.is_running: dict[RequestId, bool] = {}
+
+    def apply(self, effects: list[OwnerEffect]) -> None:
+        for request_id in releases(effects):
+            self.leased.pop(request_id, None)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_walk_leaks_nothing(seed):
+    rng = random.Random(seed)
+    h = Harness(lease_s=5.0, watch_s=8.0, ended_s=12.0, max_watches=20, max_ended=20)
+    engine, seen = Engine(), {READER: {}, OTHER: {}}
+    number = 0
+
+    def apply(effects):
+        engine.apply(effects)
+        for effect in effects:
+            if isinstance(effect, Send) and isinstance(effect.message, ChunkReady):
+                seen[effect.reader][effect.message.lease_id] = effect.message
+
+    def compute(request_id):
+        count, is_last = rng.randrange(0, 4), rng.random() < 0.3
+        engine.leased[request_id] += 1
+        first = engine.num_blocks.get(request_id, 0)
+        engine.num_blocks[request_id] = first + count
+        engine.is_running[request_id] = not is_last
+        apply(h.chunk(first, count, is_last=is_last, request_id=request_id))
+
+    for _ in range(10_000):
+        reader = rng.choice([READER, OTHER])
+        known = list(engine.is_running)[-8:]
+        running = [r for r in known if engine.is_running[r]]
+        request_id = rng.choice(known) if known else R
+        roll = rng.random()
+        if roll < 0.15:
+            number += 1
+            engine.is_running[RequestId(f"q{number}")] = True
+        elif roll < 0.40 and running:
+            compute(rng.choice(running))
+        elif roll < 0.55:
+            apply(h.owner.watch(request_id, reader))
+        elif roll < 0.62:
+            apply(h.owner.give_up(reader, request_id, "walk"))
+        elif roll < 0.66 and request_id in running:
+            engine.is_running[request_id] = False
+            apply(h.owner.request_failed(request_id, "walk"))
+        elif roll < 0.78 and seen[reader]:
+            apply(h.owner.complete(reader, rng.choice(list(seen[reader])), EPOCH))
+        elif roll < 0.84 and seen[reader]:
+            apply(h.owner.renew(reader, rng.choice(list(seen[reader]))))
+        elif roll < 0.86:
+            apply(h.owner.reader_gone(reader))
+        else:
+            h.clock.advance(rng.random() * 2)
+            apply(h.owner.tick())
+        h.owner.check_integrity()
+        assert len(engine.leased) == h.owner.num_leases
+    h.clock.advance(100)
+    apply(h.owner.tick())
+    assert not engine.leased
+    h.finish()

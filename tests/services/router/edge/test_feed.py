@@ -1,0 +1,108 @@
+"""Several generations read as one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from baton.core.errors import RequestCancelled, WorkerLost
+from services.router.generation import GenerationDelta
+from services.router.openai_api.feed import BUFFERED_DELTAS, DeltaFeed
+
+
+class Script:
+    """Yields `count` deltas, then ends, fails or waits."""
+
+    def __init__(self, count: int, *, error: Exception | None = None, waits: bool = False) -> None:
+        self.count = count
+        self.error = error
+        self.waits = waits
+        self.num_yielded = 0
+        self.is_closed = False
+
+    async def run(self):
+        try:
+            for i in range(self.count):
+                self.num_yielded += 1
+                yield GenerationDelta(str(i))
+            if self.error is not None:
+                raise self.error
+            if self.waits:
+                await asyncio.sleep(60)
+        finally:
+            self.is_closed = True
+
+
+async def drain_all(feed: DeltaFeed) -> list[tuple[int, str]]:
+    seen = []
+    while items := await feed.take():
+        seen += [(item.choice, item.delta.text) for item in items]
+    return seen
+
+
+async def test_all_deltas_come_in_order_per_choice():
+    feed = DeltaFeed([Script(5).run(), Script(3).run()])
+    seen = await drain_all(feed)
+    assert [t for c, t in seen if c == 0] == list("01234")
+    assert [t for c, t in seen if c == 1] == list("012")
+    await feed.aclose()
+
+
+async def test_what_is_ready_is_taken_together():
+    feed = DeltaFeed([Script(50).run()])
+    await asyncio.sleep(0)
+    assert len(await feed.take()) == 50
+    await feed.aclose()
+
+
+async def test_error_comes_after_the_deltas_before_it_and_ends_the_others():
+    other = Script(1, waits=True)
+    feed = DeltaFeed([Script(2, error=WorkerLost("x")).run(), other.run()])
+    seen = []
+    with pytest.raises(WorkerLost):
+        while True:
+            seen += await feed.take()
+    assert [item.delta.text for item in seen if item.choice == 0] == ["0", "1"]
+    await feed.aclose()
+    assert other.is_closed
+
+
+async def test_fail_closes_generations_at_once_and_wakes_the_reader():
+    scripts = [Script(0, waits=True), Script(0, waits=True)]
+    feed = DeltaFeed([s.run() for s in scripts])
+    taking = asyncio.create_task(feed.take())
+    await asyncio.sleep(0.01)
+    feed.fail(RequestCancelled("gone"))
+    with pytest.raises(RequestCancelled):
+        await taking
+    await asyncio.sleep(0)
+    assert all(s.is_closed for s in scripts)
+    await feed.aclose()
+
+
+async def test_reading_stops_when_the_buffer_is_full():
+    script = Script(3 * BUFFERED_DELTAS)
+    feed = DeltaFeed([script.run()])
+    await asyncio.sleep(0.01)
+    assert script.num_yielded == BUFFERED_DELTAS
+    assert len(await drain_all(feed)) == 3 * BUFFERED_DELTAS
+    await feed.aclose()
+
+
+async def test_closing_between_two_deltas_closes_the_generator():
+    script = Script(3 * BUFFERED_DELTAS)
+    feed = DeltaFeed([script.run()])
+    await asyncio.sleep(0.01)
+    await feed.aclose()
+    assert script.is_closed
+
+
+@pytest.mark.parametrize("started", [False, True])
+async def test_closing_leaves_no_task_behind(started):
+    before = asyncio.all_tasks()
+    feed = DeltaFeed([Script(0, waits=True).run() for _ in range(3)])
+    if started:
+        await asyncio.sleep(0.01)
+    await feed.aclose()
+    assert asyncio.all_tasks() == before

@@ -1,0 +1,111 @@
+"""`python -m services.router` as a process of its own, with no worker to talk to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+
+class Launcher:
+    """Starts routers on free ports and ends them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.children: list[subprocess.Popen[str]] = []
+
+    def start(self, *settings: str, **flags: str) -> subprocess.Popen[str]:
+        defaults = (
+            *(f"model_path={self._folder}", "model_name=tiny", "http_port=0", "grpc_port=0"),
+            *("workers=127.0.0.1:9", "edge.stop_grace_s=0.1"),
+        )
+        command = [sys.executable, "-m", "services.router"]
+        for setting in (*defaults, *settings):
+            command += ["--set", setting]
+        for name, value in flags.items():
+            command += [f"--{name.replace('_', '-')}", value]
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.children.append(child)
+        return child
+
+    def ready(self, child: subprocess.Popen[str]) -> dict[str, str]:
+        """The fields of its ready line."""
+        assert child.stderr is not None
+        for line in child.stderr:
+            fields = json.loads(line) if line.startswith("{") else {}
+            if fields.get("message") == "router ready":
+                return fields
+        raise AssertionError("the router ended without getting ready")
+
+    def close(self) -> None:
+        for child in self.children:
+            child.kill()
+            child.wait()
+            if child.stderr is not None:
+                child.stderr.close()
+
+
+@pytest.fixture
+def launcher(tokenizer_folder):
+    launcher = Launcher(tokenizer_folder)
+    yield launcher
+    launcher.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serves_without_workers_and_stops_on_a_signal(launcher, number):
+    child = launcher.start()
+    fields = launcher.ready(child)
+    with httpx.Client(base_url=f"http://{fields['http']}", trust_env=False) as client:
+        assert client.get("/version").status_code == 200
+        assert client.get("/health").status_code == 503
+        assert client.get("/v1/models").json()["data"] == []
+        assert "baton_workers" in client.get("/metrics").text
+        answer = client.post("/v1/completions", json={"prompt": "a"})
+        assert answer.status_code == 503
+        assert answer.json()["error"]["type"] == "service_unavailable"
+    started_at = time.monotonic()
+    child.send_signal(number)
+    assert child.wait(timeout=8) == 0
+    assert time.monotonic() - started_at < 5
+
+
+def test_wrong_settings_are_one_readable_line(launcher):
+    for settings in (["edge.max_body_bytes=0"], ["edge.colour=red"], ["nonsense"]):
+        child = launcher.start(*settings)
+        assert child.wait(timeout=20) == 2
+        assert child.stderr is not None
+        lines = child.stderr.read().splitlines()
+        assert len(lines) == 1
+        assert settings[0].split("=")[0] in lines[0]
+
+
+def test_taken_port_is_one_readable_line(launcher):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        child = launcher.start(f"http_port={port}")
+        assert child.wait(timeout=20) == 2
+        assert child.stderr is not None
+        (line,) = child.stderr.read().splitlines()
+        assert str(port) in json.loads(line)["message"]
+
+
+def test_ends_with_its_parent(launcher):
+    """The parent here is a shell that is killed; nobody is left to send a signal."""
+    shell = subprocess.Popen(
+        ["sh", "-c", "read line; kill -9 $$"], stdin=subprocess.PIPE, text=True
+    )
+    assert launcher.start(exit_with_parent=str(shell.pid)).wait(timeout=20) == 1
+    shell.kill()
+    shell.wait()
+    assert shell.stdin is not None
+    shell.stdin.close()
