@@ -21,7 +21,7 @@ from typing import Protocol
 
 from baton.core.block import BlockId
 from baton.core.clock import Clock
-from baton.core.errors import PeerGone, TransferError
+from baton.core.errors import PeerGone, TransferError, TransferTimeout
 from baton.core.request import RequestId
 from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.fetch_state import (
@@ -83,6 +83,8 @@ class FetchLimits:
 class _Fetch:
     machine: FetchMachine
     read: asyncio.Task[None] | None = None
+    unstarted: tuple[BlockId, ...] = ()
+    """Blocks of `read` while its task has not run yet: the transport does not know of them."""
 
 
 class Fetcher:
@@ -224,11 +226,13 @@ class Fetcher:
                 case StartRead():
                     task = asyncio.get_running_loop().create_task(self._read(fetch, effect))
                     fetch.read = task
+                    fetch.unstarted = effect.local
                     self._reads.add(task)
                     task.add_done_callback(self._reads.discard)
                 case StopRead():
                     assert fetch.read is not None
                     fetch.read.cancel()
+                    self._quarantine.settle(fetch.unstarted)
                 case Finish(outcome):
                     self._finish(outcome)
 
@@ -249,6 +253,7 @@ class Fetcher:
     async def _read(self, fetch: _Fetch, wanted: StartRead) -> None:
         expected = fetch.machine.expected
         left_s = expected.deadline_s - self._clock.now()
+        fetch.unstarted = ()
         try:
             read = await self._transport.read(
                 expected.peer,
@@ -259,6 +264,12 @@ class Fetcher:
         except TransferError as error:
             fetch.read = None
             self._apply(fetch, fetch.machine.read_failed(error, self._clock.now()))
+        except Exception:
+            # A defect: nobody knows what was moved, so the blocks stay withheld.
+            logger.exception("read for %s failed unexpectedly", expected.request_id)
+            fetch.read = None
+            defect = TransferTimeout(f"internal error while reading from {expected.peer}")
+            self._apply(fetch, fetch.machine.read_failed(defect, self._clock.now()))
         else:
             fetch.read = None
             self._apply(fetch, fetch.machine.read_done(read, self._clock.now()))

@@ -13,7 +13,7 @@ deadlines and other reads get their turn; the bytes in flight are bounded and th
 Why quarantine: a link such as NIXL has neither cancel nor time-out. What was given up on may land
 at any later time, until it is reported terminal or the link is destroyed.
 
-Knows no cards, no asyncio and no kind of link; `Link` is implemented by each transport.
+Knows no cards, no asyncio and no kind of link (`link` has the interface).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from baton.core.block import BlockId
 from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
+from kvtransfer.link import Link, LinkBroken, Posted
 from kvtransfer.plan import BlockIds, merge_runs
 from kvtransfer.transport import ReadStats
 
@@ -40,48 +41,6 @@ T = TypeVar("T")
 POLL_S = 0.0001
 """Between polls of pieces in flight; shorter polls take the progress thread's time."""
 QUARANTINE_POLL_S = 0.01
-
-
-class LinkBroken(TransferError):
-    """A link to a living peer failed: what is in flight may still land until a recycle."""
-
-
-class Posted(Protocol):
-    """A piece that the link has not finished yet."""
-
-    def is_done(self) -> bool:
-        """Raises PeerGone (terminal) or LinkBroken (not terminal)."""
-        ...
-
-    def release(self) -> None:
-        """Drop every reference to the link's objects. Does not stop the movement."""
-        ...
-
-
-class Link(Protocol):
-    """What a mover drives. All calls come from the mover's thread."""
-
-    def open(self) -> None: ...
-
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
-        """Start to move a piece; None when it is done already.
-
-        Raises PeerGone or LinkBroken as `Posted` does.
-        """
-        ...
-
-    def drop_peer(self, peer: WorkerId) -> None:
-        """Forget a peer, if known."""
-        ...
-
-    def recycle(self) -> None:
-        """Destroy and rebuild the link: when this returns, nothing posted before can land.
-
-        Raises LinkBroken when it cannot be sure of that.
-        """
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

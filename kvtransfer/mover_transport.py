@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from baton.core.block import BlockId
 from baton.core.errors import (
@@ -24,16 +24,16 @@ from baton.core.errors import (
     TransferTimeout,
 )
 from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.link import PeerLink
 from kvtransfer.metadata import (
     CARD_LIFETIME_S,
-    Endpoint,
     PeerCard,
     PeerIdentity,
     check_compatible,
     open_card,
     seal_card,
 )
-from kvtransfer.mover import BlockRead, Link, Mover, MoverLimits
+from kvtransfer.mover import BlockRead, Mover, MoverLimits
 from kvtransfer.peer_process import host_id, pid_namespace
 from kvtransfer.plan import checked_ids
 from kvtransfer.transport import PoolRegion, ReadStats
@@ -43,34 +43,6 @@ OPEN_TIMEOUT_S = 60.0
 """Opening a link loads libraries and takes half a second on a quiet machine."""
 PEER_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 20.0
-
-
-class PeerLink(Link, Protocol):
-    """A link that can describe itself in a card and open those of others."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def endpoint(self) -> Endpoint:
-        """Current after every `open` and `recycle`; read from any thread."""
-        ...
-
-    @property
-    def canary(self) -> tuple[int, bytes]:
-        """Address (or offset) and content."""
-        ...
-
-    def add_peer(self, card: PeerCard) -> None:
-        """Make a peer readable; called after `drop_peer` of the same name, on the mover's thread.
-
-        Raises IncompatiblePeer, BadPeerCard or PeerGone.
-        """
-        ...
-
-    def is_peer_dead(self, peer: WorkerId) -> bool:
-        """True when the peer's process has ended."""
-        ...
 
 
 class MoverTransport:
@@ -221,7 +193,9 @@ class MoverTransport:
             is_same = (known.epoch, known.endpoint) == (card.epoch, card.endpoint)
             if is_same and not self._link.is_peer_dead(card.worker_id):
                 return
-            self._remove(card.worker_id, "replaced by a new epoch")
+        # Before the known peer is dropped: a useless card must not cost us a good peer.
+        self._link.check_peer(card)
+        self._remove(card.worker_id, "replaced by a new epoch")
         self._link.add_peer(card)
         self._peers[card.worker_id] = card
 

@@ -28,8 +28,9 @@ import numpy as np
 
 from baton.core.errors import IncompatiblePeer, PeerGone, TransferError
 from baton.core.worker_info import WorkerId
+from kvtransfer.link import LinkBroken, Posted
 from kvtransfer.metadata import CANARY_BYTES, NixlEndpoint, PeerCard, PeerIdentity
-from kvtransfer.mover import LinkBroken, MoverLimits, Posted
+from kvtransfer.mover import MoverLimits
 from kvtransfer.mover_transport import MoverTransport
 from kvtransfer.peer_process import PeerProcess, allow_reads_by_siblings, read_memory
 from kvtransfer.plan import BlockIds
@@ -43,11 +44,13 @@ PROGRESS_DELAY_US = 1000
 DEATH_CONFIRMED_S = 0.5
 """A read fails a little before the kernel reports the peer's exit."""
 _MODULES = ("nixl_cu13._api", "nixl._api")
-_ENVIRONMENT = {
+_UCX_DEFAULTS = {
     # Bookkeeping traffic only; UCX would open a listener on every interface.
     "UCX_NET_DEVICES": "lo",
     # Without a bound the registration cache keeps what it released.
     "UCX_RCACHE_MAX_UNRELEASED": "1024",
+}
+_UCX_REQUIRED = {
     # A read that UCX cannot do in one step must fail instead of becoming a message exchange.
     "UCX_PROTO_EMULATION_ENABLE": "n",
 }
@@ -116,6 +119,9 @@ class NixlLink:
             ) from None
         self._endpoint = NixlEndpoint(name, blob, region.address, device)
 
+    def check_peer(self, card: PeerCard) -> None:
+        check_readable(card)
+
     def add_peer(self, card: PeerCard) -> None:
         endpoint = card.endpoint
         if not isinstance(endpoint, NixlEndpoint):
@@ -123,6 +129,7 @@ class NixlLink:
         process = PeerProcess(card.pid)
         peer = _Peer(card, endpoint, process)
         try:
+            # Once more: now the process is held, it cannot be exchanged under us.
             check_readable(card)
             self._attach(peer)
         except BaseException:
@@ -185,7 +192,7 @@ class NixlLink:
                 self.drop_peer(worker_id)
 
     def _attach(self, peer: _Peer) -> None:
-        """Raises BadPeerCard-like IncompatiblePeer when the agent does not take the peer."""
+        """Raises IncompatiblePeer when the agent does not take the peer."""
         endpoint = peer.endpoint
         failure = ""
         try:
@@ -333,8 +340,9 @@ def _errors_of(api: Any) -> tuple[type[Exception], ...]:
 
 def _load() -> Any:
     """The NIXL module, imported under the environment it needs."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in _UCX_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    os.environ.update(_UCX_REQUIRED)
     raise_exceptions = logging.raiseExceptions
     for name in _MODULES:
         if importlib.util.find_spec(name.partition(".")[0]) is None:

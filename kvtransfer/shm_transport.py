@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from baton.core.errors import ConfigError, IncompatiblePeer, PeerGone
 from baton.core.worker_info import WorkerId
+from kvtransfer.link import Posted
 from kvtransfer.metadata import CANARY_BYTES, PeerCard, PeerIdentity, ShmEndpoint
-from kvtransfer.mover import MoverLimits, Posted
+from kvtransfer.mover import MoverLimits
 from kvtransfer.mover_transport import MoverTransport
 from kvtransfer.peer_process import PeerProcess
 from kvtransfer.plan import BlockIds, merge_runs
@@ -104,7 +105,13 @@ class ShmLink:
     def open(self) -> None:
         """Nothing to set up."""
 
+    def check_peer(self, card: PeerCard) -> None:
+        self._open_peer(card).process.close()
+
     def add_peer(self, card: PeerCard) -> None:
+        self._peers[card.worker_id] = self._open_peer(card)
+
+    def _open_peer(self, card: PeerCard) -> _Peer:
         endpoint = card.endpoint
         if not isinstance(endpoint, ShmEndpoint):
             raise IncompatiblePeer(f"card of {card.worker_id} names no shared memory")
@@ -120,7 +127,7 @@ class ShmLink:
         except BaseException:
             process.close()
             raise
-        self._peers[card.worker_id] = _Peer(process, blocks)
+        return _Peer(process, blocks)
 
     def is_peer_dead(self, peer: WorkerId) -> bool:
         known = self._peers.get(peer)

@@ -56,6 +56,8 @@ def env_values(environ: Mapping[str, str], cls: type[Any]) -> dict[str, Any]:
         target = nested
         for part in path[:-1]:
             target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"{key} contradicts the shorter name for {part}")
         target[path[-1]] = value
     return nested
 
@@ -77,11 +79,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(hint, value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a section of settings, got {value!r}")
         return build(typing.cast(type[Any], hint), value, where=f"{where}.")
     if origin is tuple:
         item = typing.get_args(hint)[0]
         items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
         return tuple(_convert(item, v, where) for v in items if v != "")
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _convert_enum(hint, value, where)

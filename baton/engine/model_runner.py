@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from baton.core.errors import ConfigError
 from baton.core.kv_layout import KvLayout
 from baton.engine.batch import Batch, SampledToken
 from baton.engine.config import EngineConfig
@@ -28,16 +29,20 @@ class ModelRunner:
         num_blocks: int,
         pool_memory: memoryview | None = None,
     ) -> None:
-        """`pool_memory` is zeroed and writable and outlives the runner; None allocates it."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        """`pool_memory` is zeroed and writable and outlives the runner; None allocates it.
+
+        Raises ConfigError when `layout` is not the model's or the memory is too small.
+        """
+        difference = layout.difference(model.layout(config.block_size))
+        if difference:
+            raise ConfigError(f"KV layout given and KV layout of the model differ: {difference}")
         with torch.inference_mode():
             self._pool = KvPool(layout, num_blocks, memory=pool_memory, device=model.device)
             self._model = LlamaModel(
                 model.model_config,
                 model.weights,
                 self._pool,
-                max_positions=model.max_model_len,
+                max_positions=min(model.max_model_len, num_blocks * layout.block_size),
                 device=model.device,
             )
         self._sampler = Sampler(model.model_config.vocab_size)
@@ -62,6 +67,8 @@ class ModelRunner:
             if logits is None:
                 return results
             sequences = [batch.scheduled[i].sequence for i in plan.sampled]
-            for index, token in zip(plan.sampled, self._sampler.sample(sequences, logits)):
+            for index, token in zip(
+                plan.sampled, self._sampler.sample(sequences, logits), strict=True
+            ):
                 results[index] = token
         return results

@@ -66,13 +66,12 @@ class Sampler:
         wanted = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
         if not wanted:
             return [SampledToken(token_id, None) for token_id in token_ids]
-        logprobs = dict(
-            zip(wanted, _logprobs(sequences, logits, token_ids, wanted), strict=True)
-        )
+        logprobs = dict(zip(wanted, _logprobs(sequences, logits, token_ids, wanted), strict=True))
         return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
 
     def _choose(self, sequences: SequenceOf[Sequence], logits: Tensor) -> list[int]:
-        plain, special = [], []
+        plain: list[int] = []
+        special: list[int] = []
         for i, sequence in enumerate(sequences):
             is_plain = sequence.request.sampling.is_greedy and not is_adjusted(sequence)
             (plain if is_plain else special).append(i)

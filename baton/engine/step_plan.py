@@ -54,7 +54,9 @@ def build_plan(scheduled: AbstractSequence[ScheduledSequence], pool: KvPool) -> 
     num_decode = sum(1 for e in entries if e.num_new_tokens == 1)
     contexts = [e.sequence.num_computed_tokens + e.num_new_tokens for e in entries]
     first_rows = np.cumsum([0] + [e.num_new_tokens for e in entries]).tolist()
-    tables = [_block_table(e, n, pool.layout.block_size) for e, n in zip(entries, contexts)]
+    tables = [
+        _block_table(e, n, pool.layout.block_size) for e, n in zip(entries, contexts, strict=True)
+    ]
     chunks = [
         PrefillChunk(
             first_rows[i],
@@ -105,7 +107,7 @@ def _tokens(
     positions: list[IntArray] = []
     blocks: list[IntArray] = []
     block_size = pool.layout.block_size
-    for entry, table in zip(entries, tables):
+    for entry, table in zip(entries, tables, strict=True):
         first = entry.sequence.num_computed_tokens
         last = first + entry.num_new_tokens
         token_ids += entry.sequence.token_ids[first:last]
@@ -146,7 +148,7 @@ def _decode_group(
     """Padding repeats a sequence's own first block, so that it holds finite numbers."""
     num_blocks = len(tables[-1])
     padded = np.empty((len(tables), num_blocks), dtype=np.int64)
-    for row, table in zip(padded, tables):
+    for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
         row[len(table) :] = table[0]
     length = num_blocks * pool.layout.block_size

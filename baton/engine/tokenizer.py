@@ -71,7 +71,9 @@ class Tokenizer:
                 "send UTF-8 text",
                 param="prompt",
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike encode(), this lets go of the interpreter lock and computes no offsets.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -186,7 +186,11 @@ class _Assembler:
     def _layer(self, prefix: str) -> LlamaLayer:
         c = self._config
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        width, heads, kv_heads = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        width, heads, kv_heads = (
+            c.hidden_size,
+            c.num_heads * c.head_dim,
+            c.num_kv_heads * c.head_dim,
+        )
         inner = c.intermediate_size
         scale = 1.0 / math.sqrt(c.head_dim)
         return LlamaLayer(
@@ -208,9 +212,7 @@ class _Assembler:
             down=self._plain(f"{mlp}down_proj", (width, inner), c.mlp_bias),
         )
 
-    def _fused(
-        self, norm_name: str, parts: list[tuple[str, int, float]], has_bias: bool
-    ) -> Linear:
+    def _fused(self, norm_name: str, parts: list[tuple[str, int, float]], has_bias: bool) -> Linear:
         """Projections of one normalised input, as one. parts: (name, out_features, scale)."""
         gain = self._gain(norm_name)
         weights, biases = [], []
@@ -235,7 +237,10 @@ class _Assembler:
 
     def _refuse_leftovers(self) -> None:
         """Tensors that would silently not take part; stored copies of derived ones are fine."""
-        ignorable = ("rotary_emb.inv_freq", *(("lm_head.weight",) * self._config.tie_word_embeddings))
+        ignorable = (
+            "rotary_emb.inv_freq",
+            *(("lm_head.weight",) * self._config.tie_word_embeddings),
+        )
         left = [name for name in self._checkpoint.left() if not name.endswith(ignorable)]
         if left:
             raise ConfigError(

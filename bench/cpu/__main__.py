@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from baton.model_import.cache import default_cache_dir, ensure_default_model
+from baton.cli.model import import_default
 
 from bench import machine
 from bench.cpu.workload import OUTPUT_LEN, PROMPT_LEN, Rates, parse
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    args.model = args.model or ensure_default_model(default_cache_dir())
+    args.model = args.model or import_default(os.environ, dtype=args.dtype)
     table = contenders(args)
     results: dict[str, list[Rates]] = {name: [] for name in table}
     bandwidth = machine.read_bandwidth_bytes_per_s()

@@ -21,8 +21,8 @@ import uvloop
 from baton.core.config import merge
 from baton.core.errors import BatonError, ConfigError
 from baton.core.logging import log_fields, setup_logging
-from baton.settings import parse_override
-from services.router.config import LogFormat, RouterConfig, load_router_config
+from baton.settings import LogFormat, parse_override
+from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
 from services.router.grpc_server import GrpcServer
 from services.router.http_app import HttpApp
@@ -66,10 +66,12 @@ class RouterProcess:
         )
 
     async def stop(self) -> None:
-        """Close the doors, let short requests finish, end the others, then the dispatcher."""
-        await asyncio.gather(self.http.stop(), self.grpc.stop(), return_exceptions=True)
+        """Close the doors, let short requests finish, end the others with an error."""
+        doors = asyncio.gather(self.http.stop(), self.grpc.stop(), return_exceptions=True)
+        await asyncio.wait({doors}, timeout=self._config.edge.stop_grace_s)
         async with asyncio.timeout(CORE_STOP_TIMEOUT_S):
             await self._core.stop()
+        await doors
         log_fields(logger, "router stopped")
 
 

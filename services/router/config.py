@@ -8,35 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from baton.core.config import build, env_values, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
+from baton.settings import LogConfig, check_positive, load
 from services.router.edge_config import EdgeConfig
-
-
-class LogFormat(Enum):
-    JSON = "json"
-    TEXT = "text"
-
-
-@dataclass(frozen=True, slots=True)
-class LogConfig:
-    """What the process writes to stderr."""
-
-    format: LogFormat = LogFormat.JSON
-    level: str = "INFO"
-
-    def __post_init__(self) -> None:
-        if self.level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise ConfigError(
-                f"log.level must be DEBUG, INFO, WARNING or ERROR, got {self.level!r}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +38,7 @@ class SessionConfig:
     """Deltas waiting for a slow client before they are merged into one."""
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_positive(
             "session", self, "connect_timeout_s", "idle_timeout_s", "backoff_min_s",
             "backoff_max_s", "stall_quarantine_s", "resync_timeout_s", "max_pending_deltas",
         )  # fmt: skip
@@ -87,7 +65,7 @@ class PolicyConfig:
     """Weight of the tokens a decode worker has no blocks for: it would have to preempt."""
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_positive(
             "policy", self, "attention_crossover_tokens", "expected_output_tokens",
         )  # fmt: skip
         for name in ("local_prefill_max_tokens", "running_cost_tokens", "shortage_factor"):
@@ -111,7 +89,7 @@ class DispatchConfig:
     watchdog_period_s: float = 0.25
 
     def __post_init__(self) -> None:
-        _check_positive(
+        check_positive(
             "dispatch", self, "worker_wait_s", "stall_s", "request_stall_s", "watchdog_period_s"
         )
         if self.max_retries < 0:
@@ -126,7 +104,7 @@ class IndexConfig:
     """Distinct blocks remembered, about 250 bytes each."""
 
     def __post_init__(self) -> None:
-        _check_positive("index", self, "max_entries")
+        check_positive("index", self, "max_entries")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +119,7 @@ class HealthConfig:
     """Pools that must answer."""
 
     def __post_init__(self) -> None:
-        _check_positive("health", self, "token_fresh_s", "load_fresh_s")
+        check_positive("health", self, "token_fresh_s", "load_fresh_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,28 +168,4 @@ def load_router_config(
     overrides: Mapping[str, Any] | None = None,
 ) -> RouterConfig:
     """Build the settings from their layers. Raises ConfigError naming the wrong key."""
-    layers = [
-        _read_yaml(file) if file is not None else {},
-        env_values(environ or {}, RouterConfig),
-        overrides or {},
-    ]
-    return build(RouterConfig, merge(*layers))
-
-
-def _read_yaml(file: Path) -> Mapping[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"configuration file {file}: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"configuration file {file} must hold a mapping of settings")
-    return values
-
-
-def _check_positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value <= 0:
-            raise ConfigError(f"{section}.{name} must be positive, got {value}")
+    return load(RouterConfig, file=file, environ=environ, overrides=overrides)

@@ -35,6 +35,7 @@ from baton.core.errors import (
     Unavailable,
     WorkerLost,
 )
+from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent
 from baton.core.request import FinishReason, RequestId, TokenDelta
 from baton.core.worker_info import WorkerId
@@ -78,8 +79,8 @@ class Flight:
     stream: TokenStream = field(default_factory=TokenStream)
     attempt: Attempt | None = None
     avoid: set[WorkerId] = field(default_factory=set)
-    hashes: dict[str, tuple[BlockHash, ...]] = field(default_factory=dict)
-    """By layout fingerprint."""
+    hashes: dict[KvLayout, tuple[BlockHash, ...]] = field(default_factory=dict)
+    """Of the prompt's full blocks; one entry where all workers are alike."""
     timer: asyncio.TimerHandle | None = None
     abort: BatonError | None = None
     """Set from outside: the deadline has passed or the router stops."""
@@ -299,14 +300,13 @@ class Dispatcher:
     def _cached_tokens(self, flight: Flight, view: ClusterView) -> dict[WorkerId, int]:
         """Prompt tokens in each worker's prefix cache, as far as the index knows."""
         cached: dict[WorkerId, int] = {}
-        layouts = {w.info.layout.fingerprint: w.info.layout for w in view.workers}
-        for fingerprint, layout in layouts.items():
-            hashes = flight.hashes.get(fingerprint)
+        for layout in {w.info.layout for w in view.workers}:
+            hashes = flight.hashes.get(layout)
             if hashes is None:
-                root = root_hash(fingerprint, flight.request.cache_salt)
+                root = root_hash(layout.fingerprint, flight.request.cache_salt)
                 prompt = flight.request.prompt_token_ids
                 hashes = tuple(chain_hashes(root, prompt, layout.block_size))
-                flight.hashes[fingerprint] = hashes
+                flight.hashes[layout] = hashes
             for worker_id, num_blocks in self._pool.index.match(hashes).items():
                 cached[worker_id] = num_blocks * layout.block_size
         return cached
@@ -315,7 +315,7 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         sessions = [self._pool.session(w) for w in placement.workers]
         assert sessions[0].info is not None
-        hashes = flight.hashes[sessions[0].info.layout.fingerprint]
+        hashes = flight.hashes[sessions[0].info.layout]
         self._num_attempts += 1
         flight.stream.restart()
         flight.attempt = Attempt(

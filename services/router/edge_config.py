@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from baton.core.errors import ConfigError
 
+_POSITIVE = ("max_body_bytes", "body_timeout_s", "deadline_s", "keep_alive_s", "stalled_client_s")
+
 
 @dataclass(frozen=True, slots=True)
 class EdgeConfig:
@@ -19,11 +21,13 @@ class EdgeConfig:
     """From arrival until the client gets an error; a gRPC client's shorter deadline wins."""
     keep_alive_s: int = 75
     """Idle time of an HTTP connection; above the 60 s of common load balancers."""
+    stalled_client_s: float = 120.0
+    """A connection whose client neither reads nor answers for this long is cut."""
     stop_grace_s: float = 2.0
     """At a stop, how long open streams may go on before they get an error."""
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "body_timeout_s", "deadline_s", "keep_alive_s"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value <= 0:
                 raise ConfigError(f"edge.{name} must be positive, got {value}")

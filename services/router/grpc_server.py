@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 HEALTH_PERIOD_S = 0.5
 HEALTH_TIMEOUT_S = 2.0
+CUT_AFTER_S = 0.5
+"""Beyond `stop_grace_s`: for streams to end with the dispatcher's reason before they are cut."""
 
 
 class GrpcServer:
@@ -64,7 +66,7 @@ class GrpcServer:
         if self._watch is not None:
             self._watch.cancel()
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(self._config.stop_grace_s)
+        await self._server.stop(self._config.stop_grace_s + CUT_AFTER_S)
         self._preprocessor.close()
 
     async def _follow_health(self) -> None:

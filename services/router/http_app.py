@@ -19,6 +19,7 @@ from baton.core.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    RequestCancelled,
     RequestError,
     Unavailable,
 )
@@ -109,6 +110,8 @@ class HttpApp:
             raise error
         headers = [error.allow] if isinstance(error, _WrongMethod) else []
         status = await exchange.answer_error(error, headers)
+        if isinstance(error, RequestCancelled):
+            return
         log_fields(
             logger,
             "request rejected",

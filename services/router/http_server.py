@@ -29,6 +29,7 @@ class HttpServer:
         self._app = app
         self._config = config
         self._socket = _bind(host, port)
+        _cut_stalled_clients(self._socket, config.stalled_client_s)
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
@@ -101,3 +102,18 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
+
+
+def _cut_stalled_clients(listener: socket.socket, after_s: float) -> None:
+    """Accepted connections inherit these options on Linux.
+
+    A client that vanished without a word fails the keep-alive probes; one that never reads keeps
+    its window at zero until the user time-out.
+    """
+    num_probes = 4
+    interval_s = max(1, int(after_s / (num_probes + 1)))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval_s)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, num_probes)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(after_s * 1000))

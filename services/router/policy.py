@@ -24,6 +24,7 @@ from enum import Enum
 from typing import NamedTuple, TypeVar
 
 from baton.core.errors import NoWorker
+from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Role, WorkerId
 from services.router.cluster_view import ClusterView, WorkerState
 from services.router.config import PolicyConfig
@@ -97,9 +98,9 @@ def place(
     candidates = [w for w in fitting if w.info.worker_id not in request.avoid] or fitting
     if not candidates:
         raise NoWorker(_why_none(view, request, eligible))
-    groups: dict[str, list[WorkerState]] = {}
+    groups: dict[KvLayout, list[WorkerState]] = {}
     for worker in candidates:
-        groups.setdefault(worker.info.layout.fingerprint, []).append(worker)
+        groups.setdefault(worker.info.layout, []).append(worker)
     placements = [_place_in_group(group, request, config, rng) for group in groups.values()]
     return _cheapest(((p.score, p) for p in placements), rng)
 

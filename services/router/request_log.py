@@ -66,13 +66,15 @@ class RequestRecorder:
 
     def tokens(self, record: RequestRecord, num_tokens: int, at_s: float) -> None:
         """New tokens arrived together at `at_s`; called for every one of them, hence short."""
+        num_gaps, gap_s = num_tokens, 0.0
         if record.num_output_tokens:
-            itl = self._itl.get(record.model) or self._itl_observer(record.model)
             gap_s = (at_s - record.last_token_at_s) / num_tokens
-            for _ in range(num_tokens):
-                itl(gap_s)
         else:
             record.timeline.record(Event.FIRST_TOKEN, at_s)
+            num_gaps -= 1
+        observe = self._itl.get(record.model) or self._itl_observer(record.model)
+        for _ in range(num_gaps):
+            observe(gap_s)
         record.num_output_tokens += num_tokens
         record.last_token_at_s = at_s
 

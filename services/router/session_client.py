@@ -196,7 +196,13 @@ class WorkerSession:
         try:
             while True:
                 self.state = SessionState.CONNECTING
-                was_ready = await self._run_once()
+                was_ready = False
+                try:
+                    was_ready = await self._run_once()
+                except Exception:
+                    # A defect of ours must not end the attempts to reach the worker.
+                    logger.exception("session with %s failed", self.address)
+                    self._lose("defect in the router")
                 backoff_s = (
                     self._config.backoff_min_s
                     if was_ready
@@ -377,5 +383,11 @@ class WorkerSession:
         for sent in requests.values():
             sent.mailbox.put(Arrival(worker_id, at_s, lost=reason), now_s)
         if was_ready:
-            logger.warning("worker %s lost with %d requests: %s", worker_id, len(requests), reason)
-            self._listener.on_lost(self, reason)
+            logger.log(
+                logging.INFO if reason == CLOSED_BY_US else logging.WARNING,
+                "worker %s lost with %d requests: %s",
+                worker_id,
+                len(requests),
+                reason,
+            )
+            self._listener.on_lost(self)

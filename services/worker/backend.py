@@ -64,7 +64,8 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
     from baton.engine.factory import build_engine
 
     started_s = time.monotonic()
-    log_fields(logger, "loading weights", model=config.served_model_name)
+    name = config.served_model_name
+    log_fields(logger, f"loading weights of {name}", model=name)
     kind = config.transfer.transport
     memory = _PoolMemory()
     built = build_engine(
@@ -72,12 +73,13 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
         clock=WallClock(),
         pool_memory_factory=memory.make if needs_shared_pool(kind) else None,
     )
+    loading_s = round(time.monotonic() - started_s, 2)
     log_fields(
         logger,
-        "engine built",
+        f"engine built in {loading_s} s",
         num_blocks=built.num_blocks,
         block_bytes=built.layout.block_bytes,
-        seconds=round(time.monotonic() - started_s, 2),
+        seconds=loading_s,
     )
     region = PoolRegion(
         address=built.pool_address,

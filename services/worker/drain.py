@@ -28,12 +28,13 @@ class Drain:
     async def run(self, *, timeout_s: float) -> int:
         """Returns the number of requests that were ended because `timeout_s` passed."""
         self._requests.start_draining()
-        log_fields(logger, "draining", requests=self._requests.num_live, timeout_s=timeout_s)
+        num_live = self._requests.num_live
+        log_fields(logger, f"draining {num_live} requests", requests=num_live, timeout_s=timeout_s)
         if await self._is_empty_within(timeout_s):
             return 0
         num_ended = self._requests.end_all("the worker is shutting down")
         await self._is_empty_within(SETTLE_S)
-        log_fields(logger, "drain timed out", ended=num_ended)
+        log_fields(logger, f"drain timed out, {num_ended} requests ended", ended=num_ended)
         return num_ended
 
     async def _is_empty_within(self, timeout_s: float) -> bool:

@@ -121,7 +121,12 @@ class PeerLink:
                 self._opened.set_exception(error)
                 # Whoever waits gets it; nobody may be waiting.
                 self._opened.exception()
-            log_fields(logger, "link gone", peer=self.peer.worker_id, reason=str(error))
+            log_fields(
+                logger,
+                f"link to {self.peer.worker_id} gone: {error}",
+                peer=self.peer.worker_id,
+                reason=str(error),
+            )
             self._listener.on_gone(self.peer.worker_id, error)
             with contextlib.suppress(TransferError):
                 await self._transport.disconnect(self.peer.worker_id)

@@ -170,10 +170,11 @@ class Requests:
     def on_step(self, result: StepResult) -> None:
         """Distribute one step's outcome."""
         output = result.output
-        for delta in output.deltas:
-            self._deliver(delta)
+        # Before the deltas: the end of a request that nobody wants takes its lease with it.
         for chunk in output.chunks:
             self._leases.announce(chunk)
+        for delta in output.deltas:
+            self._deliver(delta)
         for reservation in output.reservations:
             self._reserved(reservation)
         if result.has_kv_event:
@@ -243,9 +244,10 @@ class Requests:
             if record.session is not None:
                 record.session.send(delta)
             return
+        is_unwanted = record.session is None or delta.finish_reason in _UNFINISHED
         self._answer(record, delta)
         request_id, work = delta.request_id, record.request.work
-        if work is Work.PREFILL and delta.finish_reason in _UNFINISHED:
+        if work is Work.PREFILL and is_unwanted:
             self._leases.withdraw(request_id, delta.error or "the request was cancelled")
         if work is Work.DECODE:
             self._reads.drop(request_id)

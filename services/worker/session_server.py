@@ -77,14 +77,14 @@ class WorkerServicer(pb_grpc.WorkerServicer):
             await abort(context, error)
         session = RouterSession(hello.router_id, self._config)
         self._sessions.open(session)
-        log_fields(logger, "session opened", router=session.router_id)
+        log_fields(logger, f"session of {session.router_id} opened", router=session.router_id)
         try:
             reason = await self._serve(session, messages, context)
         finally:
             session.close(Unavailable("session ended"))
             self._sessions.remove(session)
             self._requests.session_ended(session)
-            log_fields(logger, "session ended", router=session.router_id)
+            log_fields(logger, f"session of {session.router_id} ended", router=session.router_id)
         if reason is not None:
             await abort(context, reason)
 

@@ -91,6 +91,11 @@ class LeaseServer:
         """The request has ended here, or nobody wants it any more."""
         self._apply(self._owner.request_failed(request_id, reason))
 
+    def close(self) -> None:
+        """End all streams; the leases are left to the drain before and the exit after."""
+        for stream in self._streams.values():
+            stream.closed.set()
+
     async def tick_forever(self) -> None:
         """Let time pass for the leases until cancelled."""
         while True:
@@ -167,7 +172,9 @@ class TransferServicer(pb_grpc.TransferServicer):
             logger.warning("a reader was refused: %s", error)
             await abort(context, error)
         self._known_readers.add(_reader_id(card.worker_id, card.epoch))
-        log_fields(logger, "reader connected", reader=card.worker_id, epoch=card.epoch)
+        log_fields(
+            logger, f"reader {card.worker_id} connected", reader=card.worker_id, epoch=card.epoch
+        )
         return pb.ConnectReply(card=self._transport.card())
 
     async def Leases(self, messages: ReaderMessages, context: Context) -> None:

@@ -131,7 +131,7 @@ class WorkerServer:
         self._info = info
         log_fields(
             logger,
-            "ready",
+            f"ready at {info.address} ({info.transport}, pid {info.pid})",
             address=info.address,
             role=info.role.value,
             worker=info.worker_id,
@@ -147,6 +147,7 @@ class WorkerServer:
         if parts.engine.is_alive:
             await parts.drain.run(timeout_s=drain_s)
         parts.sessions.close_all(Unavailable("the worker is shutting down"))
+        parts.leases.close()
         if self._server is not None:
             await self._server.stop(SERVER_GRACE_S)
 

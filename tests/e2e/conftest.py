@@ -31,11 +31,19 @@ def start_system(
 
 
 @pytest.fixture(scope="session")
-def system(start_system: Callable[..., RunningSystem]) -> RunningSystem:
-    """Disaggregated, float32, every prompt through both workers."""
-    return start_system(
-        "--no-ray", "--dtype", "float32", "--set", "router.policy.local_prefill_max_tokens=0"
-    )
+def exact_arguments(smollm2_float32_dir: Path) -> list[str]:
+    """Disaggregated in float32, every prompt through both workers: equals the reference."""
+    return [
+        *("--no-ray", "--model", str(smollm2_float32_dir), "--dtype", "float32"),
+        *("--set", "router.policy.local_prefill_max_tokens=0"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def system(
+    start_system: Callable[..., RunningSystem], exact_arguments: list[str]
+) -> RunningSystem:
+    return start_system(*exact_arguments)
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ DEADLINE_S = 90.0
 
 
 @pytest.fixture(scope="module")
-def fragile(start_system: Callable[..., RunningSystem]) -> RunningSystem:
+def fragile(
+    start_system: Callable[..., RunningSystem], exact_arguments: list[str]
+) -> RunningSystem:
     """A system of its own, because its workers get killed."""
-    return start_system(
-        "--no-ray", "--dtype", "float32", "--set", "router.policy.local_prefill_max_tokens=0"
-    )
+    return start_system(*exact_arguments)
 
 
 def body(system: RunningSystem, **changes: Any) -> dict[str, Any]:

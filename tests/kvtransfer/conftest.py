@@ -31,6 +31,7 @@ from kvtransfer.transport import PoolRegion
 SECRET = b"secret"
 UNTOUCHED = 0xFFFFFFFF
 CHILD = Path(__file__).with_name("peer_child.py")
+READER = CHILD.with_name("reader_child.py")
 ROOT = CHILD.parents[2]
 
 
@@ -63,6 +64,9 @@ class Pool:
         expected = np.asarray(remote, dtype=np.uint32) + np.uint32(seed)
         return bool((self.words[local] == expected[:, None]).all())
 
+    def clear(self) -> None:
+        self.words[:] = UNTOUCHED
+
     def untouched(self, blocks: list[int]) -> bool:
         return bool((self.words[blocks] == UNTOUCHED).all())
 
@@ -71,7 +75,7 @@ class Pool:
 class Peer:
     """A peer process. Killed at the end of the test whatever happens."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     card: bytes
     worker_id: WorkerId
 
@@ -84,10 +88,35 @@ class Peer:
 
 
 @dataclass
+class Reader:
+    """A reading process that reports in lines."""
+
+    process: subprocess.Popen[bytes]
+
+    def line(self) -> str:
+        return read_line(self.process, "> ")
+
+
+def read_line(process: subprocess.Popen[bytes], prefix: str) -> str:
+    """What follows `prefix` in the next line that starts with it; other output is skipped."""
+    assert process.stdout is not None
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        if not select.select([process.stdout], [], [], 0.5)[0]:
+            continue
+        line = process.stdout.readline().decode()
+        if line.startswith(prefix):
+            return line.removeprefix(prefix).strip()
+        if not line:
+            break
+    raise AssertionError(f"the process printed no line that starts with {prefix!r}")
+
+
+@dataclass
 class Peers:
     """Starts peer processes."""
 
-    started: list[subprocess.Popen[str]] = field(default_factory=list)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(
         self,
@@ -100,30 +129,25 @@ class Peers:
         block_size: int = 16,
     ) -> Peer:
         arguments = [kind, worker_id, epoch, str(num_blocks), str(seed), str(block_size)]
+        process = self._spawn(CHILD, *arguments)
+        card = bytes.fromhex(read_line(process, "card "))
+        return Peer(process, card, WorkerId(worker_id))
+
+    def start_reader(self, peer: Peer, mode: str) -> Reader:
+        return Reader(self._spawn(READER, mode, peer.card.hex()))
+
+    def _spawn(self, script: Path, *arguments: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, str(CHILD), *arguments],
+            [sys.executable, str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            # Unbuffered: `select` must see every line that is not read yet.
+            bufsize=0,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{CHILD.parent}"},
         )
         self.started.append(process)
-        return Peer(process, self._card_of(process), WorkerId(worker_id))
-
-    @staticmethod
-    def _card_of(process: subprocess.Popen[str]) -> bytes:
-        assert process.stdout is not None
-        deadline_s = time.monotonic() + 30
-        while time.monotonic() < deadline_s:
-            if not select.select([process.stdout], [], [], 0.5)[0]:
-                continue
-            line = process.stdout.readline()
-            if line.startswith("card "):
-                return bytes.fromhex(line.split()[1])
-            if not line:
-                break
-        raise AssertionError("the peer process did not print its card")
+        return process
 
     def stop(self) -> None:
         for process in self.started:
@@ -145,7 +169,19 @@ def peers() -> Iterator[Peers]:
         started.stop()
 
 
-OpenTransport = Callable[..., MoverTransport]
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., Pool]]:
+    """Makes pools and gives their shared memory back."""
+    made: list[Pool] = []
+
+    def make(kind: str, num_blocks: int, layout: KvLayout | None = None) -> Pool:
+        made.append(Pool.create(kind, num_blocks, layout))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        if pool.shared is not None:
+            pool.shared.close()
 
 
 @pytest.fixture

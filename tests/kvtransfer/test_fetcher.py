@@ -349,6 +349,26 @@ async def test_cancel_in_the_instant_a_read_lands_settles_its_blocks(h):
     assert h.recorder.withheld == set()
 
 
+async def test_cancel_before_the_read_began_withholds_nothing(h):
+    h.expect(1)
+    h.chunk(0, 1)
+    h.fetcher.cancel(R, "client went away")
+    assert h.failure.unsettled == ()
+
+
+async def test_defect_of_a_transport_fails_the_fetch_and_keeps_the_blocks(h, caplog):
+    async def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    h.transport.read = broken
+    h.expect(1)
+    h.chunk(0, 1)
+    await h.settle()
+    assert isinstance(h.failure.error, TransferTimeout) and h.failure.unsettled == (0,)
+    assert "unexpectedly" in caplog.text
+    h.transport._settled.append(BlockId(0))
+
+
 async def test_prompt_that_never_comes_fails_at_the_deadline(h):
     h.expect(1, timeout_s=5.0)
     h.clock.advance(5.0)
@@ -409,9 +429,7 @@ async def test_chunk_of_another_epoch_is_refused(h):
     assert isinstance(h.failure.error, LeaseLost)
 
 
-@pytest.mark.parametrize(
-    ("first", "count", "last"), [(1, 1, False), (0, 5, False), (0, 3, True)]
-)
+@pytest.mark.parametrize(("first", "count", "last"), [(1, 1, False), (0, 5, False), (0, 3, True)])
 async def test_chunks_that_do_not_fit_the_reservation_are_refused(h, first, count, last):
     h.expect(4)
     h.chunk(first, count, last=last)
@@ -536,15 +554,15 @@ class World:
             self.compute()
         elif roll < 0.65 and reads:
             self.h.transport.finish(self.rng.choice(reads))
-        elif roll < 0.68 and reads:
+        elif roll < 0.66 and reads:
             self.h.transport.expire(self.rng.choice(reads))
-        elif roll < 0.73 and self.reserved:
+        elif roll < 0.675 and self.reserved:
             self.h.fetcher.cancel(self.rng.choice(list(self.reserved)), "walk")
-        elif roll < 0.75 and self.computed:
+        elif roll < 0.685 and self.computed:
             request_id = self.rng.choice(list(self.computed))
             del self.computed[request_id]
             self.apply(self.owner.request_failed(request_id, "walk"))
-        elif roll < 0.77:
+        elif roll < (0.688 if self.is_linked else 0.8):
             self.cut_or_restore()
         else:
             self.h.clock.advance(self.rng.random() * 0.4)

@@ -57,9 +57,7 @@ class Harness:
 
 
 def chunks(effects: list[OwnerEffect]) -> list[ChunkReady]:
-    return [
-        e.message for e in effects if isinstance(e, Send) and isinstance(e.message, ChunkReady)
-    ]
+    return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, ChunkReady)]
 
 
 def refusals(effects: list[OwnerEffect]) -> list[Refused]:

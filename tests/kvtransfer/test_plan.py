@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -30,7 +31,7 @@ def test_runs_cover_every_pair_once_and_are_maximal(seed):
     local = checked_ids([BlockId(b) for _, b in pairs], 1000, "b")
     runs = merge_runs(remote, local)
     assert [(x.remote + i, x.local + i) for x in runs for i in range(x.num_blocks)] == pairs
-    for a, b in zip(runs, runs[1:], strict=False):
+    for a, b in itertools.pairwise(runs):
         assert (a.remote + a.num_blocks, a.local + a.num_blocks) != (b.remote, b.local)
 
 

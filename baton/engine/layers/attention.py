@@ -91,9 +91,7 @@ class PagedAttention:
             scores = torch.bmm(tile, keys[:, :, :end])
             scores[:, :, begin:end].add_(self._causal_mask[:num_tile_rows, : last - first])
             result = torch.bmm(torch.softmax(scores, -1), values[:, :end])
-            out[first:last].copy_(
-                result.view(self._num_kv_heads, -1, *shape[2:]).transpose(0, 1)
-            )
+            out[first:last].copy_(result.view(self._num_kv_heads, -1, *shape[2:]).transpose(0, 1))
 
     def _tile_queries(self, num_context: int) -> int:
         """Queries a tile: as many as keep its scores within the bound."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from baton.core.errors import InvalidRequest
@@ -51,7 +52,11 @@ class GenerationRoutes:
         card = self._preprocessor.model_card(body.model)
         plan = completion_plan(card, body)
         _check_common(body)
-        prompts = [await self._prompt(card, p) for p in plain_prompts(body.prompt)]
+        prompts = []
+        for prompt in plain_prompts(body.prompt):
+            prompts.append(await self._prompt(card, prompt))
+            # Many short prompts must not keep the other streams waiting.
+            await asyncio.sleep(0)
         frame = _frame(new_id("cmpl"), card, body, exchange, plan.sampling.logprobs)
         job = self._job(exchange, body, plan, frame, prompts)
         await self.serving.run(job, exchange, CompletionFormat(frame))
@@ -61,7 +66,7 @@ class GenerationRoutes:
             self._config.max_body_bytes, timeout_s=self._config.body_timeout_s
         )
 
-    async def _prompt(self, card: ModelCard, prompt: str | list[int]) -> tuple[int, ...]:
+    async def _prompt(self, card: ModelCard, prompt: str | list[object]) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return await self._preprocessor.text_prompt(card, prompt)
         return self._preprocessor.token_prompt(card, prompt)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.core.errors import InvalidRequest
-from services.router.openai_api.schema import ChatMessageBody, TextPart, describe, validate
+from services.router.openai_api.schema import ChatMessageBody, TextPart, validate
+from services.router.preprocess import describe
 
 MAX_PROMPTS = 256
 
@@ -49,10 +50,11 @@ def _part_text(part: object, where: str) -> str:
     return validate(part, TextPart, where).text
 
 
-def plain_prompts(prompt: object) -> list[str | list[int]]:
+def plain_prompts(prompt: object) -> list[str | list[object]]:
     """The prompts of a completions body: a text, token ids, or a list of either.
 
-    Raises InvalidRequest.
+    Whether a list really holds token ids is left to the check against the vocabulary. Raises
+    InvalidRequest.
     """
     if isinstance(prompt, str):
         return [prompt]
@@ -64,8 +66,8 @@ def plain_prompts(prompt: object) -> list[str | list[int]]:
         )
     if not prompt:
         raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
-    if _is_token_id(prompt[0]):
-        return [_token_ids(prompt, "prompt")]
+    if not isinstance(prompt[0], str | list):
+        return [prompt]
     if len(prompt) > MAX_PROMPTS:
         raise InvalidRequest(
             f"prompt takes at most {MAX_PROMPTS} prompts, got {len(prompt)}", param="prompt"
@@ -85,23 +87,11 @@ def plain_stop(stop: object) -> list[str]:
     return strings
 
 
-def _one_prompt(entry: object, where: str) -> str | list[int]:
+def _one_prompt(entry: object, where: str) -> str | list[object]:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, list):
         raise InvalidRequest(
             f"{where} must be a string or a list of token ids, got {describe(entry)}", param=where
         )
-    return _token_ids(entry, where)
-
-
-def _token_ids(entry: list[object], where: str) -> list[int]:
-    token_ids = [v for v in entry if isinstance(v, int) and not isinstance(v, bool)]
-    if len(token_ids) != len(entry):
-        wrong = next(value for value in entry if not _is_token_id(value))
-        raise InvalidRequest(f"{where} must hold token ids, got {describe(wrong)}", param=where)
-    return token_ids
-
-
-def _is_token_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return entry

@@ -13,9 +13,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.core.errors import InvalidRequest
-from services.router.preprocess import shorten
+from services.router.preprocess import describe, shorten
 
 MAX_CHOICES_PER_PROMPT = 8
+MAX_MESSAGES = 16_384
 
 _NOTHING: tuple[object, ...] = (None, [], {}, "")
 _NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -101,7 +102,7 @@ class ChatMessageBody(_Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessageBody]
+    messages: Annotated[list[ChatMessageBody], Field(max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -145,11 +146,12 @@ def validate(content: object, cls: type[B], where: str = "") -> B:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = ".".join(filter(None, (where, *map(str, first["loc"]))))
-        problem = first["msg"].removeprefix("Input should be ")
         if first["type"] == "missing":
             raise InvalidRequest(f"{param} is required", param=param) from None
+        problem = first["msg"].replace("Input should be", "must be", 1)
         raise InvalidRequest(
-            f"{param} must be {problem}, got {describe(first['input'])}", param=param
+            f"{param}: {problem[0].lower()}{problem[1:]}, got {describe(first['input'])}",
+            param=param,
         ) from None
 
 
@@ -167,21 +169,3 @@ def check_response_format(response_format: ResponseFormat | None) -> None:
         f"response_format {response_format.type} is not supported yet; use text",
         param="response_format",
     )
-
-
-def describe(value: object) -> str:
-    """A JSON value for an error message, short whatever its size or depth."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return f"{value}"
-        case str():
-            return shorten(value)
-        case list():
-            return f"a list of {len(value)}"
-        case dict():
-            return "an object"
-    return type(value).__name__

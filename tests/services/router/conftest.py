@@ -275,9 +275,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
             else:
                 self._cancel(RequestId(message.cancel.request_id))
 
-    def _submit(
-        self, request: GenerateRequest, queue: asyncio.Queue[pb.WorkerMessage]
-    ) -> None:
+    def _submit(self, request: GenerateRequest, queue: asyncio.Queue[pb.WorkerMessage]) -> None:
         assert request.request_id not in self.live, "a wire id was used twice"
         self.submitted.append(request)
         if self.faults.kill_on_submit:
@@ -293,9 +291,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.kv.held.pop((self.worker_id, wire_id), None)
         live = self.live.pop(wire_id, None)
         if live is not None:
-            self._send(
-                live.session, TokenDelta(wire_id, finish_reason=FinishReason.CANCELLED)
-            )
+            self._send(live.session, TokenDelta(wire_id, finish_reason=FinishReason.CANCELLED))
 
     # The "engine"
 
@@ -362,7 +358,9 @@ class FakeWorker(pb_grpc.WorkerServicer):
             return Timeline({E.PREFILL_QUEUED: 1.0, E.PREFILL_STARTED: 1.5, E.PREFILL_ENDED: 2.0})
         points = {E.DECODE_STARTED: 10.0, E.DECODE_ENDED: 11.0}
         is_read = request.work is Work.DECODE
-        return Timeline(points, TransferStats(4096, 4, 1, 0.25, 0.125) if is_read else TransferStats())
+        return Timeline(
+            points, TransferStats(4096, 4, 1, 0.25, 0.125) if is_read else TransferStats()
+        )
 
     def _read_kv(self, live: Live) -> bool:
         peer = live.request.prefill_peer
@@ -445,7 +443,10 @@ class Cluster:
         own.setdefault("request_id", RequestId(f"r{random.getrandbits(48):x}"))
         own.setdefault("deadline_s", 20.0)
         return GenerationInput(
-            model=MODEL, prompt_token_ids=tuple(prompt), sampling=sampling, **own  # type: ignore[arg-type]
+            model=MODEL,
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling,
+            **own,  # type: ignore[arg-type]
         )
 
     async def run(self, request: GenerationInput) -> Outcome:

@@ -21,9 +21,7 @@ CONFIG = PolicyConfig()
 
 def worker(name, *, layout=LAYOUT, model="m", max_len=8192, quarantined=False, **load):
     role = Role.PREFILL if name.startswith("p") else Role.DECODE
-    info = WorkerInfo(
-        name, "1", role, f"h:{name}", model, layout, 1000, max_len, 32, "fake", 1
-    )
+    info = WorkerInfo(name, "1", role, f"h:{name}", model, layout, 1000, max_len, 32, "fake", 1)
     load = {"free_blocks": 1000, "total_blocks": 1000, **load}
     return WorkerState(info, LoadReport(**load), is_quarantined=quarantined)
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import itertools
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,6 @@ class PoolRunner(fake.FakeRunner):
     def execute(self, batch: Any) -> Any:
         if self.step_s:
             # On the engine's thread; a step of a real model takes this long.
-            import time
-
             time.sleep(self.step_s)
         return super().execute(batch)
 
@@ -124,6 +123,7 @@ class Router:
     kv_sequence: int = 0
     load: LoadReport | None = None
     _reader: asyncio.Task[None] | None = None
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def open(self) -> None:
         first = await asyncio.wait_for(self.call.read(), WAIT_S)
@@ -155,14 +155,18 @@ class Router:
         self.messages.append(Message(deltas, self.load, step.first_kv_sequence, events))
 
     async def submit(self, request: GenerateRequest) -> None:
-        await self.call.write(pb.RouterMessage(submit=request_to_wire(request)))
+        await self.submit_wire(request_to_wire(request))
 
     async def submit_wire(self, message: pb.Submit) -> None:
-        await self.call.write(pb.RouterMessage(submit=message))
+        await self._write(pb.RouterMessage(submit=message))
 
     async def cancel(self, request_id: str) -> None:
         cancel = pb.Cancel(request_id=request_id, reason="test")
-        await self.call.write(pb.RouterMessage(cancel=cancel))
+        await self._write(pb.RouterMessage(cancel=cancel))
+
+    async def _write(self, message: pb.RouterMessage) -> None:
+        async with self._writing:
+            await self.call.write(message)
 
     def tokens(self, request_id: str) -> list[int]:
         """In order; asserts that every position comes exactly once."""
@@ -229,10 +233,21 @@ class Worker:
             and load.quarantined_blocks == 0
         )
 
+    async def _state(self) -> str:
+        parts = self.server.parts
+        snapshot = await parts.engine.snapshot()
+        return (
+            f"{snapshot.load}, live {parts.requests.num_live}, leases {parts.leases.num_leases}, "
+            f"reads empty {parts.reads.is_empty}"
+        )
+
     async def assert_nothing_leaked(self, timeout_s: float = WAIT_S) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not await self.is_idle():
-                await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self.is_idle():
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise AssertionError(f"not idle after {timeout_s} s: {await self._state()}") from None
         await self.server.parts.engine.check_integrity()
         load = (await self.server.parts.engine.snapshot()).load
         assert load.free_blocks + load.cached_blocks == load.total_blocks, load
@@ -271,12 +286,14 @@ class Workers:
         session: SessionConfig | None = None,
         registry: bool = False,
         step_s: float = 0.0,
+        port: int = 0,
         **engine: Any,
     ) -> Worker:
         engine = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **engine}
         config = WorkerConfig(
             engine=EngineConfig(model_path=Path("/m/arithmetic"), block_size=BLOCK_SIZE, **engine),
             role=role,
+            port=port,
             worker_id=f"{role.value}-{next(self._names)}",
             transfer=TransferConfig(
                 cluster_secret=secret, lease_s=lease_s, connect_timeout_s=2.0, read_timeout_s=2.0

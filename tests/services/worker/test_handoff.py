@@ -49,9 +49,7 @@ async def test_time_line_of_a_hand_off_is_complete(pair, hand_off):
     await hand_off("a", PROMPT, prefill, on_prefill, on_decode, max_tokens=12)
     timeline = (await on_decode.ended("a")).timeline
     points = [
-        timeline.points[event]
-        for event in LifecycleEvent
-        if event >= LifecycleEvent.PREFILL_QUEUED
+        timeline.points[event] for event in LifecycleEvent if event >= LifecycleEvent.PREFILL_QUEUED
     ]
     assert len(points) == 8
     prefill_points, decode_points = points[:3], points[3:]
@@ -65,7 +63,7 @@ async def test_time_line_of_a_hand_off_is_complete(pair, hand_off):
 
 
 async def test_decode_skips_blocks_it_holds(pair, hand_off, expected):
-    prefill, decode, on_prefill, on_decode = pair
+    prefill, _, on_prefill, on_decode = pair
     for name in ("a", "b"):
         await hand_off(name, PROMPT, prefill, on_prefill, on_decode, max_tokens=5)
         await on_decode.ended(name)
@@ -107,7 +105,7 @@ async def test_request_that_ends_with_its_first_token_ends_on_both(pair, hand_of
 
 
 async def test_replayed_request_is_handed_off_with_its_output(pair, hand_off, expected):
-    prefill, decode, on_prefill, on_decode = pair
+    prefill, _, on_prefill, on_decode = pair
     whole = expected(PROMPT, 20)
     await hand_off(
         "a", PROMPT, prefill, on_prefill, on_decode,
@@ -123,9 +121,7 @@ async def test_uncached_requests_are_handed_off_too(workers, hand_off, expected)
     decode = await workers.start(Role.DECODE, enable_prefix_caching=False)
     on_prefill, on_decode = await prefill.router(), await decode.router()
     for name in ("a", "b"):
-        await hand_off(
-            name, PROMPT, prefill, on_prefill, on_decode, max_tokens=5, is_cached=False
-        )
+        await hand_off(name, PROMPT, prefill, on_prefill, on_decode, max_tokens=5, is_cached=False)
         await on_decode.ended(name)
         assert on_prefill.tokens(name) + on_decode.tokens(name) == expected(PROMPT, 5)
     await prefill.assert_nothing_leaked()
@@ -298,8 +294,8 @@ async def test_deadline_of_a_decode_that_never_gets_its_kv(workers, make_request
 async def test_many_mixed_requests_with_random_cancels_leave_nothing(
     workers, hand_off, make_request, expected
 ):
-    prefill = await workers.start(Role.PREFILL, num_blocks=48, max_num_seqs=4)
-    decode = await workers.start(Role.DECODE, num_blocks=48, max_num_seqs=8)
+    prefill = await workers.start(Role.PREFILL, num_blocks=48, max_num_seqs=4, step_s=0.001)
+    decode = await workers.start(Role.DECODE, num_blocks=48, max_num_seqs=8, step_s=0.002)
     on_prefill, on_decode = await prefill.router(), await decode.router()
     rng = random.Random(7)
     slots = asyncio.Semaphore(16)
@@ -309,14 +305,12 @@ async def test_many_mixed_requests_with_random_cancels_leave_nothing(
         name, kind = f"r{number}", rng.choice(["hand-off", "hand-off", "local"])
         prompt = [rng.randrange(8) for _ in range(rng.randrange(1, 60))]
         max_tokens = rng.randrange(1, 30)
-        cancel_s = rng.choice([None, None, rng.uniform(0, 0.15)])
+        cancel_s = rng.choice([None, rng.uniform(0, 0.1)])
         async with slots:
             if kind == "local":
                 await on_decode.submit(make_request(name, prompt, max_tokens=max_tokens))
             else:
-                await hand_off(
-                    name, prompt, prefill, on_prefill, on_decode, max_tokens=max_tokens
-                )
+                await hand_off(name, prompt, prefill, on_prefill, on_decode, max_tokens=max_tokens)
             if cancel_s is not None:
                 await asyncio.sleep(cancel_s)
                 if kind != "local":
@@ -335,7 +329,7 @@ async def test_many_mixed_requests_with_random_cancels_leave_nothing(
         outcomes.append(end.finish_reason.value)
 
     await asyncio.gather(*(one(number) for number in range(200)))
-    assert outcomes.count("length") > 60
-    assert outcomes.count("cancelled") > 20
+    assert outcomes.count("length") >= 40
+    assert outcomes.count("cancelled") >= 20
     await prefill.assert_nothing_leaked()
     await decode.assert_nothing_leaked()

@@ -211,6 +211,12 @@ async def served(generator: ScriptedGenerator, config: EdgeConfig) -> AsyncItera
 
 
 @pytest.fixture
+def serve_edge():
+    """`served`, for tests that need an edge with settings of their own."""
+    return served
+
+
+@pytest.fixture
 async def edge(generator: ScriptedGenerator, edge_config: EdgeConfig) -> AsyncIterator[Edge]:
     async with served(generator, edge_config) as edge:
         yield edge

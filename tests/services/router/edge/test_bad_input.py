@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -124,6 +125,7 @@ async def test_unsupported_field_is_refused_by_name(direct, name, value):
         ([], "messages"),
         (None, "messages"),
         ("hi", "messages"),
+        ([{}] * 17_000, "messages"),
         ([5], "messages.0"),
         ([{"content": "x"}], "messages.0.role"),
         ([{"role": "king", "content": "x"}], "messages.0.role"),
@@ -302,6 +304,19 @@ async def test_rejections_are_counted_once_by_status(client, edge):
     assert f'{REJECTED.name}{{status="400"}} 1.0' in rendered
     assert f'{REJECTED.name}{{status="404"}} 1.0' in rendered
     assert f'{REJECTED.name}{{status="429"}} 1.0' in rendered
+
+
+async def test_client_that_left_is_no_rejection(edge):
+    edge.generator.step_s = 30
+    _, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    body = json.dumps({"prompt": "a"}).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: e\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    while not edge.generator.started:
+        await asyncio.sleep(0.005)
+    writer.transport.abort()
+    await edge.generator.until_idle(1)
+    assert f"{REJECTED.name}{{" not in edge.metrics.render().decode()
 
 
 async def test_service_lives_on_after_bad_input(client):

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from baton.core.request import FinishReason
+from services.router.generation import GenerationDelta
 
 URL = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]
@@ -293,8 +294,6 @@ async def test_request_id_is_echoed_or_made(client):
 
 async def test_abnormal_end_is_an_error(client, generator):
     async def broken(request):
-        from services.router.generation import GenerationDelta
-
         generator.finished.append(request.request_id)
         yield GenerationDelta("a", finish_reason=FinishReason.ERROR)
 

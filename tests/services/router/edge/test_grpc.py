@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from baton.core.errors import DeadlineExceeded, NoWorker, Overloaded, WorkerLost
+from baton.core.errors import DeadlineExceeded, NoWorker, Overloaded
 from baton.core.metrics import REJECTED
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc, worker_pb2

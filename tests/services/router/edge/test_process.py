@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,7 +24,9 @@ class Launcher:
         self._folder = folder
         self.children: list[subprocess.Popen[str]] = []
 
-    def start(self, *settings: str, **flags: str) -> subprocess.Popen[str]:
+    def start(
+        self, *settings: str, parent: str | None = None, under_shell: bool = False
+    ) -> subprocess.Popen[str]:
         defaults = (
             *(f"model_path={self._folder}", "model_name=tiny", "http_port=0", "grpc_port=0"),
             *("workers=127.0.0.1:9", "edge.stop_grace_s=0.1"),
@@ -29,8 +34,11 @@ class Launcher:
         command = [sys.executable, "-m", "services.router"]
         for setting in (*defaults, *settings):
             command += ["--set", setting]
-        for name, value in flags.items():
-            command += [f"--{name.replace('_', '-')}", value]
+        if parent is not None:
+            command += ["--exit-with-parent", parent]
+        if under_shell:
+            line = shlex.join(command)
+            command = ["sh", "-c", f"{line} --exit-with-parent $$ & wait"]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.children.append(child)
         return child
@@ -100,12 +108,17 @@ def test_taken_port_is_one_readable_line(launcher):
 
 
 def test_ends_with_its_parent(launcher):
-    """The parent here is a shell that is killed; nobody is left to send a signal."""
-    shell = subprocess.Popen(
-        ["sh", "-c", "read line; kill -9 $$"], stdin=subprocess.PIPE, text=True
-    )
-    assert launcher.start(exit_with_parent=str(shell.pid)).wait(timeout=20) == 1
+    """The parent is a shell that is killed; nobody is left to send a signal."""
+    shell = launcher.start(under_shell=True)
+    pid = int(launcher.ready(shell)["pid"])
     shell.kill()
-    shell.wait()
-    assert shell.stdin is not None
-    shell.stdin.close()
+    try:
+        # The pipe is at its end once the router has closed it, too.
+        assert "router stopped" in shell.stderr.read()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_does_not_start_without_its_parent(launcher):
+    assert launcher.start(parent="1").wait(timeout=20) == 1

@@ -6,6 +6,13 @@ import asyncio
 import json
 import socket
 
+from baton.core.request import FinishReason
+from baton.telemetry.metrics import Metrics
+from services.router.edge_config import EdgeConfig
+from services.router.generation import GenerationDelta, Usage
+from services.router.http_app import HttpApp
+from services.router.openai_api.feed import BUFFERED_DELTAS
+
 CHAT = "/v1/chat/completions"
 
 
@@ -156,14 +163,9 @@ async def test_half_sent_request_is_harmless(edge):
 
 async def test_slow_reader_bounds_what_is_buffered(edge):
     """The edge stops taking deltas while the client does not read, and loses none."""
-    from services.router.openai_api.feed import BUFFERED_DELTAS
-
     num_deltas = 40_000
 
     async def endless(request):
-        from baton.core.request import FinishReason
-        from services.router.generation import GenerationDelta, Usage
-
         for _ in range(num_deltas):
             edge.generator.num_yielded += 1
             yield GenerationDelta("y" * 32, (1,))
@@ -189,6 +191,24 @@ async def test_slow_reader_bounds_what_is_buffered(edge):
         tail = tail[-32:] + data
     raw.close()
     assert edge.generator.num_yielded == num_deltas
+
+
+async def test_client_that_never_reads_is_cut(generator, serve_edge):
+    async def endless(request):
+        try:
+            while True:
+                yield GenerationDelta("y" * 100, (1,))
+        finally:
+            generator.closed_early.append(request.request_id)
+
+    generator.generate = endless
+    config = EdgeConfig(stalled_client_s=1, stop_grace_s=0)
+    async with serve_edge(generator, config) as edge:
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.connect(("127.0.0.1", edge.port))
+            raw.sendall(chat_bytes(stream=True))
+            await generator.until_idle(1, timeout_s=8)
 
 
 async def test_announced_big_body_is_refused_and_the_connection_lives(edge):
@@ -246,10 +266,6 @@ async def test_garbage_is_a_400(edge):
 
 
 async def test_body_that_never_comes_ends_with_an_error(generator):
-    from baton.telemetry.metrics import Metrics
-    from services.router.edge_config import EdgeConfig
-    from services.router.http_app import HttpApp
-
     app = HttpApp(generator, metrics=Metrics(), config=EdgeConfig(body_timeout_s=0.02))
     sent = []
 

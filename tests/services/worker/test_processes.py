@@ -1,0 +1,282 @@
+"""Real worker processes with a tiny random Llama, over both transports."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import grpc
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from baton.core.clock import MonotonicClock
+from baton.core.request import (
+    FinishReason,
+    GenerateRequest,
+    PeerRef,
+    RequestId,
+    SamplingParams,
+    Work,
+)
+from baton.core.worker_info import PROTOCOL_VERSION, Role
+from baton.registry.directory import DirectoryRegistry
+from baton.rpc.channel import open_channel
+from baton.rpc.convert import delta_from_wire, request_to_wire
+from baton.rpc.v1 import worker_pb2 as pb
+from baton.rpc.v1.worker_pb2_grpc import WorkerStub
+from kvtransfer.select import nixl_obstacle
+
+START_S = 60.0
+PROMPT = [(i * 37) % 300 for i in range(90)]
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS = 64, 4, 2, 16, 128, 320, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face folder with random weights."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+
+    def weight(rows, columns):
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    tensors = {
+        "model.embed_tokens.weight": weight(VOCAB, HIDDEN) * 8,
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
+    for index in range(LAYERS):
+        layer = f"model.layers.{index}"
+        tensors |= {
+            f"{layer}.self_attn.q_proj.weight": weight(HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.k_proj.weight": weight(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.v_proj.weight": weight(KV_HEADS * HEAD_DIM, HIDDEN),
+            f"{layer}.self_attn.o_proj.weight": weight(HIDDEN, HEADS * HEAD_DIM),
+            f"{layer}.mlp.gate_proj.weight": weight(MLP, HIDDEN),
+            f"{layer}.mlp.up_proj.weight": weight(MLP, HIDDEN),
+            f"{layer}.mlp.down_proj.weight": weight(HIDDEN, MLP),
+            f"{layer}.input_layernorm.weight": torch.ones(HIDDEN),
+            f"{layer}.post_attention_layernorm.weight": torch.ones(HIDDEN),
+        }
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Processes:
+    """Starts worker processes and ends all of them."""
+
+    def __init__(self, model, directory):
+        self.registry_dir = directory / "registry"
+        self.registry = DirectoryRegistry(self.registry_dir, clock=MonotonicClock())
+        self._model = model
+        self._directory = directory
+        self.processes = []
+
+    def spawn(self, role, transport, *options):
+        command = [
+            *(sys.executable, "-m", f"services.{role.value}"),
+            *("--model", str(self._model), "--registry", str(self.registry_dir)),
+            *("--set", "engine.dtype=float32", "--set", "engine.num_threads=1"),
+            *("--set", "engine.kv_cache_bytes=4000000", "--set", "drain_s=3"),
+            *("--set", f"transfer.transport={transport}", "--set", "engine.block_size=16"),
+            *("--set", "engine.max_num_batched_tokens=32", *options),
+        ]
+        log = (self._directory / f"{role.value}-{len(self.processes)}.log").open("wb")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        log.close()
+        self.processes.append(process)
+        return process
+
+    async def ready(self, number):
+        """The registered workers by role, once there are `number`."""
+        async with asyncio.timeout(START_S):
+            async for snapshot in self.registry.watch():
+                if len(snapshot) == number:
+                    return {info.role: info for info in snapshot.values()}
+                dead = [p.returncode for p in self.processes if p.poll() is not None]
+                assert not dead, self.logs()
+        raise AssertionError("unreachable")
+
+    def logs(self):
+        return "\n".join(path.read_text() for path in sorted(self._directory.glob("*.log")))
+
+    def stop(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait(20)
+
+
+@pytest.fixture
+def processes(model, tmp_path):
+    processes = Processes(model, tmp_path)
+    yield processes
+    processes.stop()
+
+
+@contextlib.asynccontextmanager
+async def session(address):
+    channel = open_channel(address)
+    call = WorkerStub(channel).Session()
+    hello = pb.Hello(router_id="test", protocol_version=PROTOCOL_VERSION)
+    await call.write(pb.RouterMessage(hello=hello))
+    assert (await call.read()).HasField("welcome")
+    yield call
+    call.cancel()
+    await channel.close()
+
+
+async def collect(call, *request_ids):
+    """Tokens and last delta of each request."""
+    tokens = {request_id: [] for request_id in request_ids}
+    ends = {}
+    async with asyncio.timeout(30):
+        while len(ends) < len(request_ids):
+            message = await call.read()
+            assert message is not grpc.aio.EOF
+            for delta in map(delta_from_wire, message.step.deltas):
+                tokens[delta.request_id] += delta.token_ids
+                if delta.finish_reason is not None or delta.timeline is not None:
+                    ends[delta.request_id] = delta
+    return tokens, ends
+
+
+def request(name, work, peer=None, max_tokens=24):
+    return pb.RouterMessage(
+        submit=request_to_wire(
+            GenerateRequest(
+                RequestId(name),
+                work,
+                tuple(PROMPT),
+                SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+                prefill_peer=peer,
+                deadline_s=30,
+            )
+        )
+    )
+
+
+def peer_of(info):
+    return PeerRef(info.worker_id, info.epoch, info.address)
+
+
+@pytest.mark.parametrize("transport", ["shm", pytest.param("nixl", marks=pytest.mark.nixl)])
+async def test_two_processes_hand_over_and_agree_with_one(processes, transport):
+    if transport == "nixl" and nixl_obstacle():
+        pytest.skip(nixl_obstacle())
+    for role in Role:
+        processes.spawn(role, transport)
+    infos = await processes.ready(2)
+    assert {info.transport for info in infos.values()} == {transport}
+    prefill, decode = infos[Role.PREFILL], infos[Role.DECODE]
+    async with session(prefill.address) as on_prefill, session(decode.address) as on_decode:
+        await on_decode.write(request("alone", Work.GENERATE))
+        alone, _ = await collect(on_decode, "alone")
+        await on_decode.write(request("handed", Work.DECODE, peer_of(prefill)))
+        await on_prefill.write(request("handed", Work.PREFILL))
+        first, _ = await collect(on_prefill, "handed")
+        rest, ends = await collect(on_decode, "handed")
+    assert len(set(alone["alone"])) > 4
+    assert first["handed"] + rest["handed"] == alone["alone"]
+    stats = ends["handed"].timeline.transfer
+    assert stats.num_blocks == 6
+    assert stats.num_bytes == 6 * decode.layout.block_bytes
+    started_s = time.monotonic()
+    for process in processes.processes:
+        process.send_signal(signal.SIGTERM)
+    codes = [await asyncio.to_thread(process.wait, 15) for process in processes.processes]
+    assert codes == [0, 0], processes.logs()
+    assert time.monotonic() - started_s < 8
+    assert not await processes.registry.list()
+
+
+async def test_killed_prefill_process_is_a_quick_retryable_error(processes):
+    for role in Role:
+        processes.spawn(role, "shm")
+    infos = await processes.ready(2)
+    prefill, decode = infos[Role.PREFILL], infos[Role.DECODE]
+    async with session(decode.address) as on_decode:
+        # Nobody submits the other half: the reader waits for its first chunk.
+        await on_decode.write(request("waits", Work.DECODE, peer_of(prefill)))
+        await asyncio.sleep(0.3)
+        os.kill(prefill.pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        _, ends = await collect(on_decode, "waits")
+        assert time.monotonic() - killed_s < 4
+        end = ends["waits"]
+        assert (end.finish_reason, end.is_retryable) == (FinishReason.ERROR, True)
+        await on_decode.write(request("after", Work.GENERATE, max_tokens=5))
+        _, ends = await collect(on_decode, "after")
+        assert ends["after"].finish_reason is FinishReason.LENGTH
+    processes.processes.pop(0).wait(10)
+
+
+def test_worker_ends_with_its_parent(processes, tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        "command = [*sys.argv[1:], '--exit-with-parent', str(os.getpid())]\n"
+        "child = subprocess.Popen(command)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [
+        *(sys.executable, "-m", "services.decode", "--model", str(processes._model)),
+        *("--set", "engine.kv_cache_bytes=4000000", "--set", "engine.num_threads=1"),
+        *("--set", "transfer.transport=shm", "--registry", str(processes.registry_dir)),
+    ]
+    with (tmp_path / "parent.log").open("wb") as log:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code, *command], stdout=subprocess.PIPE, stderr=log
+        )
+    assert parent.stdout is not None
+    child_pid = int(parent.stdout.readline())
+    asyncio.run(processes.ready(1))
+    parent.kill()
+    parent.wait(10)
+    parent.stdout.close()
+    deadline_s = time.monotonic() + 10
+    while os.path.exists(f"/proc/{child_pid}") and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    is_gone = not os.path.exists(f"/proc/{child_pid}")
+    if not is_gone:
+        os.kill(child_pid, signal.SIGKILL)
+    assert is_gone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/nowhere"], "config.json"),
+        (["--set", "engine.wrong=1"], "unknown setting engine.wrong"),
+        ([], "model_path"),
+        (["--config", "/nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_settings_end_the_process_with_one_readable_line(options, message):
+    command = [sys.executable, "-m", "services.prefill", *options]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
