@@ -18,10 +18,10 @@ Knows no cards, no asyncio and no kind of link (`link` has the interface).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from baton.core.block import BlockId
+from baton.core.clock import Clock, MonotonicClock
 from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
 from kvtransfer.link import Link, LinkBroken, Posted
@@ -76,6 +77,7 @@ class BlockRead:
     remote: BlockIds
     local: BlockIds
     deadline_s: float
+    """On the mover's clock."""
     future: Future[ReadStats] = field(default_factory=Future)
     num_posted: int = 0
     num_in_flight: int = 0
@@ -96,10 +98,18 @@ class Mover:
     """Reads blocks over one link. Methods may be called from any thread unless marked `_`."""
 
     def __init__(
-        self, link: Link, *, block_bytes: int, num_blocks: int, limits: MoverLimits, name: str
+        self,
+        link: Link,
+        *,
+        block_bytes: int,
+        num_blocks: int,
+        limits: MoverLimits,
+        name: str,
+        clock: Clock | None = None,
     ) -> None:
         self._link = link
         self._block_bytes = block_bytes
+        self._clock = clock or MonotonicClock()
         self._limits = limits
         self._piece_blocks = max(1, limits.max_piece_bytes // block_bytes)
         self._max_in_flight_blocks = max(1, limits.max_bytes_in_flight // block_bytes)
@@ -111,6 +121,7 @@ class Mover:
         self._is_broken = False
         self._recycles: list[Future[None]] = []
         self._no_recycle_before_s = 0.0
+        self._has_moved = False
         self._is_stopping = False
         self.num_recycles = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -118,7 +129,11 @@ class Mover:
     def start(self, *, timeout_s: float) -> None:
         """Open the link on the mover's thread. Raises what opening raises."""
         self._thread.start()
-        self.call(self._link.open).result(timeout_s)
+        try:
+            self.call(self._link.open).result(timeout_s)
+        except BaseException:
+            self._commands.put(self._finish)
+            raise
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on the mover's thread."""
@@ -137,7 +152,7 @@ class Mover:
         return future
 
     def read(self, read: BlockRead) -> None:
-        """Start a read; `read.future` gets its stats, PeerGone or TransferTimeout."""
+        """Start a read of one block or more; its future gets stats, PeerGone or TransferTimeout."""
         read.future.set_running_or_notify_cancel()
         self._commands.put(lambda: self._queued.append(read))
 
@@ -163,11 +178,7 @@ class Mover:
 
     def stop(self, *, timeout_s: float) -> None:
         """Fail what is open, close the link, end the thread. Raises TransferTimeout if it hangs."""
-
-        def finish() -> None:
-            self._is_stopping = True
-
-        self._commands.put(finish)
+        self._commands.put(self._finish)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise TransferTimeout(f"the KV mover did not stop within {timeout_s:g} s")
@@ -194,26 +205,42 @@ class Mover:
 
     def _run(self) -> None:
         while not self._is_stopping:
-            self._run_commands()
-            self._expire()
-            moved = self._poll_pieces()
-            if self._wants_recycle():
-                self._try_recycle()
-            else:
-                moved |= self._post_next()
-            if moved:
-                # The next wait must not be blocking: there may be more to do.
-                self._commands.put(_nothing)
+            self._wait()
+            self.step()
         self._shut_down()
 
-    def _run_commands(self) -> None:
-        """Wait for work as long as the state allows, then do all of it."""
-        try:
-            command = self._commands.get(timeout=self._idle_s())
-        except Empty:
-            return
-        command()
+    def _finish(self) -> None:
+        self._is_stopping = True
+
+    def step(self) -> None:
+        """One round without waiting. Mover's thread only."""
         self._drain_commands()
+        self._expire()
+        self._has_moved = self._poll_pieces()
+        if self._wants_recycle():
+            self._try_recycle()
+        else:
+            self._has_moved |= self._post_next()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when reads and pieces disagree. Mover's thread only."""
+        in_flight = Counter(piece.read for piece in self._pieces)
+        for piece in self._pieces:
+            assert piece.read.is_over == (piece.given_up_at_s is not None)
+        for read in in_flight.keys() | set(self._queued):
+            assert read.num_in_flight == in_flight[read]
+        for read in self._queued:
+            assert not read.is_over and read.num_posted < len(read.local)
+        limit = self._max_in_flight_blocks + self._piece_blocks
+        assert sum(len(p.local) for p in self._pieces if p.given_up_at_s is None) <= limit
+
+    def _wait(self) -> None:
+        """Until there is a command, or as long as the state allows."""
+        if self._has_moved:
+            # There may be more to do at once.
+            return
+        with contextlib.suppress(Empty):
+            self._commands.get(timeout=self._idle_s())()
 
     def _drain_commands(self) -> None:
         while not self._commands.empty():
@@ -230,7 +257,7 @@ class Mover:
         if not self._queued or (in_flight and in_flight >= self._max_in_flight_blocks):
             return False
         read = self._queued.popleft()
-        read.started_at_s = read.started_at_s or time.monotonic()
+        read.started_at_s = read.started_at_s or self._clock.now()
         part = slice(read.num_posted, read.num_posted + self._piece_blocks)
         remote, local = read.remote[part], read.local[part]
         try:
@@ -279,7 +306,7 @@ class Mover:
     def _finish_if_complete(self, read: BlockRead) -> None:
         if read.is_over or read.num_in_flight or read.num_posted < len(read.local):
             return
-        seconds = time.monotonic() - read.started_at_s
+        seconds = self._clock.now() - read.started_at_s
         read.is_over = True
         read.future.set_result(
             ReadStats(len(read.local) * self._block_bytes, read.num_descriptors, seconds)
@@ -295,7 +322,7 @@ class Mover:
             self._abandon(read, TransferTimeout(f"{peer}: {error}; blocks are quarantined"))
 
     def _expire(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock.now()
         for read in [r for r in self._open_reads() if r.deadline_s <= now_s]:
             late = f"read of {len(read.local)} blocks from {read.peer} passed its deadline"
             self._abandon(read, TransferTimeout(late))
@@ -308,7 +335,7 @@ class Mover:
                 self._settle(read.local)
             return
         in_flight = [p for p in self._pieces if p.read is read]
-        now_s = time.monotonic()
+        now_s = self._clock.now()
         held: set[int] = set()
         for piece in in_flight:
             piece.given_up_at_s = now_s
@@ -332,7 +359,7 @@ class Mover:
     def _wants_recycle(self) -> bool:
         if self._recycles:
             return True
-        now_s = time.monotonic()
+        now_s = self._clock.now()
         if now_s < self._no_recycle_before_s:
             return False
         held = [p for p in self._pieces if p.given_up_at_s is not None]
@@ -347,7 +374,7 @@ class Mover:
         """Healthy pieces land first or pass their deadline; new ones wait meanwhile."""
         if any(p.given_up_at_s is None for p in self._pieces):
             return
-        self._no_recycle_before_s = time.monotonic() + self._limits.recycle_pause_s
+        self._no_recycle_before_s = self._clock.now() + self._limits.recycle_pause_s
         waiting, self._recycles = self._recycles, []
         for piece in self._pieces:
             piece.posted.release()
@@ -389,10 +416,6 @@ class Mover:
 
     def _reads_of(self, peer: WorkerId) -> list[BlockRead]:
         return [r for r in self._open_reads() if r.peer == peer]
-
-
-def _nothing() -> None:
-    """Wakes the thread."""
 
 
 def _is_given_up(future: Future[ReadStats]) -> bool:

@@ -148,6 +148,8 @@ class MoverTransport:
             local=checked_ids(local, self._region.num_blocks, "the local"),
             deadline_s=time.monotonic() + timeout_s,
         )
+        if not len(read.local):
+            return ReadStats(0, 0, 0.0)
         self._mover.read(read)
         try:
             return await asyncio.wrap_future(read.future)

@@ -87,6 +87,7 @@ class NixlLink:
         self._agent: Any = None
         self._blocks: Any = None
         self._registered: Any = None
+        self._condemned: list[weakref.ref[Any]] = []
         self._endpoint: NixlEndpoint | None = None
 
     @property
@@ -162,17 +163,15 @@ class NixlLink:
         return posted
 
     def recycle(self) -> None:
-        agent = self._agent
-        if agent is None:
-            self._reopen()
-            return
-        for peer in self._peers.values():
-            self._detach(peer)
-        core = weakref.ref(agent.agent)
-        self._close_agent()
-        del agent
+        """An agent whose end is not certain stays condemned; the next call asks again."""
+        if self._agent is not None:
+            for peer in self._peers.values():
+                self._detach(peer)
+            self._condemned.append(weakref.ref(self._agent.agent))
+            self._close_agent()
         gc.collect()
-        if core() is not None:
+        self._condemned = [core for core in self._condemned if core() is not None]
+        if self._condemned:
             raise LinkBroken("the NIXL agent is still referenced; quarantined blocks stay so")
         self._reopen()
 

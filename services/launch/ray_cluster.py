@@ -53,6 +53,8 @@ class RaySystem:
         if not self.is_running:
             return
         self.is_running = False
+        # Serve's own shutdown makes Ray report the controller it has just killed.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
@@ -73,14 +75,15 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
     from baton.core.errors import Unavailable
     from services.launch.graph import build_graph
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    # Above the notes on its start that Ray prints as warnings; failures arrive as exceptions.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     with _without_monitors():
         ray.init(
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             num_cpus=max(2, os.cpu_count() or 2),
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     running = RaySystem()
     try:
@@ -90,9 +93,8 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
                 "port": system.http_port,
                 "request_timeout_s": None,
             },
-            logging_config={"log_level": "WARNING"},
+            logging_config={"log_level": "ERROR"},
         )
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.run(build_graph(system, run, new_secret()), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         running.stop(grace_s=0)

@@ -79,6 +79,9 @@ class Attempt:
             return self.placement.prefill
         return next(iter(self.unfinished), None)
 
+    def computes_prompt(self, worker_id: WorkerId) -> bool:
+        return self._work_of(worker_id) is not Work.DECODE
+
     def start(
         self,
         order: WorkOrder,
@@ -157,11 +160,12 @@ class Attempt:
         return Work.PREFILL if worker_id == self.placement.prefill else Work.DECODE
 
     def _failed(self, worker_id: WorkerId | None, delta: TokenDelta) -> AttemptFailure:
-        blamed = worker_id
-        if self.is_remote and worker_id == self.placement.decode and not self.is_handed_over:
+        placement, blamed = self.placement, worker_id
+        is_reading = self.is_remote and placement.prefill not in self.unfinished
+        if worker_id == placement.decode and is_reading and not self.is_handed_over:
             # Most likely the read failed. Computing the prompt where it is needed avoids the
             # pair; if that fails as well, the decode worker itself gets the blame.
-            blamed = self.placement.prefill
+            blamed = placement.prefill
         return AttemptFailure(delta.error or "unnamed error", blamed, delta.is_retryable)
 
 

@@ -21,6 +21,7 @@ from baton.telemetry.metrics import Metrics
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.membership import Membership, RegistryMembership, StaticMembership
+from services.router.placer import Placer
 from services.router.prefix_index import PrefixIndex
 from services.router.request_log import RequestRecorder
 from services.router.worker_gauges import WorkerGauges
@@ -53,15 +54,21 @@ class RouterCore:
             index=PrefixIndex(config.index.max_entries),
             wall_clock=wall_clock,
         )
+        rng = rng or random.Random()
+        placer = Placer(
+            self.pool,
+            policy=config.policy,
+            max_pending_deltas=config.session.max_pending_deltas,
+            rng=rng,
+        )
         self.dispatcher = Dispatcher(
             pool=self.pool,
+            placer=placer,
             tokenizers=tokenizers,
             recorder=RequestRecorder(self.metrics),
             config=config.dispatch,
-            policy=config.policy,
-            session=config.session,
             health=config.health,
-            rng=rng or random.Random(),
+            rng=rng,
             wall_clock=wall_clock,
         )
         self._membership = membership

@@ -19,12 +19,9 @@ import asyncio
 import dataclasses
 import logging
 import random
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 
-from baton.core.block import BlockHash, chain_hashes, root_hash
 from baton.core.errors import (
     BatonError,
     ContextLengthExceeded,
@@ -35,55 +32,33 @@ from baton.core.errors import (
     Unavailable,
     WorkerLost,
 )
-from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent
-from baton.core.request import FinishReason, RequestId, TokenDelta
+from baton.core.request import FinishReason, TokenDelta
 from baton.core.worker_info import WorkerId
 from baton.engine.tokenizer import Tokenizer
 from services.router.attempt import Attempt, AttemptFailure, WorkOrder
-from services.router.cluster_view import ClusterView
-from services.router.config import DispatchConfig, HealthConfig, PolicyConfig, SessionConfig
+from services.router.config import DispatchConfig, HealthConfig
 from services.router.detokenize import TextStage
+from services.router.flight import Flight
 from services.router.generation import (
     GenerationDelta,
     GenerationInput,
     Health,
     ModelCard,
-    Usage,
 )
 from services.router.health import Observations, assess
-from services.router.mailbox import Arrival, Mailbox
-from services.router.policy import Placement, PlacementRequest, place
+from services.router.mailbox import Arrival
+from services.router.placer import Placer
 from services.router.request_log import RequestRecord, RequestRecorder
-from services.router.token_stream import NewTokens, TokenStream
+from services.router.token_stream import NewTokens
 from services.router.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-WORKER_DEADLINE_MARGIN_S = 1.0
-"""Workers give up this much later than the router, so the client gets the router's answer."""
+LATE_S = 0.5
+"""The watchdog came this much too late: the process itself stood still."""
 RETRY_PAUSE_S = 0.1
 """Before trying a worker that failed this request again; doubles with every failure."""
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One request in the router."""
-
-    request: GenerationInput
-    order: WorkOrder
-    text: TextStage
-    record: RequestRecord
-    deadline_at_s: float
-    """On the event loop's clock."""
-    stream: TokenStream = field(default_factory=TokenStream)
-    attempt: Attempt | None = None
-    avoid: set[WorkerId] = field(default_factory=set)
-    hashes: dict[KvLayout, tuple[BlockHash, ...]] = field(default_factory=dict)
-    """Of the prompt's full blocks; one entry where all workers are alike."""
-    timer: asyncio.TimerHandle | None = None
-    abort: BatonError | None = None
-    """Set from outside: the deadline has passed or the router stops."""
 
 
 class Dispatcher:
@@ -93,28 +68,24 @@ class Dispatcher:
         self,
         *,
         pool: WorkerPool,
+        placer: Placer,
         tokenizers: Mapping[str, Tokenizer],
         recorder: RequestRecorder,
         config: DispatchConfig,
-        policy: PolicyConfig,
-        session: SessionConfig,
         health: HealthConfig,
         rng: random.Random,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`tokenizers`: by model name."""
+        """`tokenizers`: by model name. `rng` draws the seeds that clients left out."""
         self._pool = pool
         self._tokenizers = tokenizers
         self._recorder = recorder
         self._config = config
-        self._policy = policy
-        self._max_pending_deltas = session.max_pending_deltas
+        self._placer = placer
         self._health = health
         self._rng = rng
         self._wall_clock = wall_clock
         self._flights: set[Flight] = set()
-        self._tag = secrets.token_hex(3)
-        self._num_attempts = 0
         self._first_seen_s: dict[str, int] = {}
         self._last_token_at_s: float | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -174,8 +145,12 @@ class Dispatcher:
         try:
             while record.finish_reason is None:
                 if flight.attempt is None:
-                    await self._place(flight)
-                    continue
+                    if not flight.num_tokens_left:
+                        # Only the news of the end was lost.
+                        end = NewTokens(finish_reason=FinishReason.LENGTH)
+                        yield flight.emit(end, record.last_token_at_s, self._recorder)
+                        continue
+                    flight.attempt = await self._place(flight)
                 for arrival in await flight.attempt.mailbox.take():
                     delta = self._advance(flight, arrival)
                     if delta is not None:
@@ -258,7 +233,7 @@ class Dispatcher:
 
     # Placement.
 
-    async def _place(self, flight: Flight) -> None:
+    async def _place(self, flight: Flight) -> Attempt:
         """Start the next attempt, waiting a bounded time for a worker.
 
         Raises NoWorker, DeadlineExceeded, Unavailable.
@@ -271,70 +246,23 @@ class Dispatcher:
             if flight.abort is not None:
                 raise flight.abort
             try:
-                placement = self._choose(flight)
+                placement = self._placer.choose(flight)
                 if pause_s and flight.avoid.intersection(placement.workers):
                     await asyncio.sleep(min(pause_s, flight.deadline_at_s - loop.time()))
                     pause_s = 0.0
                     continue
-                self._start_attempt(flight, placement)
-                return
+                attempt = self._placer.start(flight, placement)
+                self._recorder.placed(flight.record, placement, self._wall_clock())
+                return attempt
             except (NoWorker, WorkerLost):
-                left_s = min(patience_until_s, flight.deadline_at_s) - loop.time()
-                if left_s <= 0 and flight.abort is None:
+                now_s = loop.time()
+                if now_s >= flight.deadline_at_s:
+                    self._expire(flight)
+                    continue
+                if now_s >= patience_until_s:
                     raise
+            left_s = min(patience_until_s, flight.deadline_at_s) - now_s
             await self._pool.wait_for_change(min(left_s, self._config.watchdog_period_s))
-
-    def _choose(self, flight: Flight) -> Placement:
-        view = self._pool.view()
-        flight.order.output_token_ids = tuple(flight.stream.token_ids)
-        num_output = flight.stream.next_index
-        request = PlacementRequest(
-            model=flight.request.model,
-            num_prompt_tokens=len(flight.request.prompt_token_ids) + num_output,
-            max_tokens=flight.order.sampling.max_tokens - num_output,
-            cached_tokens=self._cached_tokens(flight, view),
-            avoid=frozenset(flight.avoid),
-        )
-        return place(view, request, self._policy, self._rng)
-
-    def _cached_tokens(self, flight: Flight, view: ClusterView) -> dict[WorkerId, int]:
-        """Prompt tokens in each worker's prefix cache, as far as the index knows."""
-        cached: dict[WorkerId, int] = {}
-        for layout in {w.info.layout for w in view.workers}:
-            hashes = flight.hashes.get(layout)
-            if hashes is None:
-                root = root_hash(layout.fingerprint, flight.request.cache_salt)
-                prompt = flight.request.prompt_token_ids
-                hashes = tuple(chain_hashes(root, prompt, layout.block_size))
-                flight.hashes[layout] = hashes
-            for worker_id, num_blocks in self._pool.index.match(hashes).items():
-                cached[worker_id] = num_blocks * layout.block_size
-        return cached
-
-    def _start_attempt(self, flight: Flight, placement: Placement) -> None:
-        loop = asyncio.get_running_loop()
-        sessions = [self._pool.session(w) for w in placement.workers]
-        assert sessions[0].info is not None
-        hashes = flight.hashes[sessions[0].info.layout]
-        self._num_attempts += 1
-        flight.stream.restart()
-        flight.attempt = Attempt(
-            RequestId(f"{flight.request.request_id}.{self._tag}{self._num_attempts:x}"),
-            placement,
-            Mailbox(self._max_pending_deltas, now_s=loop.time()),
-        )
-        try:
-            flight.attempt.start(
-                flight.order,
-                sessions,
-                hashes,
-                deadline_s=flight.deadline_at_s - loop.time() + WORKER_DEADLINE_MARGIN_S,
-            )
-        except WorkerLost:
-            self._end_attempt(flight, "a worker is gone")
-            raise
-        self._recorder.placed(flight.record, placement, self._wall_clock())
-        self._pool.index.touch(hashes)
 
     # Following a request.
 
@@ -359,44 +287,11 @@ class Dispatcher:
                 self._on_failure(
                     flight, AttemptFailure("ended without a finish reason", arrival.worker_id)
                 )
-        return self._emit(flight, new, arrival.at_s)
-
-    def _emit(self, flight: Flight, new: NewTokens, at_s: float) -> GenerationDelta:
-        record = flight.record
         self._last_token_at_s = asyncio.get_running_loop().time()
-        text, num_tokens, stop = flight.text.push(new.token_ids)
-        finish = new.finish_reason
-        if finish is not None and stop is None:
-            tail = flight.text.finish()
-            text, stop = text + tail.text, tail.stop
-        if num_tokens:
-            self._recorder.tokens(record, num_tokens, at_s)
-        if stop is None and finish is None:
-            return GenerationDelta(text, tuple(new.token_ids), tuple(new.logprobs))
-        if stop is not None:
-            finish = FinishReason.STOP
-        record.finish_reason = finish
-        self._end_attempt(flight, "finished")
-        return GenerationDelta(
-            text,
-            tuple(new.token_ids[:num_tokens]),
-            tuple(new.logprobs[:num_tokens]),
-            finish,
-            stop_reason=stop if stop is not None else self._stop_token(flight, new),
-            usage=Usage(
-                prompt_tokens=record.num_prompt_tokens,
-                completion_tokens=record.num_output_tokens,
-                cached_tokens=record.num_cached_tokens or 0,
-            ),
-        )
-
-    def _stop_token(self, flight: Flight, new: NewTokens) -> int | None:
-        """The stop token the client asked for; the model's own end of sequence is not one."""
-        order, token_id = flight.order, new.stop_token_id
-        if token_id not in order.sampling.stop_token_ids:
-            return None
-        is_eos = token_id in order.eos_token_ids and not order.sampling.ignore_eos
-        return None if is_eos else token_id
+        emitted = flight.emit(new, arrival.at_s, self._recorder)
+        if emitted.finish_reason is not None:
+            self._end_attempt(flight, "finished")
+        return emitted
 
     def _note(
         self, flight: Flight, attempt: Attempt, worker_id: WorkerId | None, delta: TokenDelta
@@ -404,10 +299,15 @@ class Dispatcher:
         """What a worker measured, from its first or last delta."""
         if delta.timeline is not None:
             flight.record.timeline.merge(delta.timeline)
-        if worker_id is not None and worker_id not in attempt.cached_seen:
-            attempt.cached_seen.add(worker_id)
-            role = attempt.placement.terms_of(worker_id).role
-            self._recorder.cached(flight.record, role, delta.num_cached_tokens)
+        if worker_id is None or worker_id in attempt.cached_seen:
+            return
+        attempt.cached_seen.add(worker_id)
+        self._recorder.cached(
+            flight.record,
+            attempt.placement.terms_of(worker_id).role,
+            delta.num_cached_tokens,
+            computes_prompt=attempt.computes_prompt(worker_id),
+        )
 
     def _check_order(self, flight: Flight, attempt: Attempt) -> None:
         """Tokens that wait for earlier ones are lost when nobody is left to send those."""
@@ -461,7 +361,11 @@ class Dispatcher:
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            planned_at_s = loop.time() + self._config.watchdog_period_s
             await asyncio.sleep(self._config.watchdog_period_s)
+            if loop.time() - planned_at_s > LATE_S:
+                # What the workers sent meanwhile is not read yet.
+                continue
             for flight in list(self._flights):
                 if flight.attempt is not None:
                     self._check_stall(flight.attempt, loop.time())

@@ -78,9 +78,11 @@ class RequestRecorder:
         record.num_output_tokens += num_tokens
         record.last_token_at_s = at_s
 
-    def cached(self, record: RequestRecord, role: Role, num_cached_tokens: int) -> None:
+    def cached(
+        self, record: RequestRecord, role: Role, num_cached_tokens: int, *, computes_prompt: bool
+    ) -> None:
         """A worker has said what it found in its prefix cache."""
-        if record.num_cached_tokens is None:
+        if computes_prompt and record.num_cached_tokens is None:
             record.num_cached_tokens = num_cached_tokens
         self._metrics.add(series.PREFIX_QUERY_TOKENS, record.num_prompt_tokens, role.value)
         self._metrics.add(series.PREFIX_HIT_TOKENS, num_cached_tokens, role.value)

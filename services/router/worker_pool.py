@@ -25,6 +25,7 @@ from services.router.session_client import WorkerSession
 logger = logging.getLogger(__name__)
 
 MONITOR_PERIOD_S = 0.25
+LATE_S = 0.5
 MEMBERSHIP_RETRY_S = 1.0
 
 
@@ -166,10 +167,14 @@ class WorkerPool:
     async def _monitor(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            planned_at_s = loop.time() + MONITOR_PERIOD_S
             await asyncio.sleep(MONITOR_PERIOD_S)
+            self._close_left()
+            if loop.time() - planned_at_s > LATE_S:
+                # This process stood still itself; what the workers sent is not read yet.
+                continue
             for session in list(self._sessions.values()):
                 session.check_idle(loop.time())
-            self._close_left()
 
     def _close_left(self) -> None:
         for address in sorted(self._leaving):

@@ -23,7 +23,7 @@ from kvtransfer.select import create_transport, needs_shared_pool
 from kvtransfer.shm_transport import ShmPool
 from kvtransfer.transport import PoolRegion, Transport
 from services.worker.config import WorkerConfig
-from services.worker.engine_loop import EngineApi
+from services.worker.engine_api import EngineApi
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

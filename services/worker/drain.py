@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from baton.core.clock import Clock
+from baton.core.errors import Unavailable
 from baton.core.logging import log_fields
 from services.worker.engine_loop import EngineLoop
 from services.worker.requests import Requests
@@ -45,9 +46,12 @@ class Drain:
                     await asyncio.sleep(min(POLL_S, max(0.0, deadline_s - self._clock.now())))
         except TimeoutError:
             return False
+        except Unavailable:
+            # The engine has stopped: nothing is left to wait for.
+            return True
         return True
 
     async def _is_empty(self) -> bool:
         if self._requests.num_live:
             return False
-        return (await self._engine.snapshot()).is_empty
+        return await self._engine.is_empty()

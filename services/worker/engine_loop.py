@@ -18,28 +18,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
-from baton.core.block import BlockHash, BlockId
+from baton.core.block import BlockId
 from baton.core.clock import Clock
-from baton.core.errors import (
-    BatonError,
-    InternalError,
-    InvalidRequest,
-    Overloaded,
-    RequestError,
-)
-from baton.core.request import (
-    FinishReason,
-    GenerateRequest,
-    RequestId,
-    SamplingParams,
-    TokenDelta,
-    Work,
-)
+from baton.core.errors import BatonError, InternalError, Overloaded, RequestError, Unavailable
+from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import StepOutput
+from services.worker.engine_api import EngineApi, Snapshot, StepResult
+from services.worker.last_delta import error_delta, is_last, refusal, turn_into_failure
 
 logger = logging.getLogger(__name__)
 
@@ -49,50 +37,7 @@ MAX_FAILED_STEPS = 3
 """This many unexpected errors in a row, and the engine calls itself broken."""
 WARM_UP_TOKENS = 4
 FAILURE = "the worker's engine failed"
-
-
-class EngineApi(Protocol):
-    """What the loop needs of `baton.engine.engine.Engine`; every call on the engine's thread."""
-
-    @property
-    def has_work(self) -> bool: ...
-    @property
-    def is_empty(self) -> bool: ...
-    def submit(self, request: GenerateRequest) -> None: ...
-    def activate(self, request_id: RequestId, first: TokenDelta) -> None: ...
-    def abandon(self, request_id: RequestId, *, unsettled: Sequence[BlockId]) -> None: ...
-    def recover(self, block_ids: Sequence[BlockId]) -> None: ...
-    def release_lease(self, request_id: RequestId) -> None: ...
-    def cancel(self, request_id: RequestId) -> None: ...
-    def step(self) -> StepOutput: ...
-    def load(self) -> LoadReport: ...
-    def cached_hashes(self) -> list[BlockHash]: ...
-    def check_integrity(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """One engine step as the event loop sees it."""
-
-    output: StepOutput
-    load: LoadReport
-    kv_sequence: int
-    """Number of the KV event this step made (when it changed the prefix cache), else the last."""
-
-    @property
-    def has_kv_event(self) -> bool:
-        return bool(self.output.stored or self.output.removed)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The engine between two steps."""
-
-    load: LoadReport
-    cached_hashes: list[BlockHash]
-    kv_sequence: int
-    """Last KV event contained in `cached_hashes`. Those that follow may repeat some of it."""
-    is_empty: bool
+STOPPED = "the worker's engine has stopped"
 
 
 Command = Callable[[], None]
@@ -122,6 +67,7 @@ class EngineLoop:
         self._failing: set[RequestId] = set()
         """Those of them whose end is our failure, whatever the engine calls it."""
         self._undelivered: list[TokenDelta] = []
+        self._answers: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -140,6 +86,9 @@ class EngineLoop:
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
             if self._thread.is_alive():
                 logger.error("the engine thread did not end within %.0f s", JOIN_TIMEOUT_S)
+        for answer in list(self._answers):
+            if not answer.done():
+                answer.set_exception(Unavailable(STOPPED))
 
     def submit(self, request: GenerateRequest) -> None:
         """A refusal comes back as a delta with FinishReason.ERROR."""
@@ -185,6 +134,10 @@ class EngineLoop:
         """Raises what the engine's own check raises."""
         await self._ask(self._engine.check_integrity)
 
+    async def is_empty(self) -> bool:
+        """No sequence, reservation or lease after all commands sent so far."""
+        return await self._ask(lambda: self._engine.is_empty)
+
     async def ping(self) -> None:
         """Returns when the engine's thread has come round."""
         await self._ask(lambda: None)
@@ -207,16 +160,17 @@ class EngineLoop:
         """Age of the last sign of life of the thread."""
         return self._clock.now() - self._beat_at_s
 
-    def _send(self, command: Command) -> None:
+    def _send(self, command: Command) -> bool:
+        """False when the loop is stopping and will run no further command."""
         with self._wake:
-            if self._is_stopping:
-                return
-            self._commands.append(command)
-            self._wake.notify()
+            if not self._is_stopping:
+                self._commands.append(command)
+                self._wake.notify()
+            return not self._is_stopping
 
     async def _ask(self, question: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        """The answer between two steps. Raises Unavailable once the loop is stopping."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         def resolve(value: T | None, error: BaseException | None) -> None:
             if answer.done():
@@ -234,8 +188,13 @@ class EngineLoop:
             else:
                 self._post(resolve, value, None)
 
-        self._send(run)
-        return await answer
+        if not self._send(run):
+            raise Unavailable(STOPPED)
+        self._answers.add(answer)
+        try:
+            return await answer
+        finally:
+            self._answers.discard(answer)
 
     # Everything below runs on the engine's thread.
 
@@ -313,7 +272,7 @@ class EngineLoop:
                 self._submitted.discard(delta.request_id)
                 if delta.request_id in self._failing:
                     self._failing.discard(delta.request_id)
-                    _turn_into_failure(delta)
+                    turn_into_failure(delta, FAILURE)
         if output.stored or output.removed:
             self._kv_sequence += 1
         if load == self._last_load and not _says_something(output):
@@ -367,31 +326,7 @@ class EngineLoop:
             self._is_stopping = True
 
 
-def _turn_into_failure(delta: TokenDelta) -> None:
-    delta.finish_reason, delta.error, delta.is_retryable = FinishReason.ERROR, FAILURE, True
-
-
 def _says_something(output: StepOutput) -> bool:
     return bool(
         output.deltas or output.chunks or output.reservations or output.stored or output.removed
     )
-
-
-def is_last(delta: TokenDelta) -> bool:
-    """True for the last delta of a request on this worker: finished, or prefilled and handed on."""
-    return delta.finish_reason is not None or delta.timeline is not None
-
-
-def error_delta(request_id: RequestId, message: str, *, is_retryable: bool) -> TokenDelta:
-    """The end of a request that failed here."""
-    return TokenDelta(
-        request_id,
-        finish_reason=FinishReason.ERROR,
-        error=message,
-        is_retryable=is_retryable,
-    )
-
-
-def refusal(request_id: RequestId, error: BatonError) -> TokenDelta:
-    """The answer to a submit this worker does not take. Only a wrong request is hopeless."""
-    return error_delta(request_id, str(error), is_retryable=not isinstance(error, InvalidRequest))

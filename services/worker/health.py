@@ -13,6 +13,7 @@ from typing import NamedTuple
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as grpc_health
 
+from baton.core.errors import Unavailable
 from services.worker.config import HealthConfig
 from services.worker.engine_loop import EngineLoop
 
@@ -58,6 +59,8 @@ class Health:
         except TimeoutError:
             message = f"the idle engine did not answer within {config.ping_timeout_s:g} s"
             return HealthVerdict(False, message)
+        except Unavailable as error:
+            return HealthVerdict(False, str(error))
         return HealthVerdict(True, "idle and answering")
 
     async def watch(self) -> None:

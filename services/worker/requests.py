@@ -31,7 +31,9 @@ from baton.core.worker_info import LoadReport
 from baton.engine.engine import ChunkDone, Reservation
 from baton.rpc.convert import request_from_wire
 from baton.rpc.v1 import worker_pb2 as pb
-from services.worker.engine_loop import EngineLoop, StepResult, error_delta, is_last, refusal
+from services.worker.engine_api import StepResult
+from services.worker.engine_loop import EngineLoop
+from services.worker.last_delta import error_delta, is_last, refusal
 from services.worker.session import RouterSession, Sessions
 
 logger = logging.getLogger(__name__)

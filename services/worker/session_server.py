@@ -36,7 +36,8 @@ from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
 from services.worker.config import SessionConfig
 from services.worker.drain import Drain
-from services.worker.engine_loop import EngineLoop, Snapshot
+from services.worker.engine_api import Snapshot
+from services.worker.engine_loop import EngineLoop
 from services.worker.requests import Requests
 from services.worker.session import RouterSession, Sessions
 

@@ -40,6 +40,7 @@ TICK_S = 0.25
 HELLO_TIMEOUT_S = 10.0
 MAX_PENDING_MESSAGES = 16384
 """Messages waiting for one reader; beyond it its stream is closed and its leases expire."""
+MAX_KNOWN_READERS = 4096
 
 ReaderMessages = AsyncIterator[pb.ReaderMessage]
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -157,7 +158,8 @@ class TransferServicer(pb_grpc.TransferServicer):
         self._transport = transport
         self._layout = layout
         self._secret = secret
-        self._known_readers: set[ReaderId] = set()
+        # Ordered, so that the oldest can be forgotten; a reader connects anew for each stream.
+        self._known_readers: dict[ReaderId, None] = {}
 
     async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectReply:
         try:
@@ -171,7 +173,7 @@ class TransferServicer(pb_grpc.TransferServicer):
         except BatonError as error:
             logger.warning("a reader was refused: %s", error)
             await abort(context, error)
-        self._known_readers.add(_reader_id(card.worker_id, card.epoch))
+        self._remember(_reader_id(card.worker_id, card.epoch))
         log_fields(
             logger, f"reader {card.worker_id} connected", reader=card.worker_id, epoch=card.epoch
         )
@@ -185,6 +187,12 @@ class TransferServicer(pb_grpc.TransferServicer):
         reason = await self._leases.serve(reader, messages, context)
         if reason is not None:
             await abort(context, reason)
+
+    def _remember(self, reader: ReaderId) -> None:
+        self._known_readers.pop(reader, None)
+        self._known_readers[reader] = None
+        if len(self._known_readers) > MAX_KNOWN_READERS:
+            del self._known_readers[next(iter(self._known_readers))]
 
     async def _hello(self, messages: ReaderMessages) -> ReaderId:
         try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 
 import pytest
 
 from baton.core.block import BlockId
+from baton.core.clock import ManualClock
 from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
 from kvtransfer.link import LinkBroken
@@ -26,6 +29,7 @@ class SlowPiece:
     def __init__(self, link: SlowLink, peer: WorkerId, local: list[int]) -> None:
         self.link, self.peer, self.local = link, peer, local
         self.has_landed = False
+        self.is_cancelled = False
         self.is_released = False
 
     def is_done(self) -> bool:
@@ -75,6 +79,8 @@ class SlowLink:
         if self.recycle_error is not None:
             raise self.recycle_error
         assert all(p.is_released for p in self.pieces)
+        for piece in self.pieces:
+            piece.is_cancelled = True
         self.num_recycles += 1
         self.broken.clear()
 
@@ -280,6 +286,20 @@ def test_stopping_fails_open_reads_and_settles_them(make):
     h.until_settled(range(20))
 
 
+def test_link_that_cannot_be_opened_leaves_no_thread():
+    link = SlowLink()
+
+    def fail() -> None:
+        raise TransferError("no agent here")
+
+    link.open = fail
+    mover = Mover(link, block_bytes=1, num_blocks=1, limits=MoverLimits(), name="unopened")
+    with pytest.raises(TransferError, match="no agent here"):
+        mover.start(timeout_s=5)
+    mover.stop(timeout_s=5)
+    assert link.is_closed
+
+
 def test_idle_mover_sleeps(make):
     h = make()
     h.link.immediate = True
@@ -295,6 +315,128 @@ def test_errors_of_calls_reach_the_caller(make):
 
     assert isinstance(h_error := make().mover.call(fail).exception(5), PeerGone)
     assert h_error.__traceback__ is None or h_error.__traceback__.tb_next is None
+
+
+class Walk:
+    """A mover without a thread, a clock that is moved by hand, and the account of its blocks."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.clock = ManualClock()
+        self.link = SlowLink()
+        limits = MoverLimits(
+            max_bytes_in_flight=80,
+            max_piece_bytes=20,
+            max_quarantined_ratio=0.2,
+            max_quarantine_s=20.0,
+            recycle_pause_s=1.0,
+        )
+        self.mover = Mover(
+            self.link,
+            block_bytes=BLOCK_BYTES,
+            num_blocks=100,
+            limits=limits,
+            name="not started",
+            clock=self.clock,
+        )
+        self.free = set(range(100))
+        self.open: list[BlockRead] = []
+        self.withheld: set[int] = set()
+        self.outcomes: Counter[str] = Counter()
+
+    def writable(self) -> set[int]:
+        """Blocks that something in flight may still write to."""
+        return {
+            block
+            for piece in self.link.pieces
+            if not piece.has_landed and not piece.is_cancelled and piece.peer not in self.link.dead
+            for block in piece.local
+        }
+
+    def act(self) -> None:
+        roll, link = self.rng.random(), self.link
+        peer = self.rng.choice([PEER, OTHER])
+        if roll < 0.25 and len(self.free) > 8:
+            blocks = self.rng.sample(sorted(self.free), self.rng.randrange(1, 8))
+            self.free -= set(blocks)
+            ids = checked_ids(blocks, 100, "the")
+            read = BlockRead(peer, ids, ids, self.clock.now() + self.rng.choice([1.0, 9.0]))
+            self.open.append(read)
+            self.mover.read(read)
+        elif roll < 0.55 and link.pieces:
+            self.rng.choice(link.pieces).has_landed = True
+        elif roll < 0.60 and self.open:
+            self.cancel(self.rng.choice(self.open))
+        elif roll < 0.603:
+            link.dead.add(peer)
+        elif roll < 0.62:
+            link.dead.discard(peer)
+        elif roll < 0.623:
+            link.broken.add(peer)
+        elif roll < 0.63:
+            is_stuck = self.rng.random() < 0.2
+            link.recycle_error = LinkBroken("still referenced") if is_stuck else None
+        elif roll < 0.635:
+            self.mover.recycle()
+        elif roll < 0.638:
+            self.mover.leave_peer(peer, "replaced")
+        else:
+            self.clock.advance(self.rng.random() * 0.2)
+
+    def cancel(self, read: BlockRead) -> None:
+        """What the transport does when its caller is cancelled: maybe after the read's end."""
+        self.open.remove(read)
+        self.withheld |= set(read.local.tolist())
+        self.outcomes["cancelled"] += 1
+        self.mover.give_up(read)
+
+    def account(self) -> None:
+        for read in [r for r in self.open if r.future.done() and self.rng.random() < 0.9]:
+            self.open.remove(read)
+            blocks = set(read.local.tolist())
+            error = read.future.exception()
+            self.outcomes[type(error).__name__] += 1
+            if isinstance(error, TransferTimeout):
+                self.withheld |= blocks
+                continue
+            assert not blocks & self.writable(), "ended while a piece may still land"
+            self.free |= blocks
+        undecided = {b for r in self.open if r.future.done() for b in r.local.tolist()}
+        for block in self.mover.settled():
+            assert block not in self.writable(), "settled while a piece may still land"
+            self.early.append(block) if block in undecided else self.settle(block)
+        for block in [b for b in self.early if b in self.withheld]:
+            self.early.remove(block)
+            self.settle(block)
+        # Nothing refers to a landed or cancelled piece any more.
+        self.link.pieces = [p for p in self.link.pieces if not p.is_released]
+
+    early: list[int]
+
+    def settle(self, block: int) -> None:
+        self.withheld.remove(block)
+        self.free.add(block)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_walk_settles_every_block_once_and_never_too_early(seed):
+    walk = Walk(random.Random(seed))
+    walk.early = []
+    for _ in range(10_000):
+        walk.act()
+        walk.mover.step()
+        walk.mover.check_integrity()
+        walk.account()
+    assert {"NoneType", "TransferTimeout", "PeerGone", "cancelled"} <= walk.outcomes.keys()
+    assert walk.outcomes["NoneType"] > 300 and walk.mover.num_recycles > 10
+    walk.link.recycle_error = None
+    walk.link.dead.clear()
+    for _ in range(300):
+        walk.clock.advance(1.0)
+        walk.mover.step()
+        walk.account()
+    assert not walk.withheld and not walk.open and not walk.early
+    assert walk.free == set(range(100))
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ async def test_ids_outside_either_pool_are_refused(kind, peers, make_pool, open_
     for remote, local in (([16], [0]), ([0], [8]), ([-1], [0]), ([0, 1], [0])):
         with pytest.raises(TransferError):
             await transport.read(peer.worker_id, remote, local, timeout_s=1)
+    assert (await transport.read(peer.worker_id, [], [], timeout_s=1)).num_bytes == 0
     assert pool.untouched(list(range(8)))
 
 
@@ -265,6 +266,31 @@ async def test_recycle_settles_at_once_and_keeps_all_peers(peers, make_pool, ope
     await transport.read(healthy.worker_id, [1], [62], timeout_s=5)
     await transport.read(peer.worker_id, [1], [61], timeout_s=5)
     assert pool.holds([62], [1], 5) and pool.holds([61], [1], SEED)
+
+
+@pytest.mark.nixl
+async def test_recycle_settles_nothing_while_the_old_agent_may_live(
+    peers, make_pool, open_transport
+):
+    pool = make_pool("nixl", 8)
+    peer = peers.start("nixl")
+    limits = MoverLimits(max_quarantined_ratio=1.0, recycle_pause_s=0.0)
+    transport = open_transport("nixl", pool, limits=limits)
+    await transport.connect(peer.card)
+    peer.signal(signal.SIGSTOP)
+    with pytest.raises(TransferTimeout):
+        await transport.read(peer.worker_id, [0], [0], timeout_s=0.2)
+    kept = transport._link._agent.agent
+    for _ in range(2):
+        with pytest.raises(TransferError, match="still referenced"):
+            await transport.recycle()
+        assert transport.settled() == []
+    del kept
+    await transport.recycle()
+    assert transport.settled() == [0]
+    peer.signal(signal.SIGCONT)
+    await transport.read(peer.worker_id, [1], [1], timeout_s=5)
+    assert pool.holds([1], [1], SEED)
 
 
 @pytest.mark.nixl

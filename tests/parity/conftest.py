@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+# Read by the OpenMP runtime when torch is first imported. Threads that wait by spinning slow each
+# other down a hundredfold as soon as another process wants the same cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 SUPPORT = Path(__file__).parents[1] / "support"
 GOLDEN = Path(__file__).with_name("golden") / "smollm2_135m_instruct_greedy.json"

@@ -50,9 +50,7 @@ class ModelHarness:
         self._all = list(self._free)
         self._num_sequences = 0
 
-    def sequence(
-        self, token_ids: SequenceOf[int], *, room: int = 64, **sampling: Any
-    ) -> Sequence:
+    def sequence(self, token_ids: SequenceOf[int], *, room: int = 64, **sampling: Any) -> Sequence:
         """A sequence with blocks for its tokens and `room` more. Greedy unless told."""
         self._num_sequences += 1
         params = SamplingParams(**({"max_tokens": room, "temperature": 0.0} | sampling))

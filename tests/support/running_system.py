@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +34,21 @@ class RunningSystem:
     run_dir: Path
     http_port: int = field(default_factory=free_port)
     grpc_port: int = field(default_factory=free_port)
-    output: list[str] = field(default_factory=list)
-    process: subprocess.Popen[str] | None = None
+    process: subprocess.Popen[bytes] | None = None
     members: set[int] = field(default_factory=set)
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def _output_file(self) -> Path:
+        return self.run_dir / "output.txt"
+
+    @property
+    def output(self) -> str:
+        """What the command has printed so far."""
+        return self._output_file.read_text()
 
     def start(self) -> None:
         command = [
@@ -49,16 +56,15 @@ class RunningSystem:
             "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port),
             *self.arguments,
         ]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        threading.Thread(target=self._read_output, daemon=True).start()
+        with self._output_file.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not any(line.startswith("ready") for line in self.output):
+        while "\nready in" not in self.output:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise AssertionError("not ready:\n" + "".join(self.output) + self.logs())
+                raise AssertionError(f"not ready:\n{self.output}\n{self.logs()}")
             time.sleep(0.05)
         self.members = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
 
@@ -113,12 +119,6 @@ class RunningSystem:
                 return
             assert time.monotonic() < deadline, f"leaked: {loads}"
             time.sleep(0.2)
-
-    def _read_output(self) -> None:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output.append(line)
 
 
 def is_idle(load: worker_pb2.LoadReport) -> bool:

@@ -43,7 +43,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "tie_word_embeddings": True,
     },
-    "head_dim_80": {"head_dim": 80, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "head_dim_80": {
+        "hidden_size": 96,
+        "head_dim": 80,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
     "no_grouping_odd_widths": {
         "hidden_size": 72,
         "head_dim": 18,

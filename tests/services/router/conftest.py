@@ -116,6 +116,8 @@ class Faults:
     hold_kv: bool = False
     """Decode never gets the KV."""
     refuse: str = ""
+    forgets_the_end: bool = False
+    """The last token comes without its finish reason."""
 
 
 @dataclass
@@ -343,7 +345,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
             if token_id in sampling.stop_token_ids:
                 delta.token_ids, delta.logprobs = [], []
                 delta.finish_reason, delta.stop_token_id = FinishReason.STOP, token_id
-            elif k + 1 >= sampling.max_tokens:
+            elif k + 1 >= sampling.max_tokens and not self.faults.forgets_the_end:
                 delta.finish_reason = FinishReason.LENGTH
         if delta.finish_reason is not None or request.work is Work.PREFILL:
             delta.timeline = self._timeline(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -186,6 +187,19 @@ async def test_retryable_decode_error_before_its_first_token_avoids_the_hand_off
     assert cluster["d0"].submitted[-1].work is Work.GENERATE
 
 
+async def test_refusing_decode_worker_is_avoided_itself(make_cluster):
+    cluster = await make_cluster(1, 2)
+    cluster["d0"].faults.refuse = cluster["d1"].faults.refuse = "queue is full"
+    task = asyncio.create_task(run(cluster, LONG))
+    while not (first := [w for w in (cluster["d0"], cluster["d1"]) if w.submitted]):
+        await asyncio.sleep(0)
+    other = cluster["d1" if first[0].worker_id == "d0" else "d0"]
+    other.faults.refuse = ""
+    cluster.assert_right(await task, LONG, 10)
+    assert len(first[0].submitted) == 1
+    assert [r.work for r in other.submitted] == [Work.DECODE]
+
+
 async def test_retries_are_bounded(cluster):
     for worker in cluster.workers.values():
         worker.faults.refuse = "queue is full"
@@ -209,6 +223,13 @@ async def test_gap_in_the_positions_is_repaired(cluster):
         await asyncio.sleep(0.001)
     cluster["d0"].faults.skip_at = None
     cluster.assert_right(await task, LONG, 10)
+
+
+async def test_lost_news_of_the_end_needs_no_worker(cluster):
+    cluster["d0"].faults.forgets_the_end = True
+    cluster["d0"].faults.error_at = 6
+    cluster.assert_right(await run(cluster, SHORT, 6), SHORT, 6)
+    assert len(cluster["d0"].submitted) == 1 and not cluster["p0"].submitted
 
 
 async def test_draining_worker_gets_no_new_work(make_cluster):
@@ -248,6 +269,14 @@ async def test_waiting_decode_worker_is_not_blamed_for_a_slow_prefill(cluster):
     cluster.assert_right(await run(cluster, LONG), LONG, 10)
     states = {w.info.worker_id: w.is_quarantined for w in cluster.core.pool.view().workers}
     assert states == {"p0": True, "d0": False}
+
+
+async def test_router_that_stood_still_itself_does_not_blame_the_workers(cluster):
+    task = asyncio.create_task(run(cluster, LONG, 30))
+    await asyncio.sleep(0.02)
+    time.sleep(1.2)
+    cluster.assert_right(await task, LONG, 30)
+    assert sum(len(w.submitted) for w in cluster.workers.values()) == 2
 
 
 async def test_deadline_ends_a_request_with_an_error(make_cluster):

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import threading
 import time
 
@@ -6,7 +7,7 @@ import pytest
 
 from baton.core.block import BlockHash
 from baton.core.clock import MonotonicClock
-from baton.core.errors import InvalidRequest, NotFound, Overloaded
+from baton.core.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 from baton.core.lifecycle import Timeline
 from baton.core.request import (
     FinishReason,
@@ -19,7 +20,8 @@ from baton.core.request import (
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import StepOutput
 from services.worker.config import HealthConfig
-from services.worker.engine_loop import MAX_FAILED_STEPS, EngineLoop, StepResult
+from services.worker.engine_api import StepResult
+from services.worker.engine_loop import MAX_FAILED_STEPS, EngineLoop
 from services.worker.health import Health
 
 
@@ -267,3 +269,19 @@ async def test_stop_ends_the_thread_in_the_middle_of_work(engine, steps):
     assert not loop.is_alive
     verdict = await Health(loop, HealthConfig(), service_names=()).check()
     assert not verdict.is_healthy
+
+
+async def test_questions_to_a_stopped_loop_are_refused_not_left_open(engine, steps):
+    engine.num_steps, engine.step_s = 10**6, 0.05
+    loop = EngineLoop(engine, on_step=steps, clock=MonotonicClock())
+    loop.start()
+    loop.submit(request("a"))
+    await asyncio.sleep(0.02)
+    pending = asyncio.create_task(loop.ping())
+    await asyncio.sleep(0)
+    await loop.stop()
+    async with asyncio.timeout(1):
+        with contextlib.suppress(Unavailable):
+            await pending
+        with pytest.raises(Unavailable):
+            await loop.snapshot()

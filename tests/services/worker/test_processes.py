@@ -47,7 +47,8 @@ def model(tmp_path_factory):
         return torch.randn(rows, columns, generator=generator) * columns**-0.5
 
     tensors = {
-        "model.embed_tokens.weight": weight(VOCAB, HIDDEN) * 8,
+        "model.embed_tokens.weight": weight(VOCAB, HIDDEN),
+        "lm_head.weight": weight(VOCAB, HIDDEN) * 4,
         "model.norm.weight": torch.ones(HIDDEN),
     }
     for index in range(LAYERS):
@@ -77,7 +78,7 @@ def model(tmp_path_factory):
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "hidden_act": "silu",
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -157,6 +158,8 @@ async def collect(call, *request_ids):
             message = await call.read()
             assert message is not grpc.aio.EOF
             for delta in map(delta_from_wire, message.step.deltas):
+                if delta.request_id not in tokens:
+                    continue
                 tokens[delta.request_id] += delta.token_ids
                 if delta.finish_reason is not None or delta.timeline is not None:
                     ends[delta.request_id] = delta
@@ -212,25 +215,57 @@ async def test_two_processes_hand_over_and_agree_with_one(processes, transport):
     assert not await processes.registry.list()
 
 
-async def test_killed_prefill_process_is_a_quick_retryable_error(processes):
+@pytest.mark.parametrize("transport", ["shm", pytest.param("nixl", marks=pytest.mark.nixl)])
+async def test_killed_prefill_process_is_a_quick_retryable_error(processes, transport):
+    if transport == "nixl" and nixl_obstacle():
+        pytest.skip(nixl_obstacle())
     for role in Role:
-        processes.spawn(role, "shm")
+        processes.spawn(role, transport)
     infos = await processes.ready(2)
     prefill, decode = infos[Role.PREFILL], infos[Role.DECODE]
-    async with session(decode.address) as on_decode:
-        # Nobody submits the other half: the reader waits for its first chunk.
-        await on_decode.write(request("waits", Work.DECODE, peer_of(prefill)))
-        await asyncio.sleep(0.3)
+    names = [f"r{number}" for number in range(8)]
+    async with session(prefill.address) as on_prefill, session(decode.address) as on_decode:
+        # Nobody submits the other half of the first: its reader waits for a chunk.
+        for name in names:
+            await on_decode.write(request(name, Work.DECODE, peer_of(prefill), max_tokens=200))
+        for name in names[1:]:
+            await on_prefill.write(request(name, Work.PREFILL, max_tokens=200))
+        await collect(on_prefill, names[1])
         os.kill(prefill.pid, signal.SIGKILL)
         killed_s = time.monotonic()
-        _, ends = await collect(on_decode, "waits")
-        assert time.monotonic() - killed_s < 4
-        end = ends["waits"]
-        assert (end.finish_reason, end.is_retryable) == (FinishReason.ERROR, True)
+        _, ends = await collect(on_decode, *names)
+        assert time.monotonic() - killed_s < 5
+        for end in ends.values():
+            failed = (end.finish_reason, end.is_retryable) == (FinishReason.ERROR, True)
+            assert failed or end.finish_reason is FinishReason.LENGTH, end
+        assert ends["r0"].finish_reason is FinishReason.ERROR
         await on_decode.write(request("after", Work.GENERATE, max_tokens=5))
         _, ends = await collect(on_decode, "after")
         assert ends["after"].finish_reason is FinishReason.LENGTH
+    await assert_all_blocks_back(decode.address)
     processes.processes.pop(0).wait(10)
+
+
+async def assert_all_blocks_back(address):
+    channel = open_channel(address)
+    async with asyncio.timeout(10):
+        while True:
+            load = (await WorkerStub(channel).GetInfo(pb.GetInfoRequest())).load
+            if load.free_blocks + load.cached_blocks == load.total_blocks:
+                break
+            await asyncio.sleep(0.05)
+    assert (load.leases, load.reservations, load.quarantined_blocks) == (0, 0, 0)
+    await channel.close()
+
+
+@pytest.mark.parametrize("after_s", [0.4, 0.8, 1.5])
+def test_signal_during_start_ends_the_process_at_once(processes, after_s):
+    process = processes.spawn(Role.DECODE, "auto")
+    time.sleep(after_s)
+    process.send_signal(signal.SIGTERM)
+    # Before the event loop runs, the signal's default action ends the process.
+    assert process.wait(5) in (0, -signal.SIGTERM), processes.logs()
+    assert "Traceback" not in processes.logs()
 
 
 def test_worker_ends_with_its_parent(processes, tmp_path):
