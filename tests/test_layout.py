@@ -18,6 +18,7 @@ OURS = ("baton", "kernels", "kvtransfer", "services")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "baton.core": (),
     "baton.settings": ("baton.core",),
+    "baton.process": (),
     "baton.rpc": ("baton.core",),
     "baton.telemetry": ("baton.core",),
     "baton.registry": ("baton.core",),
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.worker": (
         "baton.core",
         "baton.settings",
+        "baton.process",
         "baton.engine",
         "baton.rpc",
         "baton.telemetry",
@@ -40,6 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "services.router": (
         "baton.core",
         "baton.settings",
+        "baton.process",
         "baton.rpc",
         "baton.telemetry",
         "baton.registry",

@@ -7,6 +7,7 @@ extra to the oldest grpcio the project supports: generated code refuses older ru
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,19 +17,16 @@ VIRTUAL = "baton/rpc/v1"
 
 def generate(output_root: Path) -> list[Path]:
     """Write the stubs below `output_root`; returns the folder's generated files."""
-    from grpc_tools import protoc
-
     names = sorted(p.name for p in (ROOT / "proto/v1").glob("*.proto"))
     folder = output_root / VIRTUAL
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
-        "protoc",
         f"-I{VIRTUAL}={ROOT / 'proto/v1'}",
         *(f"--{kind}={output_root}" for kind in ("python_out", "pyi_out", "grpc_python_out")),
         *(f"{VIRTUAL}/{name}" for name in names),
     ]
-    if protoc.main(arguments) != 0:
-        raise SystemExit("protoc failed; its message is above")
+    # In a process of its own: protoc and NIXL bring libraries that abort when both are loaded.
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True)
     return sorted(folder.glob("*_pb2*.py*"))
 
 

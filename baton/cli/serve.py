@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baton.process import add_settings_arguments
+
 if TYPE_CHECKING:
     from services.launch.config import SystemConfig
     from services.launch.run_directory import RunDirectory
@@ -57,15 +59,7 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
         help="Ray Serve's HAProxy front door: less CPU per token; opens status ports 8404 and 9101 "
         "on all interfaces",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="KEY=VALUE",
-        help="one setting, e.g. --set decode.engine.max_num_seqs=16; may be repeated",
-    )
+    add_settings_arguments(parser, example="decode.engine.max_num_seqs=16")
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="keep settings, registry and logs here"
     )

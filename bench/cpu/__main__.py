@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from baton.cli.model import import_default
-
 from bench import machine
 from bench.cpu.workload import OUTPUT_LEN, PROMPT_LEN, Rates, parse
 

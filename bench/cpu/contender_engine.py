@@ -6,11 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-from baton.engine.factory import build_engine
-
 from baton.core.clock import WallClock
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
 from baton.engine.config import EngineConfig
+from baton.engine.factory import build_engine
 from bench.cpu.workload import measure, report
 
 

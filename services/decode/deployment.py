@@ -8,8 +8,10 @@ from services.decode.config import DEFAULTS
 from services.worker.deployment import SERVE_OPTIONS, WorkerReplica
 
 
-@serve.deployment(name="Decode", **SERVE_OPTIONS)
-class DecodeDeployment(WorkerReplica):
+class DecodeReplica(WorkerReplica):
     """One decode worker a replica."""
 
     DEFAULTS = DEFAULTS
+
+
+DecodeDeployment = serve.deployment(name="Decode", **SERVE_OPTIONS)(DecodeReplica)

@@ -8,8 +8,10 @@ from services.prefill.config import DEFAULTS
 from services.worker.deployment import SERVE_OPTIONS, WorkerReplica
 
 
-@serve.deployment(name="Prefill", **SERVE_OPTIONS)
-class PrefillDeployment(WorkerReplica):
+class PrefillReplica(WorkerReplica):
     """One prefill worker a replica."""
 
     DEFAULTS = DEFAULTS
+
+
+PrefillDeployment = serve.deployment(name="Prefill", **SERVE_OPTIONS)(PrefillReplica)

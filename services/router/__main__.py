@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import uvloop
 
 from baton.core.config import merge
 from baton.core.errors import BatonError, ConfigError
 from baton.core.logging import log_fields, setup_logging
+from baton.process import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    add_parent_argument,
+    add_settings_arguments,
+    exit_with_parent,
+    stop_signal,
+)
 from baton.settings import LogFormat, parse_override
 from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
@@ -30,10 +35,7 @@ from services.router.http_server import HttpServer
 
 logger = logging.getLogger("services.router")
 
-PR_SET_PDEATHSIG = 1
-"""From <linux/prctl.h>: the signal this process gets when its parent ends."""
 CORE_STOP_TIMEOUT_S = 5.0
-EXIT_CONFIG = 2
 
 
 class RouterProcess:
@@ -78,8 +80,7 @@ class RouterProcess:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one router until it is told to stop; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    if arguments.exit_with_parent is not None:
-        _exit_with_parent(arguments.exit_with_parent)
+    exit_with_parent(arguments.exit_with_parent)
     try:
         overrides = merge(*(parse_override(text) for text in arguments.overrides))
         config = load_router_config(file=arguments.config, environ=os.environ, overrides=overrides)
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runner.run(_serve(config))
     except BatonError as error:
         logger.error("%s", error)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else 1
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     return 0
 
 
@@ -104,39 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         description="One router with its HTTP and gRPC front doors. Every setting of RouterConfig "
         "can be given by --config, by BATON_<SECTION>__<FIELD> in the environment, or by --set.",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.FIELD=VALUE",
-        help="one setting, e.g. --set edge.max_body_bytes=1048576; may be repeated",
-    )
-    parser.add_argument(
-        "--exit-with-parent",
-        type=int,
-        metavar="PID",
-        help="stop when the process PID, which must be the parent, ends",
-    )
+    add_settings_arguments(parser, example="edge.max_body_bytes=1048576")
+    add_parent_argument(parser)
     return parser
 
 
-def _exit_with_parent(parent_pid: int) -> None:
-    """SIGTERM for us when the parent ends, however it ends. Linux only."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        logger.warning("prctl failed; this router will outlive its parent")
-    if os.getppid() != parent_pid:
-        # The parent was faster to end than we were to ask.
-        raise SystemExit(1)
-
-
 async def _serve(config: RouterConfig) -> None:
-    stop_requested = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop_requested.set)
+    stop_requested = stop_signal()
     router = RouterProcess(config)
     try:
         await router.start()

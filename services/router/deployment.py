@@ -28,20 +28,10 @@ _ENVIRONMENT = {
 }
 
 
-@serve.deployment(
-    name="Router",
-    ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ENVIRONMENT}},
-    # Serve's default of 5 would queue requests that the dispatcher could place.
-    max_ongoing_requests=4096,
-    health_check_period_s=1.0,
-    health_check_timeout_s=5.0,
-    graceful_shutdown_wait_loop_s=0.1,
-)
-@serve.ingress()
-class RouterDeployment:
+class RouterReplica:
     """One router a replica. `pools` are handles to the worker deployments."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]
         self, values: Mapping[str, Any], log_dir: str, *pools: DeploymentHandle
     ) -> None:
         config = load_router_config(overrides=values)
@@ -68,3 +58,14 @@ class RouterDeployment:
         await self._grpc.stop()
         await self._core.stop()
         self._http.close()
+
+
+RouterDeployment = serve.deployment(
+    name="Router",
+    ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ENVIRONMENT}},
+    # Serve's default of 5 would queue requests that the dispatcher could place.
+    max_ongoing_requests=4096,
+    health_check_period_s=1.0,
+    health_check_timeout_s=5.0,
+    graceful_shutdown_wait_loop_s=0.1,
+)(serve.ingress()(RouterReplica))

@@ -61,7 +61,7 @@ class ReplicaBoard:
 BOARD = ReplicaBoard()
 
 
-class PublishingRequestRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
+class PublishingRequestRouter(PowerOfTwoChoicesRequestRouter):
     """Publishes what Serve tells it about the replicas of its deployment."""
 
     def update_replicas(self, replicas: list[Any]) -> None:

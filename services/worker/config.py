@@ -8,36 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from baton.core.config import build, env_values, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
 from baton.engine.config import EngineConfig
+from baton.settings import LogConfig, check_positive, load
 from kvtransfer.select import TransportKind
-
-
-class LogFormat(Enum):
-    JSON = "json"
-    TEXT = "text"
-
-
-@dataclass(frozen=True, slots=True)
-class LogConfig:
-    """What the process writes to stderr."""
-
-    format: LogFormat = LogFormat.JSON
-    level: str = "INFO"
-
-    def __post_init__(self) -> None:
-        if self.level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-            raise ConfigError(
-                f"log.level must be DEBUG, INFO, WARNING or ERROR, got {self.level!r}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +38,9 @@ class TransferConfig:
     """How long a broken stream to a prefill peer may take to come back."""
 
     def __post_init__(self) -> None:
-        for name in ("lease_s", "connect_timeout_s", "read_timeout_s", "link_grace_s"):
-            _check_positive(f"transfer.{name}", getattr(self, name))
+        check_positive(
+            "transfer", self, "lease_s", "connect_timeout_s", "read_timeout_s", "link_grace_s"
+        )
         if self.cluster_secret is not None and len(self.cluster_secret) < 16:
             raise ConfigError(
                 f"transfer.cluster_secret has {len(self.cluster_secret)} characters; "
@@ -79,7 +58,7 @@ class RegistryConfig:
     """A worker that stops renewing is gone after this time."""
 
     def __post_init__(self) -> None:
-        _check_positive("registry.ttl_s", self.ttl_s)
+        check_positive("registry", self, "ttl_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +73,7 @@ class SessionConfig:
     """KV event hashes (16 bytes each) waiting for one router; beyond it likewise."""
 
     def __post_init__(self) -> None:
-        _check_positive("session.load_period_s", self.load_period_s)
-        _check_positive("session.max_pending_tokens", self.max_pending_tokens)
-        _check_positive("session.max_pending_hashes", self.max_pending_hashes)
+        check_positive("session", self, "load_period_s", "max_pending_tokens", "max_pending_hashes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +87,7 @@ class HealthConfig:
     """An idle engine thread answers within this time."""
 
     def __post_init__(self) -> None:
-        for name in ("period_s", "step_timeout_s", "ping_timeout_s"):
-            _check_positive(f"health.{name}", getattr(self, name))
+        check_positive("health", self, "period_s", "step_timeout_s", "ping_timeout_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,39 +137,4 @@ def load_worker_config(
     overrides: Mapping[str, Any] | None = None,
 ) -> WorkerConfig:
     """Build the settings from their layers. Raises ConfigError naming the wrong key."""
-    layers = [
-        defaults,
-        _read_yaml(file) if file is not None else {},
-        env_values(environ or {}, WorkerConfig),
-        overrides or {},
-    ]
-    return build(WorkerConfig, merge(*layers))
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """`section.field=value` as nested mappings. Raises ConfigError on another shape."""
-    path, separator, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"override {text!r} is not of the form section.field=value")
-    nested: Any = value
-    for key in reversed(keys):
-        nested = {key: nested}
-    return dict(nested)
-
-
-def _read_yaml(file: Path) -> Mapping[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"configuration file {file}: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"configuration file {file} must hold a mapping of settings")
-    return values
-
-
-def _check_positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise ConfigError(f"{name} must be positive, got {value}")
+    return load(WorkerConfig, defaults=defaults, file=file, environ=environ, overrides=overrides)

@@ -17,7 +17,8 @@ from ray.serve.config import RequestRouterConfig
 from baton.core.errors import Unavailable
 from baton.core.logging import setup_logging
 from baton.rpc.convert import worker_info_to_wire
-from services.worker.config import LogFormat, load_worker_config
+from baton.settings import LogFormat
+from services.worker.config import load_worker_config
 from services.worker.worker import WorkerServer
 
 STOP_MARGIN_S = 10.0

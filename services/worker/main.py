@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,23 +20,28 @@ from baton.core.config import merge
 from baton.core.errors import BatonError, ConfigError
 from baton.core.logging import setup_logging
 from baton.core.worker_info import Role
-from services.worker.config import LogFormat, WorkerConfig, load_worker_config, parse_override
+from baton.process import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    add_parent_argument,
+    add_settings_arguments,
+    exit_with_parent,
+    stop_signal,
+)
+from baton.settings import LogFormat, parse_override
+from services.worker.config import WorkerConfig, load_worker_config
 from services.worker.worker import WorkerServer
 
 logger = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
-"""From <linux/prctl.h>: the signal this process gets when its parent ends."""
 STOP_MARGIN_S = 10.0
 """Beyond `drain_s`: for the step in progress, the transports and the server to end."""
-EXIT_CONFIG = 2
 
 
 def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = None) -> int:
     """Run one worker until it is told to stop; returns the exit status."""
     arguments = _parser(role).parse_args(argv)
-    if arguments.exit_with_parent:
-        _exit_with_parent(arguments.exit_with_parent)
+    exit_with_parent(arguments.exit_with_parent)
     try:
         config = _config(role, defaults, arguments)
     except ConfigError as error:
@@ -49,10 +52,10 @@ def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = No
         has_started = asyncio.run(_serve(config))
     except BatonError as error:
         logger.error("%s", error)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else 1
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     except TimeoutError:
         logger.error("the worker did not stop in time")
-        _leave_now(1)
+        _leave_now(EXIT_FAILED)
     if not has_started:
         _leave_now(0)
     return 0
@@ -65,24 +68,11 @@ def _parser(role: Role) -> argparse.ArgumentParser:
         "--config, by BATON_<SECTION>__<FIELD> in the environment, or by --set.",
     )
     parser.add_argument("--model", type=Path, metavar="PATH", help="Hugging Face model folder")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.FIELD=VALUE",
-        help="one setting, e.g. --set engine.max_num_seqs=16; may be repeated",
-    )
+    add_settings_arguments(parser, example="engine.max_num_seqs=16")
     parser.add_argument(
         "--registry", type=Path, metavar="DIR", help="announce the worker in this directory"
     )
-    parser.add_argument(
-        "--exit-with-parent",
-        type=int,
-        metavar="PID",
-        help="drain and exit when the process PID, which must be the parent, ends",
-    )
+    add_parent_argument(parser)
     return parser
 
 
@@ -98,16 +88,6 @@ def _config(role: Role, defaults: Mapping[str, Any], arguments: argparse.Namespa
     )
 
 
-def _exit_with_parent(parent_pid: int) -> None:
-    """SIGTERM for us when the parent ends, however it ends. Linux only."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        logger.warning("prctl failed; this worker will outlive its parent")
-    if os.getppid() != parent_pid:
-        # The parent was faster to end than we were to ask.
-        raise SystemExit(1)
-
-
 def _leave_now(code: int) -> NoReturn:
     """End the process although threads are still inside native code."""
     logging.shutdown()
@@ -116,10 +96,7 @@ def _leave_now(code: int) -> NoReturn:
 
 async def _serve(config: WorkerConfig) -> bool:
     """Returns False when the stop signal came before the worker was ready."""
-    stop_requested = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop_requested.set)
+    stop_requested = stop_signal()
     server = WorkerServer(config)
     starting = asyncio.create_task(server.start())
     stopping = asyncio.create_task(stop_requested.wait())

@@ -40,9 +40,7 @@ def exact_arguments(smollm2_float32_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def system(
-    start_system: Callable[..., RunningSystem], exact_arguments: list[str]
-) -> RunningSystem:
+def system(start_system: Callable[..., RunningSystem], exact_arguments: list[str]) -> RunningSystem:
     return start_system(*exact_arguments)
 
 

@@ -4,10 +4,11 @@ import pytest
 
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
+from baton.settings import parse_override
 from kvtransfer.select import TransportKind
 from services.decode import config as decode
 from services.prefill import config as prefill
-from services.worker.config import load_worker_config, parse_override
+from services.worker.config import load_worker_config
 
 MODEL = {"engine": {"model_path": "/models/tiny"}}
 
