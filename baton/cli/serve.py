@@ -67,10 +67,14 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.core.logging import setup_logging
+    from services.launch.readiness import check_ports_free
     from services.launch.run_directory import RunDirectory
 
     setup_logging("serve", level="WARNING", as_json=False)
     system = _system_config(args, environ)
+    check_ports_free(
+        system.host, {"--http-port": system.http_port, "--grpc-port": system.grpc_port}
+    )
     directory = RunDirectory.create(args.run_dir)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -179,7 +183,7 @@ def _ready_text(system: SystemConfig, directory: RunDirectory, seconds: float) -
         f"ready in {seconds:.1f} s: HTTP {url}  gRPC {_reachable(system.host)}:{system.grpc_port}  "
         f"metrics {url}/metrics  (Ctrl-C stops)\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '"
-        f'{{"model": "{system.served_model_name}", "stream": true, "messages": '
-        '[{"role": "user", "content": "What is the capital of France?"}]}\'\n\n'
+        f'{{"model": "{system.served_model_name}", "stream": true, "temperature": 0, "messages": '
+        '[{"role": "user", "content": "Which city is the capital of France?"}]}\'\n\n'
         f"logs: {directory.path / 'logs'}"
     )

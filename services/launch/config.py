@@ -15,6 +15,9 @@ from baton.core.config import merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
 
+LOCAL_DRAIN_S = 3.0
+"""A person pressed Ctrl-C and waits: short, so that all is over within ten seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class SystemConfig:
@@ -66,6 +69,7 @@ def worker_values(system: SystemConfig, role: Role, index: int) -> dict[str, Any
         {
             "model_name": system.served_model_name,
             "worker_id": f"{role.value}-{index}",
+            "drain_s": LOCAL_DRAIN_S,
             "engine": {"model_path": str(system.model_path)},
         },
         section,

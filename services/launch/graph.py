@@ -9,18 +9,21 @@ from ray import serve
 from baton.core.config import merge
 from baton.core.worker_info import Role
 from services.decode.deployment import DecodeDeployment
-from services.launch.config import SystemConfig, router_values, worker_values
+from services.launch.config import LOCAL_DRAIN_S, SystemConfig, router_values, worker_values
 from services.launch.run_directory import RunDirectory
 from services.prefill.deployment import PrefillDeployment
 from services.router.deployment import RouterDeployment
 
+STOP_MARGIN_S = 2.0
+"""Beyond the drain: for the engine thread and the transport to end."""
 POOLS = {Role.PREFILL: PrefillDeployment, Role.DECODE: DecodeDeployment}
 
 
 def build_graph(system: SystemConfig, run: RunDirectory, cluster_secret: str) -> serve.Application:
     """The application of `system`, to be given to `serve.run`."""
     handles = [_bind_pool(system, run, role, cluster_secret) for role in system.roles]
-    return RouterDeployment.bind(router_values(system), str(run.path / "logs"), *handles)
+    router = RouterDeployment.options(graceful_shutdown_timeout_s=LOCAL_DRAIN_S)
+    return router.bind(router_values(system), str(run.path / "logs"), *handles)
 
 
 def _bind_pool(
@@ -32,4 +35,7 @@ def _bind_pool(
     )
     # Replicas of one deployment get the same settings; each makes up its own worker id.
     del values["worker_id"]
-    return POOLS[role].options(num_replicas=count).bind(values, str(run.path / "logs"))
+    deployment = POOLS[role].options(
+        num_replicas=count, graceful_shutdown_timeout_s=values["drain_s"] + STOP_MARGIN_S
+    )
+    return deployment.bind(values, str(run.path / "logs"))

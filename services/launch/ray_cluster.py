@@ -53,10 +53,10 @@ class RaySystem:
         if not self.is_running:
             return
         self.is_running = False
-        # Serve's own shutdown makes Ray report the controller it has just killed.
-        logging.getLogger("ray").setLevel(logging.CRITICAL)
         with contextlib.suppress(Exception):
-            serve.shutdown()
+            # Drains the replicas. The controller ends with Ray; serve.shutdown() would kill it
+            # first and make Ray complain on the terminal.
+            serve.delete(APPLICATION)
         ray.shutdown()
 
 
@@ -76,7 +76,8 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
     from services.launch.graph import build_graph
 
     # Above the notes on its start that Ray prints as warnings; failures arrive as exceptions.
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with _without_monitors():
         ray.init(
             include_dashboard=False,
@@ -95,6 +96,7 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
             },
             logging_config={"log_level": "ERROR"},
         )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.run(build_graph(system, run, new_secret()), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         running.stop(grace_s=0)

@@ -1,16 +1,35 @@
-"""Waiting for the system to serve: the router's /health, with a deadline and a readable failure."""
+"""Before and after a start: are the ports free, does the router's /health answer."""
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
 
 import httpx
 
-from baton.core.errors import Unavailable
+from baton.core.errors import ConfigError, Unavailable
 
 POLL_S = 0.1
+
+
+def check_ports_free(host: str, ports: dict[str, int]) -> None:
+    """Raises ConfigError naming the first option of `ports` whose port cannot be listened on.
+
+    Without this a server that already runs there would answer in our place.
+    """
+    for option, port in ports.items():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot listen on {host}:{port} ({error.strerror}); choose another port "
+                    f"with {option}"
+                ) from error
 
 
 def wait_until_healthy(

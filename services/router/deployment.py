@@ -68,4 +68,6 @@ RouterDeployment = serve.deployment(
     health_check_period_s=1.0,
     health_check_timeout_s=5.0,
     graceful_shutdown_wait_loop_s=0.1,
+    # Serve lets running streams go on for this long before it stops the replica.
+    graceful_shutdown_timeout_s=20.0,
 )(serve.ingress()(RouterReplica))

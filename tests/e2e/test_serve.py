@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import grpc
 import httpx
@@ -21,7 +23,7 @@ from running_system import RunningSystem
 pytestmark = pytest.mark.model
 
 STOP_LIMIT_S = 10.0
-QUESTION = "What is the capital of France?"
+QUESTION = "Which city is the capital of France?"
 
 
 def ask_over_http(system: RunningSystem) -> str:
@@ -58,6 +60,22 @@ def ask_with_the_command(system: RunningSystem) -> str:
     return done.stdout
 
 
+@contextlib.contextmanager
+def endless_stream(system: RunningSystem) -> Iterator[None]:
+    """Within the block, a long generation is running."""
+    body = {
+        "prompt": list(range(1000, 1300)),
+        "max_tokens": 4000,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    url = f"{system.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield
+
+
 @pytest.mark.parametrize("mode", ["--no-ray", "--ray"])
 def test_serves_every_client_and_stops_within_ten_seconds(
     start_system: Callable[..., RunningSystem], mode: str
@@ -69,7 +87,8 @@ def test_serves_every_client_and_stops_within_ten_seconds(
     metrics = httpx.get(f"{system.url}/metrics", trust_env=False).text
     assert "baton_time_to_first_token_seconds_count" in metrics
     assert "Traceback" not in system.logs()
-    assert system.interrupt(2 * STOP_LIMIT_S) < STOP_LIMIT_S
+    with endless_stream(system):
+        assert system.interrupt(2 * STOP_LIMIT_S) < STOP_LIMIT_S
     assert system.leftovers() == []
 
 
@@ -77,10 +96,13 @@ def test_grpc_reflection_and_health_answer(system: RunningSystem) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
         services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
         assert {"baton.v1.Inference", "grpc.health.v1.Health"} <= services
-        answer = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(service="baton.v1.Inference"), timeout=5
-        )
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        request = health_pb2.HealthCheckRequest(service="baton.v1.Inference")
+        deadline = time.monotonic() + 5
+        stub = health_pb2_grpc.HealthStub(channel)
+        # It follows the dispatcher's own verdict twice a second.
+        while stub.Check(request, timeout=5).status != health_pb2.HealthCheckResponse.SERVING:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_taken_port_is_an_error_that_says_what_to_do(
