@@ -10,16 +10,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from baton.core.clock import Clock
 from baton.core.errors import ConfigError
 from baton.core.kv_layout import KvLayout
 from baton.engine.config import EngineConfig
 from baton.engine.engine import Engine
 from baton.engine.host_memory import keep_freed_memory
-from baton.engine.model_runner import ModelRunner
-from baton.engine.weights import load_model
+from baton.engine.thread_policy import limit_spinning
 
 PoolMemoryFactory = Callable[[int], memoryview]
 """Bytes wanted -> zeroed, writable memory of at least that size."""
@@ -46,8 +43,14 @@ def build_engine(
 ) -> BuiltEngine:
     """Load `config.model_path` and build the engine. Raises ConfigError.
 
-    Sets the thread count and the allocator of the whole process.
+    Sets the thread count and the allocator of the whole process, and imports torch only now.
     """
+    limit_spinning()
+    import torch
+
+    from baton.engine.model_runner import ModelRunner
+    from baton.engine.weights import load_model
+
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     keep_freed_memory()
     model = load_model(config)

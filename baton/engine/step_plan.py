@@ -153,8 +153,8 @@ def _decode_group(
         row[len(table) :] = table[0]
     length = num_blocks * pool.layout.block_size
     mask = None
-    if contexts[0] < length:
+    if contexts[0] < length and len(contexts) > 1:
         is_padding = torch.arange(length)[None] >= torch.tensor(contexts)[:, None]
         mask = torch.zeros(is_padding.shape, dtype=pool.blocks.dtype)
         mask = mask.masked_fill_(is_padding, float("-inf"))[:, None]
-    return DecodeGroup(first_row, len(tables), pool.gather_rows(padded), mask)
+    return DecodeGroup(first_row, len(tables), pool.gather_rows(padded), contexts[-1], mask)
