@@ -30,7 +30,8 @@ class EngineConfig:
     max_num_waiting: int = 1024
     """Sequences that may wait for blocks or a place in the step; more are refused as overload."""
     num_threads: int | None = None
-    """Threads of the tensor library; None takes the cores this process may use."""
+    """Threads of the tensor library. None takes the cores this process may use, in a worker divided
+    among the workers of the host that compute at the time."""
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:

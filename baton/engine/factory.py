@@ -15,7 +15,7 @@ from baton.core.errors import ConfigError
 from baton.core.kv_layout import KvLayout
 from baton.engine.config import EngineConfig
 from baton.engine.engine import Engine
-from baton.engine.host_memory import keep_freed_memory
+from baton.engine.host_memory import keep_freed_memory, release_freed_memory
 from baton.engine.thread_policy import limit_spinning
 
 PoolMemoryFactory = Callable[[int], memoryview]
@@ -54,6 +54,7 @@ def build_engine(
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     keep_freed_memory()
     model = load_model(config)
+    release_freed_memory()
     layout = model.layout(config.block_size)
     num_blocks = config.kv_cache_bytes // layout.block_bytes
     if num_blocks < 1:

@@ -31,6 +31,8 @@ from baton.engine.model_config import ModelConfig, load_model_config
 from baton.engine.models.llama import LlamaLayer, LlamaWeights
 
 INDEX_NAME = "model.safetensors.index.json"
+FOLDED_ROWS = 4096
+"""Rows of a weight that exist in float32 at once while it is folded."""
 FINGERPRINT_SAMPLES = 256
 """Pieces of each weight file that enter the model id, beside its size and header."""
 FINGERPRINT_SAMPLE_BYTES = 4096
@@ -178,7 +180,7 @@ class _Assembler:
         weights = LlamaWeights(
             embedding=table.to(self._device, self._dtype),
             layers=layers,
-            head=self._linear(head.float() * self._gain("model.norm.weight"), None),
+            head=make_linear(self._scaled(head, self._gain("model.norm.weight"))),
         )
         self._refuse_leftovers()
         return weights
@@ -218,7 +220,7 @@ class _Assembler:
         weights, biases = [], []
         for name, rows, scale in parts:
             weight = self._checkpoint.take(f"{name}.weight", (rows, gain.numel()))
-            weights.append(weight.float() * (gain * scale))
+            weights.append(self._scaled(weight, gain * scale))
             if has_bias:
                 biases.append(self._checkpoint.take(f"{name}.bias", (rows,)).float() * scale)
         return self._linear(torch.cat(weights), torch.cat(biases) if has_bias else None)
@@ -230,6 +232,14 @@ class _Assembler:
 
     def _gain(self, name: str) -> Tensor:
         return folded_gain(self._checkpoint.take(name, (self._config.hidden_size,)))
+
+    def _scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """weight * factors, rounded once to the engine's type; float32 for a few rows at a time."""
+        scaled = torch.empty(weight.shape, dtype=self._dtype, device=self._device)
+        pairs = zip(scaled.split(FOLDED_ROWS), weight.split(FOLDED_ROWS), strict=True)
+        for target, part in pairs:
+            target.copy_(part.float() * factors)
+        return scaled
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         weight = weight.to(self._device, self._dtype)

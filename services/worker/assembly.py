@@ -47,7 +47,7 @@ def assemble(config: WorkerConfig, info: WorkerInfo, backend: Backend, secret: b
     transfer = config.transfer
     sessions = Sessions()
     requests = Requests(sessions)
-    engine = EngineLoop(backend.engine, on_step=requests.on_step, clock=clock)
+    engine = EngineLoop(backend.engine, on_step=requests.on_step, clock=clock, cores=backend.cores)
     limits = OwnerLimits(lease_s=transfer.lease_s)
     leases = LeaseServer(LeaseOwner(epoch=info.epoch, clock=clock, limits=limits), engine=engine)
     reads = TransferClient(

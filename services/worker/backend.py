@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from typing import TypeVar
 from baton.core.clock import WallClock
 from baton.core.kv_layout import KvLayout
 from baton.core.logging import log_fields
+from baton.engine.config import EngineConfig
 from kvtransfer.metadata import PeerIdentity
 from kvtransfer.select import create_transport, needs_shared_pool
 from kvtransfer.shm_transport import ShmPool
 from kvtransfer.transport import PoolRegion, Transport
 from services.worker.config import WorkerConfig
+from services.worker.core_share import AllCores, CoreShare, shared_file
 from services.worker.engine_api import EngineApi
 
 logger = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class Backend:
     num_blocks: int
     max_model_len: int
     transport: Transport
+    cores: AllCores | CoreShare = field(default_factory=AllCores)
 
 
 @dataclass(slots=True)
@@ -88,7 +92,26 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
         layout=built.layout,
     )
     transport = create_transport(kind, region, identity, secret, shared_pool=memory.pool)
-    return Backend(built.engine, built.layout, built.num_blocks, built.max_model_len, transport)
+    return Backend(
+        built.engine,
+        built.layout,
+        built.num_blocks,
+        built.max_model_len,
+        transport,
+        _cores(config.engine),
+    )
+
+
+def _cores(config: EngineConfig) -> AllCores | CoreShare:
+    """Shared with the other workers of the host unless the thread count is set by hand."""
+    import torch
+
+    if config.num_threads is not None:
+        return AllCores()
+    cores = os.sched_getaffinity(0)
+    return CoreShare(
+        shared_file(sorted(cores)), num_cores=len(cores), set_num_threads=torch.set_num_threads
+    )
 
 
 async def _on_own_thread(function: Callable[[], T]) -> T:

@@ -26,6 +26,7 @@ from baton.core.errors import BatonError, InternalError, Overloaded, RequestErro
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import StepOutput
+from services.worker.core_share import AllCores, CoreShare
 from services.worker.engine_api import EngineApi, Snapshot, StepResult
 from services.worker.last_delta import error_delta, is_last, refusal, turn_into_failure
 
@@ -48,10 +49,16 @@ class EngineLoop:
     """Drives one engine on one thread. All methods are called on the event loop's thread."""
 
     def __init__(
-        self, engine: EngineApi, *, on_step: Callable[[StepResult], None], clock: Clock
+        self,
+        engine: EngineApi,
+        *,
+        on_step: Callable[[StepResult], None],
+        clock: Clock,
+        cores: AllCores | CoreShare | None = None,
     ) -> None:
         """`on_step` runs on the event loop, once per step, in order."""
         self._engine = engine
+        self._cores = cores or AllCores()
         self._on_step = on_step
         self._clock = clock
         self._commands: deque[Command] = deque()
@@ -205,6 +212,8 @@ class EngineLoop:
                 return
             for command in commands:
                 self._execute(command)
+            if self._engine.has_work:
+                self._cores.adjust()
             self._step()
 
     def _take_commands(self) -> list[Command] | None:
@@ -213,6 +222,7 @@ class EngineLoop:
             self._beat_at_s = self._clock.now()
             while not (self._commands or self._is_stopping or self._has_work()):
                 self._is_computing = False
+                self._cores.leave()
                 self._wake.wait()
                 self._beat_at_s = self._clock.now()
             if self._is_stopping:

@@ -4,10 +4,6 @@ K and V of a layer are gathered block by block into contiguous buffers small eno
 the processor's cache, and all query heads that share a KV head are rows of one matrix product.
 Queries arrive already scaled: 1 / sqrt(head_dim) is folded into the projection's weights.
 
-In bfloat16 a chunk's softmax leaves out the shift by each row's largest score, which costs as
-much as the exponentials themselves. The sums of the rows show afterwards whether that was safe
-(`are_safe`); when not, the caller computes the step again with the shift.
-
 Not known here: where KV comes from, which layer this is, and what is sampled.
 """
 
@@ -27,19 +23,6 @@ ones call fewer operators; 128 is the best of 64, 128, 256 for a chunk of 512.""
 MIN_TILE_QUERIES = 32
 MAX_TILE_SCORES = 4 << 20
 """Scores of one tile over all heads; longer contexts take fewer queries a tile."""
-SAFE_ROW_SUMS = (1e-26, 1e34)
-"""Sums of exponentials that lost nothing to float32's range, 1e-38 to 3e38: what was flushed to
-zero is below 1e-12 of its row, and products with values up to 1e4 stay finite."""
-
-
-def are_safe(row_sums: list[Tensor]) -> bool:
-    """True when no row came near the limits of its type; see the module's head."""
-    if not row_sums:
-        return True
-    smallest, largest = torch.cat([sums.view(-1) for sums in row_sums]).aminmax()
-    low, high = SAFE_ROW_SUMS
-    # Comparisons with NaN are false, so NaN counts as unsafe.
-    return bool(smallest >= low) and bool(largest <= high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +83,8 @@ class PagedAttention:
             scores.view(num_seqs, self._num_kv_heads * size, -1).add_(group.mask)
         return torch.bmm(torch.softmax(scores, -1), values).view(num_seqs, -1)
 
-    def prefill(
-        self,
-        chunk: PrefillChunk,
-        layer: int,
-        queries: Tensor,
-        out: Tensor,
-        row_sums: list[Tensor] | None,
-    ) -> None:
-        """queries [num_rows, num_heads * head_dim], result into `out` of the same shape.
-
-        With a list for `row_sums`, the softmax is not shifted and the list grows by the sums that
-        `are_safe` judges.
-        """
+    def prefill(self, chunk: PrefillChunk, layer: int, queries: Tensor, out: Tensor) -> None:
+        """queries [num_rows, num_heads * head_dim], result into `out` of the same shape."""
         keys, values = self._pool.gather(chunk.gather_rows[layer], 1)
         keys = keys.transpose(1, 2)
         shape = (-1, self._num_kv_heads, self._group_size, self._head_dim)
@@ -127,16 +99,8 @@ class PagedAttention:
             tile = tile.reshape(self._num_kv_heads, num_tile_rows, self._head_dim)
             scores = torch.bmm(tile, keys[:, :, :end])
             scores[:, :, begin:end].add_(self._causal_mask[:num_tile_rows, : last - first])
-            per_query = (self._num_kv_heads, last - first, self._group_size, -1)
-            if row_sums is None:
-                result = torch.bmm(torch.softmax(scores, -1), values[:, :end])
-                out[first:last].copy_(result.view(per_query).transpose(0, 1))
-                continue
-            sums = scores.exp_().sum(-1, keepdim=True, dtype=torch.float32)
-            row_sums.append(sums)
-            result = torch.bmm(scores, values[:, :end]).view(per_query)
-            sums = sums.view(per_query)
-            torch.div(result.transpose(0, 1), sums.transpose(0, 1), out=out[first:last])
+            result = torch.bmm(torch.softmax(scores, -1), values[:, :end])
+            out[first:last].copy_(result.view(self._num_kv_heads, -1, *shape[2:]).transpose(0, 1))
 
     def _tile_queries(self, num_context: int) -> int:
         """Queries a tile: as many as keep its scores within the bound."""

@@ -35,10 +35,10 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_rows, hidden_size] -> the same shape and type; the norm is taken in float32."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        if x.shape[0] < BATCH_NORM_FROM_ROWS or x.dtype == torch.float32:
+        if x.dtype == torch.float32 or x.shape[0] < BATCH_NORM_FROM_ROWS:
             return torch.div(x, torch.hypot(norm, self._floor), out=torch.empty_like(x))
-        # Rows taken as channels with mean 0 and variance |x|^2: the same quotient, and the one
-        # operator that scales bfloat16 by a float32 number per row at full speed.
+        # Rows taken as channels with mean 0 and variance |x|^2 give the same quotient, by the one
+        # operator that scales 16-bit rows by float32 numbers without a float32 copy of x.
         squares = norm.square_().view(-1)
         mean = torch.zeros_like(squares)
         return torch.batch_norm(

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from baton.engine.model_config import RopeConfig, RopeType
 
-EXPAND_FROM_ROWS = 64
-"""Rows from which tables repeated for every head pay: longer inner loops, more memory."""
-
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """float32 [head_dim / 2], radians a position.
@@ -42,7 +39,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 
 class RotaryTables(NamedTuple):
-    """[num_rows, 1 or num_heads, head_dim]: cosines, and sines with the first half negated."""
+    """[num_rows, 1, head_dim]: cosines, and sines with the first half negated."""
 
     cos: Tensor
     sin: Tensor
@@ -51,34 +48,29 @@ class RotaryTables(NamedTuple):
 class Rotary:
     """Tables of all positions up to the longest sequence."""
 
-    __slots__ = ("_cos", "_half", "_num_heads", "_sin")
+    __slots__ = ("_cos", "_half", "_sin")
 
     def __init__(
         self,
         config: RopeConfig,
         *,
         head_dim: int,
-        num_heads: int,
         max_positions: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`num_heads` counts the query and the key heads that are rotated together."""
         positions = torch.arange(max_positions, dtype=torch.int64).float()
         angles = torch.outer(positions, inverse_frequencies(config, head_dim))
         cos, sin = angles.cos(), angles.sin()
         self._cos = torch.cat((cos, cos), dim=-1)[:, None].to(device, dtype)
         self._sin = torch.cat((-sin, sin), dim=-1)[:, None].to(device, dtype)
-        self._num_heads = num_heads
         self._half = head_dim // 2
 
     def tables(self, positions: Tensor) -> RotaryTables:
         """The rows of `positions`, int64 [num_rows]; used by all layers of a step."""
-        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-        if positions.numel() < EXPAND_FROM_ROWS:
-            return RotaryTables(cos, sin)
-        shape = (-1, self._num_heads, -1)
-        return RotaryTables(cos.expand(shape).contiguous(), sin.expand(shape).contiguous())
+        return RotaryTables(
+            self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        )
 
     def apply_(self, x: Tensor, tables: RotaryTables) -> None:
         """Rotate x [num_rows, num_heads, head_dim] in place; rows may be strided."""

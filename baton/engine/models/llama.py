@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baton.engine.kv_cache import KvPool
-from baton.engine.layers.attention import DecodeGroup, PagedAttention, are_safe
+from baton.engine.layers.attention import DecodeGroup, PagedAttention
 from baton.engine.layers.linear import Linear
 from baton.engine.layers.rms_norm import RmsNorm
 from baton.engine.layers.rotary import Rotary, RotaryTables
@@ -71,32 +71,23 @@ class LlamaModel:
         self._rotary = Rotary(
             config.rope,
             head_dim=config.head_dim,
-            num_heads=self._num_rotated,
             max_positions=max_positions,
             dtype=dtype,
             device=device,
         )
-        self._may_skip_shift = dtype == torch.bfloat16
         self._head_dim = config.head_dim
         self._num_heads = config.num_heads
         self._query_width = config.num_heads * config.head_dim
 
     def forward(self, plan: StepPlan) -> Tensor | None:
         """Logits [num sampled rows, vocab_size], or None when the plan samples nothing."""
-        if not self._may_skip_shift or not plan.prefill_chunks:
-            return self._forward(plan, None)
-        row_sums: list[Tensor] = []
-        logits = self._forward(plan, row_sums)
-        return logits if are_safe(row_sums) else self._forward(plan, None)
-
-    def _forward(self, plan: StepPlan, row_sums: list[Tensor] | None) -> Tensor | None:
         hidden = F.embedding(plan.token_ids, self._embedding)
         tables = self._rotary.tables(plan.positions)
         last = len(self._layers) - 1
         for index in range(last):
             layer = self._layers[index]
             queries = self._project(layer, index, hidden, plan, tables)
-            attended = self._attend(index, queries, plan, row_sums)
+            attended = self._attend(index, queries, plan)
             hidden = self._combine(layer, hidden, attended)
         queries = self._project(self._layers[last], last, hidden, plan, tables)
         if not plan.sampled:
@@ -118,9 +109,7 @@ class LlamaModel:
         self._pool.write(plan.slot_rows[index], heads[:, self._num_heads :])
         return qkv[:, : self._query_width]
 
-    def _attend(
-        self, index: int, queries: Tensor, plan: StepPlan, row_sums: list[Tensor] | None
-    ) -> Tensor:
+    def _attend(self, index: int, queries: Tensor, plan: StepPlan) -> Tensor:
         if not plan.prefill_chunks:
             return self._decode(index, queries, plan.decode_groups)
         attended = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
@@ -129,7 +118,7 @@ class LlamaModel:
             attended[:num_rows] = self._decode(index, queries[:num_rows], plan.decode_groups)
         for chunk in plan.prefill_chunks:
             rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-            self._attention.prefill(chunk, index, queries[rows], attended[rows], row_sums)
+            self._attention.prefill(chunk, index, queries[rows], attended[rows])
         return attended
 
     def _decode(self, index: int, queries: Tensor, groups: list[DecodeGroup]) -> Tensor:
