@@ -40,6 +40,23 @@ class LogConfig:
             )
 
 
+def merge_layers(
+    cls: type[Any],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings of `cls` that any layer names, before types and defaults."""
+    return merge(
+        defaults or {},
+        read_yaml(file) if file is not None else {},
+        env_values(environ or {}, cls),
+        overrides or {},
+    )
+
+
 def load(
     cls: type[T],
     *,
@@ -49,13 +66,8 @@ def load(
     overrides: Mapping[str, Any] | None = None,
 ) -> T:
     """Build configuration dataclass `cls`. Raises ConfigError naming the wrong key."""
-    layers = [
-        defaults or {},
-        read_yaml(file) if file is not None else {},
-        env_values(environ or {}, cls),
-        overrides or {},
-    ]
-    return build(cls, merge(*layers))
+    layers = merge_layers(cls, defaults=defaults, file=file, environ=environ, overrides=overrides)
+    return build(cls, layers)
 
 
 def parse_override(text: str) -> dict[str, Any]:

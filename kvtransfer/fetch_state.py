@@ -1,11 +1,13 @@
 """The reader's side of the hand-off for one request, as a pure state machine.
 
- 1. start      reserve elsewhere, then Watch(request) to the owner               -> WAITING
- 2. chunk      its blocks, less those held already, queue up; none in flight: read them all at
+ 1. start      Watch(request) to the owner; what it announces is remembered and its lease kept
+               alive, however long our own blocks take to come                    -> WATCHING
+ 2. reserved   the blocks to read into are here                                   -> WAITING
+ 3. chunk      its blocks, less those held already, queue up; none in flight: read them all at
                once                                                               -> READING
- 3. read done  more queued: the next read; the prompt not all announced: wait     -> WAITING
+ 4. read done  more queued: the next read; the prompt not all announced: wait     -> WAITING
                everything read: Complete(lease, epoch)                            -> COMPLETING
- 4. completed  valid: the blocks may become active; not valid: LeaseLost          -> ENDED
+ 5. completed  valid: the blocks may become active; not valid: LeaseLost          -> ENDED
  x. any state  cancel, refusal, deadline, dead owner, lost lease: Fail with the blocks a read may
                still write to                                                     -> ENDED
 
@@ -49,6 +51,7 @@ LEASE_TRUST = 0.8
 
 
 class FetchState(Enum):
+    WATCHING = "watching"
     WAITING = "waiting"
     READING = "reading"
     COMPLETING = "completing"
@@ -63,16 +66,8 @@ class Expected:
     peer: WorkerId
     epoch: Epoch
     """Of the peer at connect; chunks of another are not what we are connected to."""
-    local: tuple[BlockId, ...]
-    """Our blocks for the whole prompt, by position."""
-    num_cached_blocks: int
-    """Leading blocks that hold valid KV already and are not read."""
     deadline_s: float
     """On the caller's clock."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_cached_blocks <= len(self.local):
-            raise ValueError(f"{self.num_cached_blocks} cached blocks of {len(self.local)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +79,7 @@ class TransferResult:
     """As the owner sent it; not looked into here."""
     stats: TransferStats
     started_at_s: float
+    """When the blocks to read into were here."""
     ended_at_s: float
 
 
@@ -134,9 +130,11 @@ class FetchMachine:
     expected: Expected
     link_grace_s: float
     """How long a broken stream to the owner may take to come back."""
-    started_at_s: float
-    state: FetchState = FetchState.WAITING
+    state: FetchState = FetchState.WATCHING
     stats: TransferStats = field(default_factory=TransferStats)
+    _local: tuple[BlockId, ...] = ()
+    """Our blocks for the whole prompt, by position; empty before `reserved`."""
+    _reserved_at_s: float = 0.0
     _remote: list[BlockId] = field(default_factory=list)
     """The owner's blocks announced so far, by position."""
     _num_requested: int = 0
@@ -152,8 +150,21 @@ class FetchMachine:
     _link_lost_s: float | None = None
 
     def start(self) -> list[FetchEffect]:
-        self._num_requested = self.expected.num_cached_blocks
         return [ToOwner(Watch(self.expected.request_id))]
+
+    def reserved(
+        self, local: tuple[BlockId, ...], num_cached_blocks: int, now_s: float
+    ) -> list[FetchEffect]:
+        """Our blocks for the whole prompt; the first `num_cached_blocks` are valid and not read."""
+        if self.state is not FetchState.WATCHING:
+            return []
+        self.state = FetchState.WAITING
+        self._local, self._reserved_at_s = local, now_s
+        if not 0 <= num_cached_blocks <= len(local):
+            return self._fail(TransferError(f"{num_cached_blocks} cached of {len(local)}"), now_s)
+        self._num_requested = num_cached_blocks
+        misfit = self._misfit()
+        return self._fail(TransferError(misfit), now_s) if misfit else self._advance(now_s)
 
     def chunk_ready(self, chunk: ChunkReady, now_s: float) -> list[FetchEffect]:
         """Announcements may repeat after a reconnect; they may not have gaps."""
@@ -161,27 +172,15 @@ class FetchMachine:
             return []
         if chunk.epoch != self.expected.epoch or self._lease_id not in (None, chunk.lease_id):
             return self._fail(LeaseLost("the owner restarted or granted another lease"), now_s)
-        end = chunk.first_block_index + len(chunk.block_ids)
-        if chunk.first_block_index > len(self._remote) or end > len(self.expected.local):
-            return self._fail(
-                TransferError(
-                    f"chunk of blocks {chunk.first_block_index}..{end} does not continue "
-                    f"{len(self._remote)} of {len(self.expected.local)} blocks"
-                ),
-                now_s,
-            )
-        if chunk.is_last and max(end, len(self._remote)) != len(self.expected.local):
-            return self._fail(
-                TransferError(
-                    f"the owner announced {end} blocks, {len(self.expected.local)} are expected"
-                ),
-                now_s,
-            )
+        if chunk.first_block_index > len(self._remote):
+            gap = f"chunk of block {chunk.first_block_index} does not continue {len(self._remote)}"
+            return self._fail(TransferError(gap), now_s)
         self._lease_id, self._lease_s, self._lease_kept_s = chunk.lease_id, chunk.lease_s, now_s
         self._remote += chunk.block_ids[len(self._remote) - chunk.first_block_index :]
         if chunk.is_last and self._announced_all_s is None:
             self._announced_all_s, self._first_token = now_s, chunk.first_token
-        return self._advance(now_s)
+        misfit = self._misfit()
+        return self._fail(TransferError(misfit), now_s) if misfit else self._advance(now_s)
 
     def read_done(self, read: ReadStats, now_s: float) -> list[FetchEffect]:
         if self.state is not FetchState.READING:
@@ -210,14 +209,14 @@ class FetchMachine:
             return self._fail(LeaseLost("the lease ended before the read was validated"), now_s)
         self.state = FetchState.ENDED
         if self.stats.num_reads and self._announced_all_s is not None:
-            self.stats.exposed_seconds = now_s - self._announced_all_s
+            self.stats.exposed_seconds = now_s - max(self._announced_all_s, self._reserved_at_s)
         return [
             Finish(
                 TransferResult(
                     self.expected.request_id,
                     self._first_token,
                     self.stats,
-                    self.started_at_s,
+                    self._reserved_at_s,
                     now_s,
                 )
             )
@@ -278,14 +277,26 @@ class FetchMachine:
         assert bool(self._in_flight) == (self.state is FetchState.READING) or (
             self.state is FetchState.ENDED
         )
-        assert len(self._remote) <= len(self.expected.local)
-        assert self.expected.num_cached_blocks <= self._num_requested <= len(self.expected.local)
+        assert self.state is FetchState.ENDED or not self._misfit()
+        assert self._num_requested <= len(self._local)
+        if self.state is FetchState.WATCHING:
+            assert not self._local
         if self.state is FetchState.COMPLETING:
             assert self._lease_id is not None and self._is_all_requested
 
     @property
     def _is_all_requested(self) -> bool:
         return self._announced_all_s is not None and self._num_requested == len(self._remote)
+
+    def _misfit(self) -> str:
+        """How the announced blocks contradict the reserved ones; empty while they do not."""
+        announced, wanted = len(self._remote), len(self._local)
+        is_all = self._announced_all_s is not None
+        if self.state is FetchState.WATCHING or announced == wanted:
+            return ""
+        if announced < wanted and not is_all:
+            return ""
+        return f"the owner announced {announced} blocks, {wanted} are expected"
 
     def _advance(self, now_s: float) -> list[FetchEffect]:
         """Start the next read, or ask for the verdict after the last one."""
@@ -294,7 +305,7 @@ class FetchMachine:
         first, end = self._num_requested, len(self._remote)
         if first < end:
             self._num_requested = end
-            self._in_flight = self.expected.local[first:end]
+            self._in_flight = self._local[first:end]
             self._read_started_s = now_s
             self.state = FetchState.READING
             return [StartRead(tuple(self._remote[first:end]), self._in_flight)]

@@ -1,7 +1,7 @@
 """Fetches prompts' KV for a decode worker: drives the `fetch_state` machines over a transport.
 
-    shell ── expect, cancel, receive, link_lost ──► Fetcher ── read ──► Transport
-    shell ◄─ OwnerLink.send ────────────────────────   │
+    shell ── expect, reserved, cancel, receive, ... ──► Fetcher ── read ──► Transport
+    shell ◄─ OwnerLink.send ────────────────────────────   │
     shell ◄─ TransferSink: finished | failed, then blocks_settled
 
 Everything is called on one event loop. The sink is called synchronously and in order: a block is
@@ -129,26 +129,34 @@ class Fetcher:
         *,
         peer: WorkerId,
         epoch: Epoch,
-        local: Sequence[BlockId],
-        num_cached_blocks: int,
         timeout_s: float,
     ) -> None:
-        """Fetch a request's prompt KV from a connected peer into `local`, by block position.
+        """Watch a request's prompt KV at a connected peer; `reserved` follows, or `cancel`.
 
-        The first `num_cached_blocks` are valid already and not read. Ends with exactly one call
-        of the sink. Raises ValueError when the request is being fetched or the counts are wrong.
+        Ends with exactly one call of the sink. Raises ValueError when the request is being
+        fetched already.
         """
         if request_id in self._fetches:
             raise ValueError(f"request {request_id} is being fetched already")
-        now_s = self._clock.now()
-        expected = Expected(
-            request_id, peer, epoch, tuple(local), num_cached_blocks, now_s + timeout_s
-        )
-        fetch = _Fetch(FetchMachine(expected, self._limits.link_grace_s, now_s))
+        expected = Expected(request_id, peer, epoch, self._clock.now() + timeout_s)
+        fetch = _Fetch(FetchMachine(expected, self._limits.link_grace_s))
         self._fetches[request_id] = fetch
         self._apply(fetch, fetch.machine.start())
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_while_busy())
+
+    def reserved(
+        self, request_id: RequestId, local: Sequence[BlockId], *, num_cached_blocks: int
+    ) -> None:
+        """Read an expected request into `local`, by block position.
+
+        The first `num_cached_blocks` are valid already and not read. A fetch that has ended
+        meanwhile has told the sink; nothing is read for it.
+        """
+        fetch = self._fetches.get(request_id)
+        if fetch is not None:
+            now_s = self._clock.now()
+            self._apply(fetch, fetch.machine.reserved(tuple(local), num_cached_blocks, now_s))
 
     def receive(self, peer: WorkerId, message: OwnerMessage) -> None:
         """A message from the stream of `peer`. What belongs to no fetch (any more) is dropped."""
@@ -165,9 +173,9 @@ class Fetcher:
             case Completed(lease_id, valid):
                 self._complete(peer, lease_id, valid, now_s)
 
-    def link_lost(self, peer: WorkerId) -> None:
+    def link_lost(self, peer: WorkerId, epoch: Epoch) -> None:
         """The stream to `peer` broke; its fetches wait `link_grace_s` for `link_restored`."""
-        for fetch in self._of(peer):
+        for fetch in self._of(peer, epoch):
             self._apply(fetch, fetch.machine.link_lost(self._clock.now()))
 
     def link_restored(self, peer: WorkerId, epoch: Epoch) -> None:
@@ -180,9 +188,9 @@ class Fetcher:
                 restarted = PeerGone(f"{peer} restarted: its KV is gone")
                 self._apply(fetch, fetch.machine.peer_gone(restarted, now_s))
 
-    def peer_gone(self, peer: WorkerId, reason: str) -> None:
-        """The peer is known to be dead; no grace."""
-        for fetch in self._of(peer):
+    def peer_gone(self, peer: WorkerId, epoch: Epoch, reason: str) -> None:
+        """This epoch of the peer is known to be dead; no grace. A newer one is left alone."""
+        for fetch in self._of(peer, epoch):
             error = PeerGone(f"{peer}: {reason}")
             self._apply(fetch, fetch.machine.peer_gone(error, self._clock.now()))
 
@@ -282,8 +290,12 @@ class Fetcher:
         fetch = self._fetches.get(request_id)
         return fetch if fetch is not None and fetch.machine.expected.peer == peer else None
 
-    def _of(self, peer: WorkerId) -> list[_Fetch]:
-        return [f for f in self._fetches.values() if f.machine.expected.peer == peer]
+    def _of(self, peer: WorkerId, epoch: Epoch | None = None) -> list[_Fetch]:
+        return [
+            fetch
+            for fetch in self._fetches.values()
+            if fetch.machine.expected.peer == peer and epoch in (None, fetch.machine.expected.epoch)
+        ]
 
     async def _tick_while_busy(self) -> None:
         while not self.is_empty:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,24 +66,22 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.core.logging import setup_logging
-    from services.launch.readiness import check_ports_free
+    from services.launch.readiness import check_model_folder, check_ports_free
     from services.launch.run_directory import RunDirectory
 
     setup_logging("serve", level="WARNING", as_json=False)
     system = _system_config(args, environ)
+    check_model_folder(system.model_path)
     check_ports_free(
         system.host, {"--http-port": system.http_port, "--grpc-port": system.grpc_port}
     )
-    directory = RunDirectory.create(args.run_dir)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return _serve(system, directory, stop, args)
+    _serve(system, RunDirectory.create(args.run_dir), args)
+    return 0
 
 
 def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> SystemConfig:
-    from baton.core.config import merge
-    from baton.settings import load, parse_override
+    from baton.core.config import build, merge
+    from baton.settings import merge_layers, parse_override
     from services.launch.config import SystemConfig
 
     both = {
@@ -103,9 +100,10 @@ def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Syst
         "decode": both,
     }
     overrides = merge(flags, *(parse_override(text) for text in args.overrides))
-    if args.config is None and "model_path" not in overrides:
-        overrides["model_path"] = _default_model(args, environ)
-    return load(SystemConfig, file=args.config, environ=environ, overrides=overrides)
+    values = merge_layers(SystemConfig, file=args.config, environ=environ, overrides=overrides)
+    if "model_path" not in values:
+        values["model_path"] = _default_model(args, environ)
+    return build(SystemConfig, values)
 
 
 def _default_model(args: argparse.Namespace, environ: Mapping[str, str]) -> Path:
@@ -115,30 +113,44 @@ def _default_model(args: argparse.Namespace, environ: Mapping[str, str]) -> Path
     return import_default(environ, dtype=args.dtype or DTYPES[0])
 
 
-def _serve(
-    system: SystemConfig, directory: RunDirectory, stop: threading.Event, args: argparse.Namespace
-) -> int:
-    """Start, say so, wait for `stop`, stop. Returns the exit status."""
+def _serve(system: SystemConfig, directory: RunDirectory, args: argparse.Namespace) -> None:
+    """Start, say so, wait for Ctrl-C or SIGTERM, stop. A second one stops without grace."""
     started_at_s = time.monotonic()
     print(f"starting {_processes(system)} of {system.served_model_name}", flush=True)
     local: LocalSystem | None = None
+    _interrupt_on_signals()
     try:
         local = _start(system, directory, args)
-        if _wait_until_ready(system, local, stop):
-            print(_ready_text(system, directory, time.monotonic() - started_at_s), flush=True)
-            while not stop.wait(POLL_S):
-                local.poll()
+        # Ray installs handlers of its own.
+        _interrupt_on_signals()
+        _wait_until_ready(system, local)
+        print(_ready_text(system, directory, time.monotonic() - started_at_s), flush=True)
+        while True:
+            time.sleep(POLL_S)
+            local.poll()
+    except (KeyboardInterrupt, SystemExit):
         print("stopping", flush=True)
-    except BaseException:
-        print(f"the logs are in {directory.path / 'logs'}", file=sys.stderr)
-        raise
-    else:
+        _stop(local)
         if args.run_dir is None:
             directory.remove()
-    finally:
-        if local is not None:
-            local.stop(grace_s=STOP_GRACE_S)
-    return 0
+    except BaseException:
+        _stop(local)
+        print(f"the logs are in {directory.path / 'logs'}", file=sys.stderr)
+        raise
+
+
+def _interrupt_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def _stop(local: LocalSystem | None) -> None:
+    if local is None:
+        return
+    try:
+        local.stop(grace_s=STOP_GRACE_S)
+    except KeyboardInterrupt:
+        local.stop(grace_s=0)
 
 
 def _start(system: SystemConfig, directory: RunDirectory, args: argparse.Namespace) -> LocalSystem:
@@ -151,17 +163,15 @@ def _start(system: SystemConfig, directory: RunDirectory, args: argparse.Namespa
     return processes.start_system(system, directory)
 
 
-def _wait_until_ready(system: SystemConfig, local: LocalSystem, stop: threading.Event) -> bool:
-    """False when `stop` came first. Raises Unavailable when the system will not come up."""
+def _wait_until_ready(system: SystemConfig, local: LocalSystem) -> None:
+    """Raises Unavailable when the system will not come up."""
     from services.launch.readiness import wait_until_healthy
 
     def keep_going() -> str | None:
         local.poll()
         return local.hopeless()
 
-    return wait_until_healthy(
-        _url(system), timeout_s=READY_TIMEOUT_S, still_running=keep_going, stop=stop
-    )
+    wait_until_healthy(_url(system), timeout_s=READY_TIMEOUT_S, still_running=keep_going)
 
 
 def _processes(system: SystemConfig) -> str:
@@ -173,8 +183,12 @@ def _url(system: SystemConfig) -> str:
 
 
 def _reachable(host: str) -> str:
-    """An address on which this machine reaches a server that listens on `host`."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    """Where this machine reaches a server that listens on `host`, as it stands in a URL."""
+    if host == "0.0.0.0":
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
 
 
 def _ready_text(system: SystemConfig, directory: RunDirectory, seconds: float) -> str:

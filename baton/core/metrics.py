@@ -89,7 +89,7 @@ REJECTED = Series(
 PLACEMENTS = Series(
     "baton_placements_total",
     Kind.COUNTER,
-    "Placement decisions: remote_prefill, local_prefill, replay.",
+    "Placement decisions: remote_prefill, local_prefill, prefill_only, replay.",
     ("kind",),
 )
 RUNNING = Series("baton_requests_running", Kind.GAUGE, "Requests in the router.", ())

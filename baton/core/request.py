@@ -19,6 +19,8 @@ from baton.core.worker_info import Epoch, WorkerId
 
 RequestId = NewType("RequestId", str)
 
+MIN_TEMPERATURE = 1e-5
+"""Below this sampling is greedy: logits divided by less need not fit into a float32."""
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 256
@@ -52,7 +54,7 @@ class SamplingParams:
 
     max_tokens: int = 16
     temperature: float = 1.0
-    """0 is greedy."""
+    """Below MIN_TEMPERATURE, as 0 is: greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
@@ -76,7 +78,7 @@ class SamplingParams:
         _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check_range("top_k", self.top_k, 0, None)
         _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -84,14 +86,14 @@ class SamplingParams:
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_length("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-        _check_length("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+        check_num_entries("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS)
+        check_num_entries("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for _, bias in self.logit_bias:
             _check_range("logit_bias", bias, -100.0, 100.0)
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:
@@ -122,9 +124,10 @@ def _check_range(
     raise InvalidRequest(f"{name} must be {limit}, got {value:g}", param=name)
 
 
-def _check_length(name: str, value: tuple[object, ...], limit: int) -> None:
-    if len(value) > limit:
-        raise InvalidRequest(f"{name} takes at most {limit} entries, got {len(value)}", param=name)
+def check_num_entries(name: str, num_entries: int, limit: int) -> None:
+    """Raises InvalidRequest naming both numbers."""
+    if num_entries > limit:
+        raise InvalidRequest(f"{name} takes at most {limit} entries, got {num_entries}", param=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,8 @@ class TokenDelta:
     """Set with FinishReason.ERROR: a message fit for the router's log."""
     is_retryable: bool = False
     """With an error: the same request may succeed on another worker."""
+    is_overload: bool = False
+    """With a retryable error: refused untouched, because the worker has no room for it."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was found in this worker's cache; set on the first and last delta."""
     timeline: Timeline | None = None

@@ -64,6 +64,8 @@ class LoadReport:
     num_preemptions: int = 0
     """Counter since start."""
     is_draining: bool = False
+    is_unhealthy: bool = False
+    """The engine makes no progress or is broken: it must get no work."""
 
     @property
     def kv_usage(self) -> float:

@@ -18,6 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from enum import Enum
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
@@ -36,9 +37,17 @@ from baton.engine.prefix_cache import PrefixCacheStats, commit_computed, extend_
 from baton.engine.scheduler import Schedule, Scheduler, SchedulerLimits
 from baton.engine.sequence import Sequence, SequenceStatus
 
-__all__ = ["ChunkDone", "Engine", "Reservation", "StepOutput"]
+__all__ = ["BatchOutcome", "ChunkDone", "Engine", "Reservation", "StepOutput"]
 
 logger = logging.getLogger(__name__)
+
+
+class BatchOutcome(Enum):
+    NONE = "none"
+    """There was nothing to compute."""
+    COMPUTED = "computed"
+    FAILED = "failed"
+    """The runner raised or answered wrongly; the batch's sequences have ended with an error."""
 
 
 @dataclass(slots=True)
@@ -51,6 +60,7 @@ class StepOutput:
     stored: list[BlockHash] = field(default_factory=list)
     """Hashes that became matchable, net; disjoint from `removed`."""
     removed: list[BlockHash] = field(default_factory=list)
+    batch: BatchOutcome = BatchOutcome.NONE
 
 
 class Engine:
@@ -213,8 +223,10 @@ class Engine:
                 results = self._execute(batch)
             except Exception as error:
                 logger.exception("a step of %d sequences failed", len(batch.scheduled))
+                output.batch = BatchOutcome.FAILED
                 self._fail(batch, error, output)
             else:
+                output.batch = BatchOutcome.COMPUTED
                 self._postprocess(batch, results, output)
         self._is_stalled = not (batch.scheduled or schedule.reserved or self._scheduler.running)
         output.stored, output.removed = self._pool.take_events()

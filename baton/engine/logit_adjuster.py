@@ -17,6 +17,8 @@ from baton.core.request import RequestId
 from baton.engine.sequence import Sequence
 
 _FIRST_CAPACITY = 256
+_LOWEST = torch.finfo(torch.float32).min
+_HIGHEST = torch.finfo(torch.float32).max
 
 
 def is_adjusted(sequence: Sequence) -> bool:
@@ -79,8 +81,9 @@ class LogitAdjuster:
     def adjust_(self, sequences: SequenceOf[Sequence], logits: Tensor) -> Tensor:
         """Change logits, float32 [len(sequences), vocab_size], in place and return them.
 
-        Order: stop tokens before min_tokens to -inf, bias, repetition penalty, then frequency
-        and presence penalty. Ids outside the vocabulary have no effect.
+        Order: stop tokens before min_tokens to the lowest number, bias, repetition penalty, then
+        frequency and presence penalty. Ids outside the vocabulary have no effect. Finite logits
+        stay finite.
         """
         self._mask_stops(sequences, logits)
         self._add_bias(sequences, logits)
@@ -99,7 +102,7 @@ class LogitAdjuster:
             rows += [row] * len(stops)
             columns += stops
         if rows:
-            logits[rows, columns] = float("-inf")
+            logits[rows, columns] = _LOWEST
 
     def _add_bias(self, sequences: SequenceOf[Sequence], logits: Tensor) -> None:
         rows: list[int] = []
@@ -143,7 +146,7 @@ class LogitAdjuster:
         values = logits[where]
         values = torch.where(values > 0, values / repetition, values * repetition)
         values -= frequency * output_counts + presence * (output_counts > 0)
-        logits[where] = values
+        logits[where] = values.clamp_(_LOWEST, _HIGHEST)
 
     def _seen(self, sequence: Sequence) -> TokenCounts:
         """Counts up to the present; from the last step's when they belong to this sequence."""

@@ -128,6 +128,8 @@ def _logprobs(
 def _draw(sequences: SequenceOf[Sequence], logits: Tensor) -> list[int]:
     """Inverse of the cumulative distribution in vocabulary order; changes `logits`."""
     params = [s.request.sampling for s in sequences]
+    # Differences to the largest logit cannot overflow upwards, whatever the temperature.
+    logits.sub_(logits.amax(dim=-1, keepdim=True))
     logits.div_(torch.tensor([p.temperature for p in params])[:, None])
     _keep_min_p(params, logits)
     _keep_top_k(params, logits)

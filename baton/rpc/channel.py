@@ -6,7 +6,7 @@ Every channel has keep-alives, so a peer that hangs or a link that is cut ends i
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 
@@ -47,9 +47,15 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=options)
 
 
-def new_server(**kwargs: Any) -> grpc.aio.Server:
-    """A server with the project's limits; ports are never shared with another process."""
-    return grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", 0)), **kwargs)
+def new_server(*, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+    """A server with the project's limits; ports are never shared with another process.
+
+    Messages longer than `max_receive_bytes` end their call with RESOURCE_EXHAUSTED, unread.
+    """
+    options = dict(_OPTIONS)
+    options["grpc.max_receive_message_length"] = max_receive_bytes
+    options["grpc.so_reuseport"] = 0
+    return grpc.aio.server(options=tuple(options.items()))
 
 
 def grpc_status(error: BaseException) -> tuple[grpc.StatusCode, str]:

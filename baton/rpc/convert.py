@@ -12,6 +12,8 @@ from baton.core.errors import InvalidRequest
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
     FinishReason,
     GenerateRequest,
     PeerRef,
@@ -20,6 +22,7 @@ from baton.core.request import (
     TokenDelta,
     TokenLogprobs,
     Work,
+    check_num_entries,
 )
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
 from baton.rpc.v1 import worker_pb2 as pb
@@ -69,6 +72,8 @@ def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
 
 def sampling_from_wire(message: pb.SamplingParams, **defaults: Any) -> SamplingParams:
     """Fields the sender left out take `defaults`, then those of SamplingParams."""
+    check_num_entries("stop_token_ids", len(message.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    check_num_entries("logit_bias", len(message.logit_bias), MAX_LOGIT_BIAS)
     values: dict[str, Any] = dict(defaults)
     values.update((n, getattr(message, n)) for n in _SCALAR_SAMPLING if message.HasField(n))
     return SamplingParams(
@@ -175,6 +180,7 @@ def delta_to_wire(delta: TokenDelta) -> pb.Delta:
         stop_token_id=delta.stop_token_id,
         error=delta.error,
         is_retryable=delta.is_retryable,
+        is_overload=delta.is_overload,
         num_cached_tokens=delta.num_cached_tokens,
     )
     if delta.timeline is not None:
@@ -192,6 +198,7 @@ def delta_from_wire(message: pb.Delta) -> TokenDelta:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=message.error,
         is_retryable=message.is_retryable,
+        is_overload=message.is_overload,
         num_cached_tokens=message.num_cached_tokens,
         timeline=timeline_from_wire(message.timeline) if message.HasField("timeline") else None,
     )

@@ -20,7 +20,7 @@ from bench import machine
 from bench.cpu.workload import OUTPUT_LEN, PROMPT_LEN, Rates, parse
 
 HERE = Path(__file__).resolve().parent
-FIGURES = ("prefill", "decode_1", "decode_8")
+FIGURES = ("prefill", "decode_1", "decode_8", "total_8")
 TIMEOUT_S = 600
 
 
@@ -65,7 +65,8 @@ def print_table(
 ) -> None:
     base = {f: median(results[baseline], f) for f in FIGURES}
     print(f"\nprompt {PROMPT_LEN}, output {OUTPUT_LEN}; tokens/s, ratio to {baseline}")
-    print(f"{'':34}{'prefill':>16}{'decode x1':>16}{'decode x8':>16}{'bandwidth x1':>14}")
+    heads = "".join(f"{head:>16}" for head in ("prefill", "decode x1", "decode x8", "total x8"))
+    print(f"{'':34}{heads}{'bandwidth x1':>14}")
     for name, rounds in results.items():
         cells = "".join(
             f"{median(rounds, f):9.0f} {median(rounds, f) / base[f]:5.2f}x" for f in FIGURES

@@ -1,5 +1,8 @@
 """The whole system over HTTP. Usage: MODEL_DIR DTYPE THREADS SEED colocated|disaggregated
 
+Decode rates are the sum of each stream's rate between its own first and last token, as a user sees
+it: unlike in the other contenders, other streams' prompts may be computed in between.
+
 Starts `baton serve --no-ray` on free ports, streams completions, stops it again. Colocated means
 no prefill worker: the decode worker computes prompts itself, through the same router and HTTP.
 """
@@ -30,21 +33,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_system(model_dir: str, dtype: str, threads: int, num_prefill: int) -> Iterator[str]:
-    """Yields the base URL of a system that is ready."""
+def running_system(model_dir: str, dtype: str, num_prefill: int) -> Iterator[str]:
+    """Yields the base URL of a system that is ready. Its workers share the cores by themselves."""
     http_port, grpc_port = free_port(), free_port()
     command = [
         sys.executable, "-m", "baton.cli.main", "serve", "--no-ray", "--model", model_dir,
         "--http-port", str(http_port), "--grpc-port", str(grpc_port),
         "--prefill", str(num_prefill), "--dtype", dtype,
-        "--set", f"prefill.engine.num_threads={threads}",
-        "--set", f"decode.engine.num_threads={threads}",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     url = f"http://127.0.0.1:{http_port}"
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while httpx_status(url) != 200:
+        while health_status(url) != 200:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the system did not become ready")
             time.sleep(0.2)
@@ -54,7 +55,7 @@ def running_system(model_dir: str, dtype: str, threads: int, num_prefill: int) -
         process.wait(30)
 
 
-def httpx_status(url: str) -> int:
+def health_status(url: str) -> int:
     try:
         return httpx.get(f"{url}/health", trust_env=False, timeout=2).status_code
     except httpx.HTTPError:
@@ -89,21 +90,17 @@ async def run(url: str, seed: int) -> Rates:
         decode: dict[int, float] = {}
         for n in (1, 8):
             batch = prompts(n, seed=seed + 10 + n)
+            start = time.perf_counter()
             times = await asyncio.gather(*(stream(client, model, p, OUTPUT_LEN) for p in batch))
-            window = max(last for _, last in times) - max(first for first, _ in times)
-            decode[n] = n * (OUTPUT_LEN - 1) / window if n == 1 else _window_rate(times)
-    return Rates(prefill, decode[1], decode[8])
+            decode[n] = sum((OUTPUT_LEN - 1) / (last - first) for first, last in times)
+            total = n * OUTPUT_LEN / (max(last for _, last in times) - start)
+    return Rates(prefill, decode[1], decode[8], total)
 
 
-def _window_rate(times: list[tuple[float, float]]) -> float:
-    """Tokens per second summed over streams, each over its own first-to-last-token time."""
-    return sum((OUTPUT_LEN - 1) / (last - first) for first, last in times)
-
-
-def main(model_dir: str, dtype: str, threads: int, seed: int, mode: str) -> None:
-    with running_system(model_dir, dtype, threads, 0 if mode == "colocated" else 1) as url:
+def main(model_dir: str, dtype: str, seed: int, mode: str) -> None:
+    with running_system(model_dir, dtype, 0 if mode == "colocated" else 1) as url:
         report(asyncio.run(run(url, seed)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[4]), sys.argv[5])

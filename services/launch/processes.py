@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from baton.core.config import ENV_PREFIX
 from baton.core.worker_info import Role
+from baton.process import EXIT_CONFIG
 from services.launch.config import SystemConfig, router_values, worker_values
 from services.launch.run_directory import RunDirectory, new_secret
 
@@ -31,6 +33,8 @@ RESTART_BACKOFF_S = 0.5
 RESTART_BACKOFF_MAX_S = 10.0
 STABLE_AFTER_S = 30.0
 """A child that ran this long starts again without delay when it dies."""
+FRONT_GRACE_S = 3.0
+"""Of the time to stop, what the router may take before the workers are told."""
 MAX_EARLY_EXITS = 3
 """A child that dies this often before the system was ever ready will not get better."""
 
@@ -47,6 +51,8 @@ class Child:
     backoff_s: float = RESTART_BACKOFF_S
     restart_at_s: float = 0.0
     num_exits: int = 0
+    is_misconfigured: bool = False
+    """It said itself that starting it again will not help."""
 
 
 @dataclass(slots=True)
@@ -73,25 +79,20 @@ class Supervisor:
     def hopeless(self) -> str | None:
         """Why the system will not come up: a child that keeps dying, with the end of its log."""
         for child in self.children:
-            if child.num_exits >= MAX_EARLY_EXITS:
+            if child.is_misconfigured or child.num_exits >= MAX_EARLY_EXITS:
                 tail = "\n".join(child.log_file.read_text().splitlines()[-15:])
-                return f"{child.name} exited {child.num_exits} times; the end of its log:\n{tail}"
+                times = "once" if child.num_exits == 1 else f"{child.num_exits} times"
+                return f"{child.name} exited {times}; the end of its log:\n{tail}"
         return None
 
     def stop(self, *, grace_s: float) -> None:
-        """End all children: routers first, so that no request meets half a system."""
+        """End all children, the last started (the router) first: no request meets half a system."""
         with self._lock:
             self._is_stopping = True
-        living = [c.process for c in self.children if c.process and c.process.poll() is None]
-        for process in living:
-            process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
-        for process in living:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        front = min(deadline, time.monotonic() + FRONT_GRACE_S)
+        _end(self.children[-1:], front)
+        _end(self.children[:-1], deadline)
 
     def _poll_child(self, child: Child, now_s: float) -> None:
         if child.process is not None:
@@ -100,6 +101,7 @@ class Supervisor:
                 return
             child.process = None
             child.num_exits += 1
+            child.is_misconfigured = code == EXIT_CONFIG
             if now_s - child.started_at_s >= STABLE_AFTER_S:
                 child.backoff_s = RESTART_BACKOFF_S
             child.restart_at_s = now_s + child.backoff_s
@@ -119,8 +121,27 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                env=_child_environment(),
             )
         child.started_at_s = time.monotonic()
+
+
+def _end(children: Sequence[Child], deadline: float) -> None:
+    """SIGTERM, and SIGKILL to what is left at `deadline` (monotonic)."""
+    living = [c.process for c in children if c.process and c.process.poll() is None]
+    for process in living:
+        process.send_signal(signal.SIGTERM)
+    for process in living:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _child_environment() -> dict[str, str]:
+    """Ours without settings: those are in each child's file already, ranked as documented."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
 
 
 def start_system(system: SystemConfig, run: RunDirectory) -> Supervisor:

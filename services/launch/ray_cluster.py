@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from services.launch.config import SystemConfig
@@ -33,11 +33,8 @@ HAPROXY_ENVIRONMENT = {
 }
 
 
-@dataclass(slots=True)
 class RaySystem:
     """A running Serve application; Ray restarts its parts by itself."""
-
-    is_running: bool = True
 
     def poll(self) -> None:
         """Nothing is due: Serve's controller does the work."""
@@ -47,17 +44,24 @@ class RaySystem:
         return None
 
     def stop(self, *, grace_s: float) -> None:
+        """Let the replicas drain for at most `grace_s`, then end Ray."""
         import ray
-        from ray import serve
 
-        if not self.is_running:
-            return
-        self.is_running = False
-        with contextlib.suppress(Exception):
-            # Drains the replicas. The controller ends with Ray; serve.shutdown() would kill it
-            # first and make Ray complain on the terminal.
-            serve.delete(APPLICATION)
+        if grace_s > 0 and ray.is_initialized():
+            # On a thread of its own, because the call itself has no time-out.
+            draining = threading.Thread(target=_delete_application, daemon=True)
+            draining.start()
+            draining.join(grace_s)
         ray.shutdown()
+
+
+def _delete_application() -> None:
+    """Drains the replicas. The controller ends with Ray; serve.shutdown() would kill it first and
+    make Ray complain on the terminal."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        serve.delete(APPLICATION)
 
 
 def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) -> RaySystem:
@@ -78,16 +82,16 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
     # Above the notes on its start that Ray prints as warnings; failures arrive as exceptions.
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with _without_monitors():
-        ray.init(
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            num_cpus=max(2, os.cpu_count() or 2),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
     running = RaySystem()
     try:
+        with _without_monitors():
+            ray.init(
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                num_cpus=max(2, os.cpu_count() or 2),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         serve.start(
             http_options={
                 "host": system.host,

@@ -1,11 +1,11 @@
-"""Before and after a start: are the ports free, does the router's /health answer."""
+"""Before and after a start: model folder, free ports, and then the router's /health."""
 
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 
@@ -32,14 +32,27 @@ def check_ports_free(host: str, ports: dict[str, int]) -> None:
                 ) from error
 
 
+def check_model_folder(folder: Path) -> None:
+    """Raises ConfigError naming what a Hugging Face folder must hold and this one does not."""
+    if not folder.is_dir():
+        raise ConfigError(f"model folder {folder} does not exist")
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise ConfigError(
+            f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder, or "
+            "make one of a GGUF file with `baton model import --gguf FILE`"
+        )
+
+
 def wait_until_healthy(
     url: str,
     *,
     timeout_s: float,
     still_running: Callable[[], str | None],
-    stop: threading.Event,
-) -> bool:
-    """True when GET `url`/health answers 200, False when `stop` is set first.
+) -> None:
+    """Return when GET `url`/health answers 200.
 
     `still_running` is asked on each round and returns why waiting is pointless, or None. Raises
     Unavailable with the last reason when that happens or `timeout_s` passes.
@@ -54,10 +67,9 @@ def wait_until_healthy(
             try:
                 response = client.get(f"{url}/health")
                 if response.status_code == 200:
-                    return True
+                    return
                 last = f"HTTP {response.status_code}: {response.text[:200]}"
             except httpx.HTTPError as error:
                 last = f"{type(error).__name__}: {error}"
-            if stop.wait(POLL_S):
-                return False
+            time.sleep(POLL_S)
     raise Unavailable(f"not ready after {timeout_s:.0f} s; the last answer was: {last}")

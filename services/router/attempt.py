@@ -40,6 +40,8 @@ class AttemptFailure:
     blamed: WorkerId | None
     """The worker to avoid next time."""
     is_retryable: bool = True
+    is_overload: bool = False
+    """The worker has no room for the request."""
 
 
 @dataclass(slots=True)
@@ -162,11 +164,14 @@ class Attempt:
     def _failed(self, worker_id: WorkerId | None, delta: TokenDelta) -> AttemptFailure:
         placement, blamed = self.placement, worker_id
         is_reading = self.is_remote and placement.prefill not in self.unfinished
-        if worker_id == placement.decode and is_reading and not self.is_handed_over:
+        may_be_read = is_reading and not self.is_handed_over and not delta.is_overload
+        if worker_id == placement.decode and may_be_read:
             # Most likely the read failed. Computing the prompt where it is needed avoids the
             # pair; if that fails as well, the decode worker itself gets the blame.
             blamed = placement.prefill
-        return AttemptFailure(delta.error or "unnamed error", blamed, delta.is_retryable)
+        return AttemptFailure(
+            delta.error or "unnamed error", blamed, delta.is_retryable, delta.is_overload
+        )
 
 
 def _info(session: WorkerSession) -> WorkerInfo:

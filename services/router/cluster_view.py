@@ -29,7 +29,7 @@ class WorkerState:
 
     @property
     def is_eligible(self) -> bool:
-        return not (self.is_quarantined or self.load.is_draining)
+        return not (self.is_quarantined or self.load.is_draining or self.load.is_unhealthy)
 
     @property
     def resident_kv_tokens(self) -> int:

@@ -22,7 +22,10 @@ class SessionConfig:
     """The stream to each worker."""
 
     connect_timeout_s: float = 3.0
-    """From opening the connection to the worker's Welcome."""
+    """Until the connection to a worker stands."""
+    welcome_timeout_s: float = 65.0
+    """From then to the worker's Welcome, which waits for the engine step at work; above the longest
+    one. A process that has stopped is found by the connection's keep-alives long before."""
     idle_timeout_s: float = 3.0
     """A session without any message for this long is broken off. Workers repeat their load every
     second, so this is three missed reports; a stopped process is found this way."""
@@ -31,16 +34,17 @@ class SessionConfig:
     backoff_max_s: float = 2.0
     stall_quarantine_s: float = 10.0
     """Pause after a worker held requests without any progress, although it answered."""
-    resync_timeout_s: float = 5.0
-    """After a gap in KV events a new snapshot must come within this time, or the session is
-    reopened. Until then the worker is placed by load alone."""
+    resync_timeout_s: float = 65.0
+    """After a gap in KV events a new snapshot, which waits for the engine as well, must come within
+    this time, or the session is reopened. Until then the worker is placed by load alone."""
     max_pending_deltas: int = 64
     """Deltas waiting for a slow client before they are merged into one."""
 
     def __post_init__(self) -> None:
         check_positive(
-            "session", self, "connect_timeout_s", "idle_timeout_s", "backoff_min_s",
-            "backoff_max_s", "stall_quarantine_s", "resync_timeout_s", "max_pending_deltas",
+            "session", self, "connect_timeout_s", "welcome_timeout_s", "idle_timeout_s",
+            "backoff_min_s", "backoff_max_s", "stall_quarantine_s", "resync_timeout_s",
+            "max_pending_deltas",
         )  # fmt: skip
 
 

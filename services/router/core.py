@@ -1,6 +1,6 @@
 """The router without its edges: membership, sessions, index, dispatcher, metrics, composed.
 
-The edges take `dispatcher` (a `generation.Generator`), `render_metrics` and `count_rejected`.
+The edges take `dispatcher` (a `generation.Generator`) and `metrics`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 
-from baton.core import metrics as series
 from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError
 from baton.engine.tokenizer import Tokenizer
@@ -101,14 +100,6 @@ class RouterCore:
         if self._gauge_task is not None:
             self._gauge_task.cancel()
             await asyncio.gather(self._gauge_task, return_exceptions=True)
-
-    def render_metrics(self) -> bytes:
-        self._gauges.update(self.pool.view())
-        return self.metrics.render()
-
-    def count_rejected(self, status: int) -> None:
-        """An edge refused a request with this HTTP status before any work."""
-        self.metrics.add(series.REJECTED, 1, str(status))
 
     async def _update_gauges(self) -> None:
         while True:

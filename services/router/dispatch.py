@@ -29,6 +29,7 @@ from baton.core.errors import (
     InternalError,
     ModelNotFound,
     NoWorker,
+    Overloaded,
     Unavailable,
     WorkerLost,
 )
@@ -335,12 +336,24 @@ class Dispatcher:
                 "a worker could not process the request; "
                 "the router's log holds the details under its request id"
             )
-        if len(record.failures) > self._config.max_retries:
+        if failure.blamed is not None:
+            flight.avoid.add(failure.blamed)
+            if failure.is_overload:
+                flight.full.add(failure.blamed)
+        is_last_try = len(record.failures) > self._config.max_retries
+        if failure.is_overload and (is_last_try or self._is_hopeless(flight)):
+            raise Overloaded("all workers are full; try again in a moment")
+        if is_last_try:
             raise WorkerLost(
                 f"the request failed on {len(record.failures)} placements; try again in a moment"
             )
-        if failure.blamed is not None:
-            flight.avoid.add(failure.blamed)
+
+    def _is_hopeless(self, flight: Flight) -> bool:
+        """Every worker has refused for being full. A request that has tokens is worth waiting."""
+        eligible = self._pool.view().eligible(model=flight.request.model)
+        return not flight.stream.next_index and flight.full.issuperset(
+            w.info.worker_id for w in eligible
+        )
 
     # Time.
 

@@ -14,7 +14,8 @@ class EdgeConfig:
     """What one client request may cost before the dispatcher sees it."""
 
     max_body_bytes: int = 16 << 20
-    """Longer bodies are refused unread. A context of 128k tokens is well below 1 MiB of text."""
+    """Longer HTTP bodies and gRPC messages are refused unread. A context of 128k tokens is well
+    below 1 MiB of text."""
     body_timeout_s: float = 60.0
     """From the request's head to the end of its body."""
     deadline_s: float = 600.0

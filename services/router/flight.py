@@ -33,6 +33,8 @@ class Flight:
     stream: TokenStream = field(default_factory=TokenStream)
     attempt: Attempt | None = None
     avoid: set[WorkerId] = field(default_factory=set)
+    full: set[WorkerId] = field(default_factory=set)
+    """Those of them that refused because they had no room."""
     timer: asyncio.TimerHandle | None = None
     abort: BatonError | None = None
     """Set from outside: the deadline has passed or the router stops."""

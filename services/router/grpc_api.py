@@ -32,6 +32,7 @@ from services.router.edge_config import EdgeConfig
 from services.router.generation import GenerationDelta, GenerationInput, Generator, ModelCard
 from services.router.preprocess import (
     Preprocessor,
+    check_num_messages,
     check_sampling,
     check_stop,
     new_id,
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 GENERATE_MAX_TOKENS = 16
 """What Generate produces when max_tokens is absent, as on the completions route."""
+
+MAX_NAMED_UNKNOWN_BYTES = 4096
+"""More than this is refused without looking for a field to name."""
 
 Deltas = AsyncGenerator[pb.InferenceDelta, None]
 PromptOf = Callable[[ModelCard], Awaitable[tuple[int, ...]]]
@@ -125,6 +129,8 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
     ) -> GenerationInput:
         """What can be checked cheaply is checked before the prompt is tokenized."""
         arrived_at_s = time.time()
+        if isinstance(request, pb.ChatRequest):
+            check_num_messages(len(request.messages))
         _refuse_unknown_fields(request)
         card = self._preprocessor.model_card(request.model)
         wire = request.sampling
@@ -195,9 +201,26 @@ def _delta_to_wire(job: GenerationInput, delta: GenerationDelta) -> pb.Inference
     return message
 
 
-def _refuse_unknown_fields(message: Message, where: str = "") -> None:
-    """Raises InvalidRequest naming the field's number, for there is no name to give."""
-    name = where or message.DESCRIPTOR.name
+def _refuse_unknown_fields(message: Message) -> None:
+    """Raises InvalidRequest. Listing unknown fields costs half a microsecond for each and looking
+    for them in Python more, so sizes are compared first."""
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    num_bytes = message.ByteSize() - known.ByteSize()
+    name = message.DESCRIPTOR.name
+    if num_bytes > MAX_NAMED_UNKNOWN_BYTES:
+        raise InvalidRequest(
+            f"{name} has {num_bytes} bytes of unknown fields; "
+            "compare the client's .proto with the server's reflection",
+            param=name,
+        )
+    if num_bytes:
+        _name_unknown_field(message, name)
+
+
+def _name_unknown_field(message: Message, name: str) -> None:
+    """Raises InvalidRequest with the field's number, for there is no name to give."""
     unknown = UnknownFieldSet(message)
     if len(unknown):
         raise InvalidRequest(
@@ -210,4 +233,4 @@ def _refuse_unknown_fields(message: Message, where: str = "") -> None:
             continue
         inner = f"{name}.{field.name}"
         for entry in value if field.is_repeated else (value,):
-            _refuse_unknown_fields(entry, inner)
+            _name_unknown_field(entry, inner)

@@ -46,7 +46,7 @@ class GrpcServer:
         self._config = config
         self._preprocessor = Preprocessor(generator)
         self._health = health.aio.HealthServicer()
-        self._server: grpc.aio.Server = new_server()
+        self._server: grpc.aio.Server = new_server(max_receive_bytes=config.max_body_bytes)
         api = InferenceApi(generator, self._preprocessor, metrics=metrics, config=config)
         inference_pb2_grpc.add_InferenceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

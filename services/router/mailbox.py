@@ -69,5 +69,6 @@ class Mailbox:
         last.finish_reason = new.finish_reason
         last.stop_token_id = new.stop_token_id
         last.error, last.is_retryable = new.error, new.is_retryable
+        last.is_overload = new.is_overload
         last.timeline = new.timeline or last.timeline
         return True

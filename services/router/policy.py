@@ -207,7 +207,10 @@ def _why_none(view: ClusterView, request: PlacementRequest, eligible: Sequence[W
     if not known:
         return f"no worker for model {request.model!r} is connected; try again in a moment"
     num_lost = sum(1 for w in known if w.is_quarantined)
+    num_unhealthy = sum(1 for w in known if w.load.is_unhealthy and not w.is_quarantined)
+    num_draining = len(known) - num_lost - num_unhealthy
     return (
         f"none of {len(known)} workers for model {request.model!r} takes work now: "
-        f"{num_lost} do not answer, {len(known) - num_lost} are draining; try again in a moment"
+        f"{num_lost} do not answer, {num_unhealthy} are unhealthy, {num_draining} are draining; "
+        "try again in a moment"
     )

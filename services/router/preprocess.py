@@ -33,6 +33,11 @@ INLINE_CHARS = 4 * 1024
 """Texts up to this length are tokenized on the event loop: about 1 ms, an inter-token gap or less.
 A thread costs 0.1 ms more and needs a tokenizer that lets go of the interpreter lock."""
 
+CHARS_PER_MESSAGE = 16
+"""What rendering one more message costs, in characters of text: role and separators."""
+
+MAX_MESSAGES = 16_384
+
 MAX_CHARS_PER_TOKEN = 512
 """No vocabulary has longer tokens, so longer prompts exceed the context without tokenizing."""
 
@@ -81,6 +86,7 @@ class Preprocessor:
 
         `messages` have `role` and `content`. Raises InvalidRequest.
         """
+        check_num_messages(len(messages), card.max_model_len)
         for index, message in enumerate(messages):
             if message["role"] not in ROLES:
                 raise InvalidRequest(
@@ -91,13 +97,14 @@ class Preprocessor:
             raise InvalidRequest("messages is empty; send at least one", param="messages")
         plain = [{**m, "role": "system"} if m["role"] == "developer" else dict(m) for m in messages]
         num_chars = sum(len(m["content"]) for m in plain)
+        num_rendered_chars = num_chars + CHARS_PER_MESSAGE * len(plain)
         _check_chars(card, num_chars, "messages")
 
         def render_and_encode() -> list[int]:
             text = card.tokenizer.apply_chat_template(plain)
             return card.tokenizer.encode(text, add_special_tokens=False)
 
-        ids = await self._run(render_and_encode, num_chars)
+        ids = await self._run(render_and_encode, num_rendered_chars)
         _check_length(card, ids, "messages")
         return tuple(ids)
 
@@ -125,6 +132,17 @@ class Preprocessor:
         if num_chars <= INLINE_CHARS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def check_num_messages(num_messages: int, max_model_len: int | None = None) -> None:
+    """Raises InvalidRequest on more messages than a request may have, or than the context of
+    `max_model_len` tokens can hold: a message takes at least one token."""
+    if num_messages > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"messages takes at most {MAX_MESSAGES} entries, got {num_messages}", param="messages"
+        )
+    if max_model_len is not None and num_messages >= max_model_len:
+        raise _too_long(max_model_len, f"{num_messages} messages", "messages")
 
 
 def check_sampling(card: ModelCard, sampling: SamplingParams) -> SamplingParams:
@@ -216,19 +234,19 @@ def describe(value: object) -> str:
 def _check_chars(card: ModelCard, num_chars: int, param: str) -> None:
     limit = card.max_model_len * MAX_CHARS_PER_TOKEN
     if num_chars > limit:
-        raise _too_long(card, f"{num_chars} characters", param)
+        raise _too_long(card.max_model_len, f"{num_chars} characters", param)
 
 
 def _check_length(card: ModelCard, token_ids: Sequence[object], param: str) -> None:
     if not token_ids:
         raise InvalidRequest("prompt is empty; send at least one token", param=param)
     if len(token_ids) >= card.max_model_len:
-        raise _too_long(card, f"{len(token_ids)} tokens", param)
+        raise _too_long(card.max_model_len, f"{len(token_ids)} tokens", param)
 
 
-def _too_long(card: ModelCard, size: str, param: str) -> RequestError:
+def _too_long(max_model_len: int, size: str, param: str) -> RequestError:
     return ContextLengthExceeded(
-        f"this model's context holds {card.max_model_len} tokens, prompt and output together, but "
-        f"the prompt has {size}; shorten it to at most {card.max_model_len - 1} tokens",
+        f"this model's context holds {max_model_len} tokens, prompt and output together, but "
+        f"the prompt has {size}; shorten it to at most {max_model_len - 1} tokens",
         param=param,
     )

@@ -238,12 +238,17 @@ class WorkerSession:
         channel = open_channel(self.address)
         call = None
         writer = None
+        limit = ""
         try:
             self._stub = WorkerStub(channel)
             call = self._stub.Session()
+            hello = pb.Hello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
+            # Written once there is a connection; the answer may have to wait for an engine step.
+            limit = f"no connection within {self._config.connect_timeout_s:g} s"
             async with asyncio.timeout(self._config.connect_timeout_s):
-                hello = pb.Hello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
                 await call.write(pb.RouterMessage(hello=hello))
+            limit = f"no Welcome within {self._config.welcome_timeout_s:g} s"
+            async with asyncio.timeout(self._config.welcome_timeout_s):
                 first = await call.read()
             if first is grpc.aio.EOF:
                 return f"refused: {await call.details() or await call.code()}"
@@ -255,7 +260,7 @@ class WorkerSession:
                 self._on_step(message.step)
             return f"the worker ended the session: {await call.details() or await call.code()}"
         except TimeoutError:
-            return f"no Welcome within {self._config.connect_timeout_s:g} s"
+            return limit
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
         except ValueError as error:
@@ -333,6 +338,11 @@ class WorkerSession:
         if self._resync is not None:
             self._resync_events += enumerate(events, start=first_sequence)
             return
+        # A snapshot may already contain events that were on their way when it was taken.
+        num_known = max(0, self._kv_sequence + 1 - first_sequence)
+        events, first_sequence = events[num_known:], first_sequence + num_known
+        if not events:
+            return
         if first_sequence != self._kv_sequence + 1:
             assert self.info is not None
             logger.warning(
@@ -364,8 +374,7 @@ class WorkerSession:
         self._kv_sequence = snapshot.kv_sequence
         self._listener.on_snapshot(self, split_hashes(snapshot.cached_hashes))
         for sequence, event in events:
-            if sequence > self._kv_sequence:
-                self._on_kv_events(sequence, [event])
+            self._on_kv_events(sequence, [event])
 
     def _lose(self, reason: str) -> None:
         """Tell every request; only the first reason of a session counts."""

@@ -69,7 +69,12 @@ def assemble(config: WorkerConfig, info: WorkerInfo, backend: Backend, secret: b
         leases=leases,
         reads=reads,
         drain=drain,
-        health=Health(engine, config.health, service_names=SERVICE_NAMES),
+        health=Health(
+            engine,
+            config.health,
+            service_names=SERVICE_NAMES,
+            on_verdict=lambda verdict: requests.set_unhealthy(not verdict.is_healthy),
+        ),
         sessions=sessions,
         worker_service=WorkerServicer(
             info=info,

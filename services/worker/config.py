@@ -85,9 +85,14 @@ class HealthConfig:
     """A single engine step never takes this long."""
     ping_timeout_s: float = 5.0
     """An idle engine thread answers within this time."""
+    max_bad_verdicts: int = 5
+    """This many in a row, one a period, and the process ends, to be started anew. The time limits
+    above pass before the first of them."""
 
     def __post_init__(self) -> None:
-        check_positive("health", self, "period_s", "step_timeout_s", "ping_timeout_s")
+        check_positive(
+            "health", self, "period_s", "step_timeout_s", "ping_timeout_s", "max_bad_verdicts"
+        )
 
 
 @dataclass(frozen=True, slots=True)

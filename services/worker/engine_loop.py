@@ -5,7 +5,8 @@ event loop ── commands (thread-safe queue) ──► engine thread: run comm
 
 The thread sleeps on a condition while there is neither a command nor anything to compute. It
 numbers the KV events, because only here do the pool's changes and their numbers happen together.
-An engine that raises loses the requests it was running, not the worker.
+An engine that raises, or whose batch fails, loses the requests it was running, not the worker;
+one that keeps failing is broken and takes nothing more.
 
 Not known here: sessions, routers, transfers, gRPC.
 """
@@ -25,7 +26,7 @@ from baton.core.clock import Clock
 from baton.core.errors import BatonError, InternalError, Overloaded, RequestError, Unavailable
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import LoadReport
-from baton.engine.engine import StepOutput
+from baton.engine.engine import BatchOutcome, StepOutput
 from services.worker.core_share import AllCores, CoreShare
 from services.worker.engine_api import EngineApi, Snapshot, StepResult
 from services.worker.last_delta import error_delta, is_last, refusal, turn_into_failure
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 5.0
 """A step in progress cannot be interrupted; beyond this the thread is left to die alone."""
 MAX_FAILED_STEPS = 3
-"""This many unexpected errors in a row, and the engine calls itself broken."""
+"""This many failures with no computed batch between them, and the engine is called broken."""
 WARM_UP_TOKENS = 4
 FAILURE = "the worker's engine failed"
 STOPPED = "the worker's engine has stopped"
@@ -260,7 +261,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         if self.is_broken:
-            self._deliver(StepOutput(), LoadReport())
+            self._deliver(StepOutput(), LoadReport(is_unhealthy=True))
             return
         try:
             output = self._engine.step()
@@ -270,8 +271,14 @@ class EngineLoop:
             self._num_failed_steps += 1
             self._fail_requests()
             return
-        self._num_failed_steps = 0
+        if output.batch is BatchOutcome.COMPUTED:
+            self._num_failed_steps = 0
+        elif output.batch is BatchOutcome.FAILED:
+            self._num_failed_steps += 1
         self._deliver(output, load)
+        if self.is_broken:
+            # Those that were not part of the failed batch would wait for ever.
+            self._fail_requests()
 
     def _deliver(self, output: StepOutput, load: LoadReport) -> None:
         if self._undelivered:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.core.errors import BatonError, InvalidRequest
+from baton.core.errors import BatonError, InvalidRequest, Overloaded
 from baton.core.request import FinishReason, RequestId, TokenDelta
 
 
@@ -23,7 +23,9 @@ def error_delta(request_id: RequestId, message: str, *, is_retryable: bool) -> T
 
 def refusal(request_id: RequestId, error: BatonError) -> TokenDelta:
     """The answer to a submit this worker does not take. Only a wrong request is hopeless."""
-    return error_delta(request_id, str(error), is_retryable=not isinstance(error, InvalidRequest))
+    delta = error_delta(request_id, str(error), is_retryable=not isinstance(error, InvalidRequest))
+    delta.is_overload = isinstance(error, Overloaded)
+    return delta
 
 
 def turn_into_failure(delta: TokenDelta, message: str) -> None:

@@ -2,7 +2,8 @@
 
 Order of life: settings, logging, event loop, start, ready, wait for a signal or for the
 supervisor's end, drain, stop. Every wait is bounded, so a signal ends the process in
-`drain_s` plus a few seconds at most.
+`drain_s` plus a few seconds at most. A worker that has failed stops without draining and exits
+with EXIT_FAILED, for its supervisor to start another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +40,14 @@ STOP_MARGIN_S = 10.0
 """Beyond `drain_s`: for the step in progress, the transports and the server to end."""
 
 
+class _End(Enum):
+    """Why a worker stopped."""
+
+    STOPPED = "stopped"
+    STOPPED_IN_START = "stopped in start"
+    FAILED = "failed"
+
+
 def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = None) -> int:
     """Run one worker until it is told to stop; returns the exit status."""
     arguments = _parser(role).parse_args(argv)
@@ -49,16 +59,17 @@ def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = No
         return EXIT_CONFIG
     setup_logging(role.value, level=config.log.level, as_json=config.log.format is LogFormat.JSON)
     try:
-        has_started = asyncio.run(_serve(config))
+        end = asyncio.run(_serve(config))
     except BatonError as error:
         logger.error("%s", error)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     except TimeoutError:
         logger.error("the worker did not stop in time")
         _leave_now(EXIT_FAILED)
-    if not has_started:
-        _leave_now(0)
-    return 0
+    if end is _End.STOPPED:
+        return 0
+    # A thread may still be loading, or hang in a step.
+    _leave_now(EXIT_FAILED if end is _End.FAILED else 0)
 
 
 def _parser(role: Role) -> argparse.ArgumentParser:
@@ -94,21 +105,27 @@ def _leave_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _serve(config: WorkerConfig) -> bool:
-    """Returns False when the stop signal came before the worker was ready."""
+async def _serve(config: WorkerConfig) -> _End:
+    drain_s = config.drain_s
     stop_requested = stop_signal()
     server = WorkerServer(config)
     starting = asyncio.create_task(server.start())
     stopping = asyncio.create_task(stop_requested.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            await stopping
-        else:
+        if not starting.done():
             starting.cancel()
+            return _End.STOPPED_IN_START
+        starting.result()
+        failing = asyncio.create_task(server.failed())
+        await asyncio.wait((failing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        failing.cancel()
+        if stopping.done():
+            return _End.STOPPED
+        logger.error("the worker has failed and ends without draining")
+        drain_s = 0
+        return _End.FAILED
     finally:
         stopping.cancel()
-        async with asyncio.timeout(config.drain_s + STOP_MARGIN_S):
-            await server.stop()
-    return starting.done() and not starting.cancelled()
+        async with asyncio.timeout(drain_s + STOP_MARGIN_S):
+            await server.stop(drain_s)

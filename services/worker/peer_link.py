@@ -52,15 +52,15 @@ class LinkListener(Protocol):
 
     def on_message(self, peer: WorkerId, message: OwnerMessage) -> None: ...
 
-    def on_broken(self, peer: WorkerId) -> None:
+    def on_broken(self, peer: PeerRef) -> None:
         """The stream broke; messages sent from now on are lost."""
         ...
 
-    def on_restored(self, peer: WorkerId) -> None:
+    def on_restored(self, peer: PeerRef) -> None:
         """A new stream to the same process is open."""
         ...
 
-    def on_gone(self, peer: WorkerId, error: TransferError) -> None:
+    def on_gone(self, peer: PeerRef, error: TransferError) -> None:
         """The link has ended for good."""
         ...
 
@@ -86,6 +86,7 @@ class PeerLink:
         self._transport = transport
         self._listener = listener
         self._connect_timeout_s = connect_timeout_s
+        self._is_replaced = False
         self._outgoing: asyncio.Queue[ReaderMessage] = asyncio.Queue()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run(predecessor), name=f"link to {peer.worker_id}")
@@ -93,6 +94,8 @@ class PeerLink:
     async def ready(self) -> None:
         """Waits until the first connection is made. Raises TransferError when it is not."""
         await asyncio.shield(self._opened)
+        if self.state is LinkState.GONE:
+            raise PeerGone(f"the link to {self.peer.worker_id} ended as soon as it was open")
 
     def send(self, message: ReaderMessage) -> None:
         """Hand a message to the stream; lost while the stream is broken."""
@@ -104,15 +107,24 @@ class PeerLink:
         self._task.cancel()
         await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT_S)
 
+    async def _replace(self) -> None:
+        """Close in favour of a successor, to whom the transport's peer belongs from now on.
+
+        Its connect replaces our epoch. A disconnect of ours could come after that, since the
+        wait for our end is bounded, and would take away the new epoch.
+        """
+        self._is_replaced = True
+        await self.close()
+
     async def _run(self, predecessor: PeerLink | None) -> None:
         error: TransferError = PeerGone(f"the link to {self.peer.worker_id} was closed")
         try:
             if predecessor is not None:
-                await predecessor.close()
+                await predecessor._replace()
             while True:
                 await self._serve_once()
                 self.state = LinkState.RECONNECTING
-                self._listener.on_broken(self.peer.worker_id)
+                self._listener.on_broken(self.peer)
         except TransferError as failure:
             error = failure
         finally:
@@ -127,9 +139,10 @@ class PeerLink:
                 peer=self.peer.worker_id,
                 reason=str(error),
             )
-            self._listener.on_gone(self.peer.worker_id, error)
-            with contextlib.suppress(TransferError):
-                await self._transport.disconnect(self.peer.worker_id)
+            self._listener.on_gone(self.peer, error)
+            if not self._is_replaced:
+                with contextlib.suppress(TransferError):
+                    await self._transport.disconnect(self.peer.worker_id)
 
     async def _serve_once(self) -> None:
         """Connect and serve until the stream breaks. Raises TransferError when unreachable."""
@@ -189,7 +202,7 @@ class PeerLink:
         if is_first:
             self._opened.set_result(None)
         else:
-            self._listener.on_restored(self.peer.worker_id)
+            self._listener.on_restored(self.peer)
 
     async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
         """A write that fails ends the stream, which the reading side notices."""

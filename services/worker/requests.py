@@ -86,6 +86,7 @@ class Requests:
         self._sessions = sessions
         self._live: dict[RequestId, _Record] = {}
         self._is_draining = False
+        self._is_unhealthy = False
         self._load = LoadReport()
 
     def attach(self, engine: EngineLoop, leases: LeaseSide, reads: ReadSide) -> None:
@@ -105,10 +106,12 @@ class Requests:
     @property
     def load(self) -> LoadReport:
         """As of the last step."""
-        return self._load
+        return self.with_flags(self._load)
 
-    def with_drain_flag(self, load: LoadReport) -> LoadReport:
-        return dataclasses.replace(load, is_draining=self._is_draining)
+    def with_flags(self, load: LoadReport) -> LoadReport:
+        """An engine's load and what the engine does not know of the worker."""
+        is_unhealthy = load.is_unhealthy or self._is_unhealthy
+        return dataclasses.replace(load, is_draining=self._is_draining, is_unhealthy=is_unhealthy)
 
     def start_draining(self) -> None:
         """Refuse work from now on, and tell the routers."""
@@ -116,9 +119,14 @@ class Requests:
         self.repeat_load()
 
     def repeat_load(self) -> None:
-        """Tell the routers the last known load again: a sign of life of an idle worker."""
-        self._load = self.with_drain_flag(self._load)
-        self._sessions.broadcast_load(self._load)
+        """Tell the routers the last known load again: an idle worker is still there."""
+        self._sessions.broadcast_load(self.load)
+
+    def set_unhealthy(self, is_unhealthy: bool) -> None:
+        """Tell the routers when the verdict on this worker changes."""
+        if is_unhealthy != self._is_unhealthy:
+            self._is_unhealthy = is_unhealthy
+            self.repeat_load()
 
     # From routers.
 
@@ -181,8 +189,8 @@ class Requests:
             self._reserved(reservation)
         if result.has_kv_event:
             self._sessions.broadcast_event(result.kv_sequence, output.stored, output.removed)
-        self._load = self.with_drain_flag(result.load)
-        self._sessions.broadcast_load(self._load)
+        self._load = result.load
+        self._sessions.broadcast_load(self.load)
 
     # From the reading side.
 

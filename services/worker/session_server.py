@@ -149,7 +149,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
     def _welcome(self, snapshot: Snapshot) -> pb.Welcome:
         return pb.Welcome(
             info=worker_info_to_wire(self._info),
-            load=load_to_wire(self._requests.with_drain_flag(snapshot.load)),
+            load=load_to_wire(self._requests.with_flags(snapshot.load)),
             kv_sequence=snapshot.kv_sequence,
             cached_hashes=join_hashes(snapshot.cached_hashes),
         )

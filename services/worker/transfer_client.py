@@ -1,7 +1,8 @@
 """The reader's side of the hand-off: from a DECODE request to its prompt's KV in our blocks.
 
- 1. expect     the request is here: connect to its prefill worker in the background
- 2. reserved   the engine holds blocks: once the link is ready, `Fetcher` watches and reads
+ 1. expect     the request is here: connect to its prefill worker in the background; once the
+               link is ready, `Fetcher` watches, so that the lease is kept while we wait for blocks
+ 2. reserved   the engine holds blocks: `Fetcher` reads
  3. finished   the owner vouched for the lease: the first token goes to the engine, with the
                transfer's time points and statistics in its time line
  x. drop, failure in any state: the reservation is given up; blocks a read may still write to go
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class TransferOutcome(Protocol):
-    """Who waits for the KV. Called on the event loop, exactly once per reservation."""
+    """Who waits for the KV. Called on the event loop, exactly once per expected request."""
 
     def arrived(self, request_id: RequestId, first: TokenDelta) -> None:
         """All reserved blocks are valid; `first` holds the token sampled by the owner."""
@@ -45,7 +46,7 @@ class TransferOutcome(Protocol):
     def not_arrived(
         self, request_id: RequestId, message: str, unsettled: Sequence[BlockId]
     ) -> None:
-        """`unsettled` blocks of the reservation may still be written to."""
+        """Maybe before there is a reservation; `unsettled` blocks of it may still be written to."""
         ...
 
     def settled(self, block_ids: Sequence[BlockId]) -> None:
@@ -79,7 +80,9 @@ class TransferClient:
         self._links: dict[WorkerId, PeerLink] = {}
         self._expected: dict[RequestId, GenerateRequest] = {}
         self._starting: dict[RequestId, asyncio.Task[None]] = {}
-        """Reservations whose link is not ready yet."""
+        """Expected requests whose link is not ready yet."""
+        self._early: dict[RequestId, Reservation] = {}
+        """Reservations that came before the link was ready."""
 
     @property
     def is_empty(self) -> bool:
@@ -96,15 +99,19 @@ class TransferClient:
     # From the requests.
 
     def expect(self, request: GenerateRequest) -> None:
-        """A DECODE request has arrived; `reserved` or `drop` follows."""
+        """A DECODE request has arrived; ends in exactly one call of the outcome."""
         assert request.prefill_peer is not None
         self._expected[request.request_id] = request
-        self._link_to(request.prefill_peer)
+        self._starting[request.request_id] = asyncio.create_task(
+            self._start(request, request.prefill_peer)
+        )
 
     def reserved(self, reservation: Reservation) -> None:
-        """Blocks to read into; ends in exactly one call of the outcome."""
-        request_id = reservation.request_id
-        self._starting[request_id] = asyncio.create_task(self._start(reservation))
+        """Blocks of an expected request to read into."""
+        if reservation.request_id in self._starting:
+            self._early[reservation.request_id] = reservation
+        else:
+            self._read_into(reservation)
 
     def drop(self, request_id: RequestId) -> None:
         """Nobody wants the KV any more. The outcome hears of it before this returns."""
@@ -115,6 +122,7 @@ class TransferClient:
         starting = self._starting.pop(request_id, None)
         if starting is not None:
             starting.cancel()
+            self._early.pop(request_id, None)
             self._outcome.not_arrived(request_id, reason, ())
         else:
             self._fetcher.cancel(request_id, reason)
@@ -122,24 +130,30 @@ class TransferClient:
         assert request.prefill_peer is not None
         self.send(request.prefill_peer.worker_id, GiveUp(request_id, reason))
 
-    async def _start(self, reservation: Reservation) -> None:
-        request = self._expected[reservation.request_id]
-        assert request.prefill_peer is not None
-        peer = request.prefill_peer
+    async def _start(self, request: GenerateRequest, peer: PeerRef) -> None:
+        request_id = request.request_id
         try:
             await self._link_to(peer).ready()
-        except TransferError as error:
-            del self._expected[request.request_id], self._starting[request.request_id]
-            self._outcome.not_arrived(request.request_id, _failed(peer, error), ())
+            self._fetcher.expect(
+                request_id, peer=peer.worker_id, epoch=peer.epoch, timeout_s=request.deadline_s
+            )
+        except Exception as error:
+            if not isinstance(error, TransferError):
+                logger.exception("hand-off of request %s could not start", request_id)
+            del self._expected[request_id], self._starting[request_id]
+            self._early.pop(request_id, None)
+            self._outcome.not_arrived(request_id, _failed(peer, error), ())
             return
-        del self._starting[request.request_id]
-        self._fetcher.expect(
-            request.request_id,
-            peer=peer.worker_id,
-            epoch=peer.epoch,
-            local=reservation.block_ids,
+        del self._starting[request_id]
+        reservation = self._early.pop(request_id, None)
+        if reservation is not None:
+            self._read_into(reservation)
+
+    def _read_into(self, reservation: Reservation) -> None:
+        self._fetcher.reserved(
+            reservation.request_id,
+            reservation.block_ids,
             num_cached_blocks=reservation.num_cached_blocks,
-            timeout_s=request.deadline_s,
         )
 
     def _link_to(self, peer: PeerRef) -> PeerLink:
@@ -192,14 +206,14 @@ class TransferClient:
     def on_message(self, peer: WorkerId, message: OwnerMessage) -> None:
         self._fetcher.receive(peer, message)
 
-    def on_broken(self, peer: WorkerId) -> None:
-        self._fetcher.link_lost(peer)
+    def on_broken(self, peer: PeerRef) -> None:
+        self._fetcher.link_lost(peer.worker_id, peer.epoch)
 
-    def on_restored(self, peer: WorkerId) -> None:
-        self._fetcher.link_restored(peer, self._links[peer].peer.epoch)
+    def on_restored(self, peer: PeerRef) -> None:
+        self._fetcher.link_restored(peer.worker_id, peer.epoch)
 
-    def on_gone(self, peer: WorkerId, error: TransferError) -> None:
-        self._fetcher.peer_gone(peer, str(error))
+    def on_gone(self, peer: PeerRef, error: TransferError) -> None:
+        self._fetcher.peer_gone(peer.worker_id, peer.epoch, str(error))
 
     def _wall_time(self, at_s: float) -> float:
         """A time of our monotonic clock as Unix time."""

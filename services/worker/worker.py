@@ -9,7 +9,6 @@ Runs inside any event loop: its own process (`main`) or a Ray Serve replica (`de
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -84,21 +83,25 @@ class WorkerServer:
         if self._has_stopped:
             return
         self._has_stopped = True
+        parts, backend = self._parts, self._backend
         if self._registration is not None:
             await _end(self._registration)
-        if self._parts is not None:
-            await self._stop_serving(
-                self._parts, self._config.drain_s if drain_s is None else drain_s
-            )
+        if parts is not None:
+            serving_s = self._config.drain_s if drain_s is None else drain_s
+            await _attempt("serving", self._stop_serving(parts, serving_s))
         for task in self._tasks:
             await _end(task)
-        if self._backend is not None:
-            if self._parts is not None:
-                await self._parts.reads.close()
-            await self._backend.transport.close()
-        if self._parts is not None:
-            await self._parts.engine.stop()
+        if parts is not None:
+            await _attempt("transfers", parts.reads.close())
+        if backend is not None:
+            await _attempt("the KV transport", backend.transport.close())
+        if parts is not None:
+            await _attempt("the engine", parts.engine.stop())
         logger.info("stopped")
+
+    async def failed(self) -> None:
+        """Returns when the started worker is beyond help: it is to be stopped and replaced."""
+        await self.parts.health.failed.wait()
 
     async def check_health(self) -> HealthVerdict:
         """Answers within `health.ping_timeout_s`."""
@@ -124,10 +127,10 @@ class WorkerServer:
             (*SERVICE_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
         )
         await server.start()
-        self._spawn(parts.health.watch())
-        self._spawn(parts.leases.tick_forever())
-        self._spawn(self._repeat_load(parts))
-        self._announce(info)
+        self._spawn(parts, "health watch", parts.health.watch())
+        self._spawn(parts, "lease clock", parts.leases.tick_forever())
+        self._spawn(parts, "load report", self._repeat_load(parts))
+        self._announce(parts, info)
         self._info = info
         log_fields(
             logger,
@@ -143,7 +146,7 @@ class WorkerServer:
         return info
 
     async def _stop_serving(self, parts: Parts, drain_s: float) -> None:
-        await parts.health.set_serving(False)
+        await parts.health.leave()
         if parts.engine.is_alive:
             await parts.drain.run(timeout_s=drain_s)
         parts.sessions.close_all(Unavailable("the worker is shutting down"))
@@ -191,12 +194,12 @@ class WorkerServer:
             )
         return _authority(config.advertise_host or config.host, port)
 
-    def _announce(self, info: WorkerInfo) -> None:
+    def _announce(self, parts: Parts, info: WorkerInfo) -> None:
         config = self._config.registry
         if config.directory is not None:
             registry = DirectoryRegistry(config.directory, clock=MonotonicClock())
-            self._registration = asyncio.create_task(
-                keep_registered(registry, info, ttl_s=config.ttl_s), name="registration"
+            self._registration = self._spawn(
+                parts, "registration", keep_registered(registry, info, ttl_s=config.ttl_s)
             )
 
     async def _repeat_load(self, parts: Parts) -> None:
@@ -204,10 +207,20 @@ class WorkerServer:
             await asyncio.sleep(self._config.session.load_period_s)
             parts.requests.repeat_load()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        task.add_done_callback(_log_failure)
+    def _spawn(
+        self, parts: Parts, name: str, work: Coroutine[None, None, None]
+    ) -> asyncio.Task[None]:
+        """Work that never ends by itself: when it does, the worker has failed."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and not self._has_stopped:
+                logger.error("background task ended: %s", name, exc_info=task.exception())
+                parts.health.give_up(f"its background task has ended: {name}")
+
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(ended)
         self._tasks.append(task)
+        return task
 
 
 def _authority(host: str, port: int) -> str:
@@ -215,11 +228,18 @@ def _authority(host: str, port: int) -> str:
 
 
 async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for it; how it ends only matters to the log."""
+    if task.done():
+        return
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if isinstance(outcome, Exception):
+        logger.error("background task ended: %s", task.get_name(), exc_info=outcome)
 
 
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        logger.error("a background task ended", exc_info=task.exception())
+async def _attempt(what: str, stopping: Awaitable[None]) -> None:
+    """One part that does not stop cleanly must not keep the others running."""
+    try:
+        await stopping
+    except Exception:
+        logger.exception("could not stop %s cleanly", what)

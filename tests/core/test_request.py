@@ -22,6 +22,10 @@ PEER = PeerRef("p0", "1", "h:1")
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
         ({"min_p": 2}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        (
+            {"repetition_penalty": 1e-40},
+            "repetition_penalty must be between 0.01 and 100, got 1e-40",
+        ),
         ({"presence_penalty": 2.1}, "presence_penalty must be between -2 and 2"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"seed": 2**63}, "seed"),
@@ -48,6 +52,8 @@ def test_limits_themselves_are_allowed():
 
 def test_greedy_and_penalties_are_recognised():
     assert SamplingParams(temperature=0.0).is_greedy
+    assert SamplingParams(temperature=1e-40).is_greedy
+    assert not SamplingParams(temperature=1e-5).is_greedy
     assert not SamplingParams().is_greedy
     assert not SamplingParams().has_penalties
     assert SamplingParams(repetition_penalty=1.1).has_penalties

@@ -8,40 +8,52 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvtransfer.select import nixl_obstacle
 from running_system import RunningSystem
 
 
 @pytest.fixture(scope="session")
-def start_system(
+def make_system(
     tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path
 ) -> Iterator[Callable[..., RunningSystem]]:
-    """A function that starts systems; whatever still runs at the end is killed."""
-    started: list[RunningSystem] = []
+    """A function that prepares systems; whatever runs at the end is killed."""
+    made: list[RunningSystem] = []
+
+    def make(*arguments: str) -> RunningSystem:
+        run_dir = tmp_path_factory.mktemp("run")
+        made.append(RunningSystem(["--model", str(smollm2_dir), *arguments], run_dir))
+        return made[-1]
+
+    yield make
+    for system in made:
+        system.kill()
+
+
+@pytest.fixture(scope="session")
+def start_system(make_system: Callable[..., RunningSystem]) -> Callable[..., RunningSystem]:
+    """A function that starts systems and returns when they are ready."""
 
     def start(*arguments: str) -> RunningSystem:
-        run_dir = tmp_path_factory.mktemp("run")
-        system = RunningSystem(["--model", str(smollm2_dir), *arguments], run_dir)
-        started.append(system)
+        system = make_system(*arguments)
         system.start()
         return system
 
-    yield start
-    for system in started:
-        system.kill()
+    return start
 
 
 @pytest.fixture(scope="session")
 def exact_arguments(smollm2_float32_dir: Path) -> list[str]:
     """Disaggregated in float32, every prompt through both workers: equals the reference."""
     return [
-        *("--no-ray", "--model", str(smollm2_float32_dir), "--dtype", "float32"),
+        *("--model", str(smollm2_float32_dir), "--dtype", "float32"),
         *("--set", "router.policy.local_prefill_max_tokens=0"),
+        *(("--transport", "nixl") if not nixl_obstacle() else ()),
     ]
 
 
 @pytest.fixture(scope="session")
 def system(start_system: Callable[..., RunningSystem], exact_arguments: list[str]) -> RunningSystem:
-    return start_system(*exact_arguments)
+    return start_system("--no-ray", *exact_arguments)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,27 @@ def test_serves_every_client_and_stops_within_ten_seconds(
     assert system.leftovers() == []
 
 
+@pytest.mark.parametrize("mode", ["--no-ray", "--ray"])
+@pytest.mark.parametrize("delay_s", [0.7, 4.0])
+def test_stops_within_ten_seconds_while_it_is_still_starting(
+    make_system: Callable[..., RunningSystem], mode: str, delay_s: float
+) -> None:
+    system = make_system(mode)
+    system.launch()
+    time.sleep(delay_s)
+    assert system.interrupt(2 * STOP_LIMIT_S) < STOP_LIMIT_S
+    assert system.leftovers() == []
+
+
+@pytest.mark.parametrize("mode", ["--no-ray", "--ray"])
+def test_sigterm_stops_it_cleanly(start_system: Callable[..., RunningSystem], mode: str) -> None:
+    system = start_system(mode)
+    assert system.interrupt(2 * STOP_LIMIT_S, signal.SIGTERM) < STOP_LIMIT_S
+    assert system.process is not None
+    assert system.process.returncode == 0
+    assert system.leftovers() == []
+
+
 def test_grpc_reflection_and_health_answer(system: RunningSystem) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
         services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
@@ -110,6 +132,18 @@ def test_taken_port_is_an_error_that_says_what_to_do(
 ) -> None:
     with pytest.raises(AssertionError, match="--http-port"):
         start_system("--no-ray", "--http-port", str(system.http_port))
+
+
+def test_settings_of_the_environment_reach_the_system_and_rank_below_options(
+    make_system: Callable[..., RunningSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_HTTP_PORT", "1")
+    monkeypatch.setenv("BATON_MODEL_NAME", "named-by-the-environment")
+    system = make_system("--no-ray")
+    system.start()
+    models = httpx.get(f"{system.url}/v1/models", trust_env=False).json()["data"]
+    assert [m["id"] for m in models] == ["named-by-the-environment"]
+    system.interrupt(2 * STOP_LIMIT_S)
 
 
 def test_empty_model_folder_is_an_error_that_names_it(

@@ -166,6 +166,32 @@ def test_top_p_beyond_the_first_candidates() -> None:
     assert 2300 < largest < 2500
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_extreme_logits_and_temperatures_draw_likely_tokens(top_p: float) -> None:
+    for high, temperature in ((30.0, 1e-40), (1e37, 1e-5), (3e38, 0.5), (3e38, 1e-5)):
+        logits = logits_of({3: high}, low=-high)
+        assert set(draws(logits, 20, temperature=temperature, top_p=top_p)) == {3}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_on_extreme_logits_stay_finite(temperature: float) -> None:
+    logits = logits_of({1: 3e38, 2: 2e38}, low=-3e38)
+    sequence = make_sequence(
+        prompt=(1, 4), temperature=temperature, seed=1, repetition_penalty=0.01
+    )
+    assert sample([sequence], logits) == [1]
+
+
+def test_stop_tokens_that_cover_the_vocabulary_leave_a_draw() -> None:
+    seen = set()
+    for seed in range(20):
+        sequence = make_sequence(
+            temperature=1.0, seed=seed, min_tokens=5, stop_token_ids=tuple(range(VOCAB))
+        )
+        seen.update(sample([sequence], torch.zeros(1, VOCAB)))
+    assert len(seen) > 5
+
+
 def test_repetition_penalty_counts_prompt_and_output() -> None:
     logits = logits_of({1: 3.0, 20: 2.9, 30: 2.0, 31: -1.0})
     sequence = make_sequence(prompt=(1,), output=(20,), repetition_penalty=2.0)

@@ -99,14 +99,15 @@ class Harness:
         assert await self.transport.connect(self.owner.card()) == (PEER, EPOCH)
 
     def expect(self, num_blocks: int = 4, *, cached: int = 0, timeout_s: float = 60.0) -> None:
-        self.fetcher.expect(
-            R,
-            peer=PEER,
-            epoch=EPOCH,
-            local=[BlockId(i) for i in range(num_blocks)],
-            num_cached_blocks=cached,
-            timeout_s=timeout_s,
-        )
+        self.watch(timeout_s=timeout_s)
+        self.reserve(num_blocks, cached=cached)
+
+    def watch(self, *, timeout_s: float = 60.0) -> None:
+        self.fetcher.expect(R, peer=PEER, epoch=EPOCH, timeout_s=timeout_s)
+
+    def reserve(self, num_blocks: int, *, cached: int = 0) -> None:
+        local = [BlockId(i) for i in range(num_blocks)]
+        self.fetcher.reserved(R, local, num_cached_blocks=cached)
 
     def chunk(self, first: int, count: int, *, last: bool = False, **changes) -> None:
         values = {"lease_id": LEASE, "epoch": EPOCH, "lease_s": 30.0, **changes}
@@ -243,6 +244,50 @@ async def test_lease_is_renewed_while_waiting_and_reading(h):
     h.fetcher.cancel(R, "test")
 
 
+async def test_lease_is_renewed_for_as_long_as_our_own_blocks_take(h):
+    h.watch()
+    h.chunk(0, 1)
+    h.chunk(1, 2, last=True)
+    h.recorder.take_sent()
+    for _ in range(5):
+        h.clock.advance(10.0)
+        h.fetcher.tick()
+        await h.settle()
+    assert h.recorder.take_sent() == [Renew(LEASE)] * 5
+    assert not h.reads
+    h.reserve(3, cached=1)
+    await h.settle()
+    assert h.reads == [((101, 102), (1, 2))]
+    h.clock.advance(0.25)
+    await h.land()
+    h.complete()
+    (result,) = h.recorder.results
+    assert result.first_token is FIRST
+    # The wait for blocks is no part of the transfer.
+    assert (result.started_at_s, result.ended_at_s) == (60.0, 60.25)
+    assert result.stats.exposed_seconds == pytest.approx(0.25)
+
+
+async def test_wait_for_blocks_ends_at_the_deadline(h):
+    h.watch(timeout_s=40.0)
+    h.chunk(0, 1, last=True)
+    for _ in range(4):
+        h.clock.advance(10.0)
+        h.fetcher.tick()
+    assert isinstance(h.failure.error, TransferTimeout) and h.failure.unsettled == ()
+    h.reserve(1)
+    await h.settle()
+    assert not h.reads and len(h.recorder.failures) == 1
+
+
+@pytest.mark.parametrize(("num_blocks", "cached"), [(2, 0), (4, 0), (3, 4)])
+async def test_reservation_that_does_not_fit_the_announced_prompt_is_refused(h, num_blocks, cached):
+    h.watch()
+    h.chunk(0, 3, last=True)
+    h.reserve(num_blocks, cached=cached)
+    assert type(h.failure.error) is TransferError and h.failure.unsettled == ()
+
+
 async def test_invalid_lease_throws_the_read_away(h):
     h.expect(1)
     h.chunk(0, 1, last=True)
@@ -314,9 +359,11 @@ async def test_late_write_settles_when_the_peer_dies(h):
     assert h.recorder.withheld == set()
 
 
-@pytest.mark.parametrize("state", ["waiting", "reading", "between", "completing"])
+@pytest.mark.parametrize("state", ["watching", "waiting", "reading", "between", "completing"])
 async def test_cancel_in_every_state_is_reported_at_once_and_told_to_the_owner(h, state):
-    h.expect(3)
+    h.watch()
+    if state != "watching":
+        h.reserve(3)
     if state != "waiting":
         h.chunk(0, 2)
         await h.settle()
@@ -390,7 +437,7 @@ async def test_broken_stream_may_come_back_within_its_grace(h):
     h.expect(2)
     h.chunk(0, 1)
     await h.land()
-    h.fetcher.link_lost(PEER)
+    h.fetcher.link_lost(PEER, EPOCH)
     h.clock.advance(1.9)
     h.fetcher.tick()
     h.recorder.take_sent()
@@ -400,7 +447,7 @@ async def test_broken_stream_may_come_back_within_its_grace(h):
     await h.settle()
     assert h.reads == [((101,), (1,))]
     await h.land()
-    h.fetcher.link_lost(PEER)
+    h.fetcher.link_lost(PEER, EPOCH)
     h.recorder.take_sent()
     h.fetcher.link_restored(PEER, EPOCH)
     assert h.recorder.take_sent() == [Complete(LEASE, EPOCH)]
@@ -410,7 +457,7 @@ async def test_broken_stream_may_come_back_within_its_grace(h):
 
 async def test_stream_that_stays_away_is_a_dead_peer(h):
     h.expect(1)
-    h.fetcher.link_lost(PEER)
+    h.fetcher.link_lost(PEER, EPOCH)
     h.clock.advance(2.0)
     h.fetcher.tick()
     assert isinstance(h.failure.error, PeerGone)
@@ -418,9 +465,20 @@ async def test_stream_that_stays_away_is_a_dead_peer(h):
 
 async def test_restarted_peer_fails_its_fetches(h):
     h.expect(1)
-    h.fetcher.link_lost(PEER)
+    h.fetcher.link_lost(PEER, EPOCH)
     h.fetcher.link_restored(PEER, Epoch("p2"))
     assert isinstance(h.failure.error, PeerGone) and "restarted" in str(h.failure.error)
+
+
+async def test_late_end_of_an_older_epoch_leaves_the_newer_alone(h):
+    h.expect(1)
+    h.fetcher.link_lost(PEER, Epoch("p0"))
+    h.fetcher.peer_gone(PEER, Epoch("p0"), "its stream was closed")
+    h.clock.advance(5.0)
+    h.fetcher.tick()
+    assert h.fetcher.num_fetches == 1
+    h.fetcher.peer_gone(PEER, EPOCH, "its stream was closed")
+    assert isinstance(h.failure.error, PeerGone)
 
 
 async def test_chunk_of_another_epoch_is_refused(h):
@@ -478,6 +536,8 @@ class World:
         self.reserved: dict[RequestId, set[BlockId]] = {}
         self.computed: dict[RequestId, int] = {}
         self.free = set(map(BlockId, range(NUM_BLOCKS)))
+        self.waiting: list[tuple[RequestId, list[BlockId]]] = []
+        """Expected, but not told yet which blocks to read into."""
         self.number = 0
         self.is_linked = True
 
@@ -516,10 +576,14 @@ class World:
             request_id,
             peer=PEER,
             epoch=EPOCH,
-            local=local,
-            num_cached_blocks=self.rng.randrange(0, count + 1),
             timeout_s=self.rng.choice([3.0, 60.0]),
         )
+        self.waiting.append((request_id, local))
+
+    def reserve(self) -> None:
+        request_id, local = self.waiting.pop(self.rng.randrange(len(self.waiting)))
+        num_cached_blocks = self.rng.randrange(0, len(local) + 1)
+        self.h.fetcher.reserved(request_id, local, num_cached_blocks=num_cached_blocks)
 
     def compute(self) -> None:
         request_id = self.rng.choice(list(self.computed))
@@ -568,6 +632,8 @@ class World:
             self.h.clock.advance(self.rng.random() * 0.4)
             self.apply(self.owner.tick())
             self.h.fetcher.tick()
+        if self.waiting and self.rng.random() < 0.6:
+            self.reserve()
         self.pump()
         await asyncio.sleep(0)
 
@@ -576,7 +642,7 @@ class World:
             self.to_reader.clear()
             self.apply(self.owner.reader_gone(ReaderId("decode-0")))
             self.is_linked = False
-            self.h.fetcher.link_lost(PEER)
+            self.h.fetcher.link_lost(PEER, EPOCH)
         else:
             self.is_linked = True
             self.h.fetcher.link_restored(PEER, EPOCH)
@@ -612,7 +678,7 @@ async def test_random_walk_of_owner_and_reader_leaks_nothing(seed):
     for _ in range(10_000):
         await world.step()
         world.check()
-    assert num_results > 200
+    assert num_results > 150
     for request_id in list(world.reserved):
         world.h.fetcher.cancel(request_id, "end")
     await world.h.finish()

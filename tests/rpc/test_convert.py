@@ -68,6 +68,7 @@ def test_delta(reason):
         stop_token_id=0,
         error="e",
         is_retryable=True,
+        is_overload=True,
         num_cached_tokens=9,
         timeline=Timeline(
             {event: float(event) for event in LifecycleEvent}, TransferStats(1, 2, 3, 0.5, 0.25)
@@ -108,10 +109,19 @@ def test_worker_of_unknown_role_is_refused():
 
 
 def test_load_report():
-    load = LoadReport(*range(1, 12), is_draining=True)
+    load = LoadReport(*range(1, 12), is_draining=True, is_unhealthy=True)
     assert convert.load_from_wire(convert.load_to_wire(load)) == load
 
 
 def test_work_of_a_newer_router_is_refused():
     with pytest.raises(InvalidRequest, match="work 9"):
         convert.request_from_wire(pb.Submit(request_id="r", work=9, prompt_token_ids=[1]))
+
+
+def test_masses_of_sampling_entries_are_refused_before_they_are_copied():
+    for name, fields in (
+        ("stop_token_ids", {"stop_token_ids": range(300)}),
+        ("logit_bias", {"logit_bias": dict.fromkeys(range(2000), 1.0)}),
+    ):
+        with pytest.raises(InvalidRequest, match=f"{name} takes at most"):
+            convert.sampling_from_wire(pb.SamplingParams(**fields))

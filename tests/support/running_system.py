@@ -51,6 +51,19 @@ class RunningSystem:
         return self._output_file.read_text()
 
     def start(self) -> None:
+        """Returns when the command has said that it is ready."""
+        self.launch()
+        assert self.process is not None
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while "\nready in" not in self.output:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"not ready:\n{self.output}\n{self.logs()}")
+            time.sleep(0.05)
+        self.members = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def launch(self) -> None:
+        """Start the command and return at once."""
         command = [
             sys.executable, "-m", "baton.cli.main", "serve", "--run-dir", str(self.run_dir),
             "--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port),
@@ -60,21 +73,14 @@ class RunningSystem:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while "\nready in" not in self.output:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"not ready:\n{self.output}\n{self.logs()}")
-            time.sleep(0.05)
-        self.members = {p.pid for p in psutil.Process(self.process.pid).children(recursive=True)}
 
-    def interrupt(self, timeout_s: float) -> float:
-        """Ctrl-C; returns the seconds until the command had ended."""
+    def interrupt(self, timeout_s: float, number: signal.Signals = signal.SIGINT) -> float:
+        """Ctrl-C, or another signal; returns the seconds until the command had ended."""
         assert self.process is not None
         members = psutil.Process(self.process.pid).children(recursive=True)
         self.members |= {p.pid for p in members}
         start = time.monotonic()
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(number)
         self.process.wait(timeout_s)
         return time.monotonic() - start
 
@@ -99,23 +105,36 @@ class RunningSystem:
             f"--- {p.name}\n{p.read_text()[-3000:]}" for p in self.run_dir.glob("logs/*")
         )
 
-    def workers(self) -> dict[str, worker_pb2.Welcome]:
-        """Worker id -> what it says of itself, asked over gRPC."""
-        answers = {}
-        for file in self.run_dir.glob("registry/*.json"):
-            address = json.loads(file.read_text())["info"]["address"]
+    def worker_addresses(self) -> list[str]:
+        """Where the workers listen, from the last `ready` line of each log."""
+        ready: dict[str, str] = {}
+        for file in self.run_dir.glob("logs/[pd]*.log"):
+            for line in file.read_text().splitlines():
+                if '"address"' in line and '"role"' in line:
+                    ready[file.name] = json.loads(line)["address"]
+        return list(ready.values())
+
+    def workers(self) -> list[worker_pb2.Welcome]:
+        """What each worker says of itself, asked over gRPC."""
+        answers = []
+        for address in self.worker_addresses():
             with grpc.insecure_channel(address) as channel:
                 stub = worker_pb2_grpc.WorkerStub(channel)
-                welcome = stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10)
-                answers[welcome.info.worker_id] = welcome
+                answers.append(stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10))
         return answers
+
+    def worker(self, role: str) -> worker_pb2.WorkerInfo:
+        """The identity of the only worker of `role` (prefill or decode)."""
+        number = worker_pb2.Role.Value(f"ROLE_{role.upper()}")
+        (info,) = (w.info for w in self.workers() if w.info.role == number)
+        return info
 
     def assert_nothing_leaked(self) -> None:
         """All blocks free or cached, no lease, no reservation, on every worker."""
         deadline = time.monotonic() + IDLE_TIMEOUT_S
         while True:
-            loads = {worker_id: w.load for worker_id, w in self.workers().items()}
-            if all(is_idle(load) for load in loads.values()):
+            loads = [w.load for w in self.workers()]
+            if all(is_idle(load) for load in loads):
                 return
             assert time.monotonic() < deadline, f"leaked: {loads}"
             time.sleep(0.2)

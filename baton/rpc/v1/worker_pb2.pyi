@@ -216,7 +216,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., transport: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "queued_prefill_tokens", "resident_kv_tokens", "free_blocks", "cached_blocks", "total_blocks", "leases", "reservations", "quarantined_blocks", "num_preemptions", "is_draining")
+    __slots__ = ("num_running", "num_waiting", "queued_prefill_tokens", "resident_kv_tokens", "free_blocks", "cached_blocks", "total_blocks", "leases", "reservations", "quarantined_blocks", "num_preemptions", "is_draining", "is_unhealthy")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -229,6 +229,7 @@ class LoadReport(_message.Message):
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    IS_UNHEALTHY_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     queued_prefill_tokens: int
@@ -241,7 +242,8 @@ class LoadReport(_message.Message):
     quarantined_blocks: int
     num_preemptions: int
     is_draining: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., resident_kv_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., is_draining: bool = ...) -> None: ...
+    is_unhealthy: bool
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., resident_kv_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., is_draining: bool = ..., is_unhealthy: bool = ...) -> None: ...
 
 class StepBatch(_message.Message):
     __slots__ = ("deltas", "load", "first_kv_sequence", "kv_events")
@@ -264,7 +266,7 @@ class KvEvent(_message.Message):
     def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("request_id", "first_index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "error", "is_retryable", "num_cached_tokens", "timeline")
+    __slots__ = ("request_id", "first_index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "error", "is_retryable", "num_cached_tokens", "timeline", "is_overload")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +277,7 @@ class Delta(_message.Message):
     IS_RETRYABLE_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    IS_OVERLOAD_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -285,7 +288,8 @@ class Delta(_message.Message):
     is_retryable: bool
     num_cached_tokens: int
     timeline: Timeline
-    def __init__(self, request_id: _Optional[str] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., is_retryable: bool = ..., num_cached_tokens: _Optional[int] = ..., timeline: _Optional[_Union[Timeline, _Mapping]] = ...) -> None: ...
+    is_overload: bool
+    def __init__(self, request_id: _Optional[str] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., is_retryable: bool = ..., num_cached_tokens: _Optional[int] = ..., timeline: _Optional[_Union[Timeline, _Mapping]] = ..., is_overload: bool = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("token_id", "logprob", "top_token_ids", "top_logprobs")

@@ -13,10 +13,9 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.core.errors import InvalidRequest
-from services.router.preprocess import describe, shorten
+from services.router.preprocess import MAX_MESSAGES, describe, shorten
 
 MAX_CHOICES_PER_PROMPT = 8
-MAX_MESSAGES = 16_384
 
 _NOTHING: tuple[object, ...] = (None, [], {}, "")
 _NOT_SUPPORTED: dict[str, tuple[object, ...]] = {

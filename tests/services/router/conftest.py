@@ -18,6 +18,7 @@ import grpc
 import pytest
 
 from baton.core.block import BlockHash, join_hashes
+from baton.core.errors import Overloaded
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
@@ -43,6 +44,7 @@ from services.router.config import DispatchConfig, RouterConfig, SessionConfig
 from services.router.core import RouterCore
 from services.router.generation import GenerationDelta, GenerationInput, Usage
 from services.router.membership import PushMembership
+from services.worker.last_delta import refusal
 
 LAYOUT = KvLayout("fake", 1, 1, 8, 16, "float32")
 MODEL = "fake"
@@ -116,6 +118,9 @@ class Faults:
     hold_kv: bool = False
     """Decode never gets the KV."""
     refuse: str = ""
+    is_full: bool = False
+    """Refuses for want of room."""
+    welcome_delay_s: float = 0.0
     forgets_the_end: bool = False
     """The last token comes without its finish reason."""
 
@@ -246,6 +251,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         assert hello.WhichOneof("body") == "hello"
         while self.faults.is_frozen:
             await asyncio.sleep(0.02)
+        await asyncio.sleep(self.faults.welcome_delay_s)
         await context.write(pb.WorkerMessage(welcome=self._welcome()))
         queue: asyncio.Queue[pb.WorkerMessage] = asyncio.Queue()
         self.sessions.append(queue)
@@ -284,6 +290,8 @@ class FakeWorker(pb_grpc.WorkerServicer):
             self.die()
         elif self.faults.refuse:
             self._send(queue, self._error(request.request_id, self.faults.refuse, True))
+        elif self.faults.is_full:
+            self._send(queue, refusal(request.request_id, Overloaded("the queue is full")))
         else:
             index = len(request.output_token_ids) + (request.work is Work.DECODE)
             self.live[request.request_id] = Live(request, index, queue)
@@ -460,6 +468,15 @@ class Cluster:
     async def generate(self, prompt: Sequence[int], max_tokens: int = 8, **kw: object) -> Outcome:
         return await self.run(self.input(prompt, max_tokens, **kw))
 
+    async def rendered(self, *samples: str, timeout_s: float = 3.0) -> str:
+        """The metrics, once they hold all of `samples`."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                text = self.core.metrics.render().decode()
+                if all(sample in text for sample in samples):
+                    return text
+                await asyncio.sleep(0.02)
+
     async def settled(self, timeout_s: float = 5.0) -> None:
         """Wait until nothing of any request is left, in the router or on a worker."""
         async with asyncio.timeout(timeout_s):
@@ -493,8 +510,8 @@ def router_config(**dispatch: object) -> RouterConfig:
         model_path=Path("/nonexistent"),
         model_name=MODEL,
         session=SessionConfig(
-            connect_timeout_s=0.5, idle_timeout_s=0.6, backoff_min_s=0.05, backoff_max_s=0.2,
-            stall_quarantine_s=0.5,
+            connect_timeout_s=0.5, welcome_timeout_s=0.5, idle_timeout_s=0.6, backoff_min_s=0.05,
+            backoff_max_s=0.2, stall_quarantine_s=0.5,
         ),
         dispatch=DispatchConfig(**dispatch),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -504,6 +521,12 @@ LONG = list(range(1, 101))
 """A prompt above the local-prefill threshold."""
 SHORT = [5, 6, 7]
 """A prompt below it."""
+
+
+@pytest.fixture
+def config() -> RouterConfig:
+    """What clusters run with."""
+    return router_config()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from baton.core.errors import (
     DeadlineExceeded,
     InternalError,
     NoWorker,
+    Overloaded,
     Unavailable,
     WorkerLost,
 )
@@ -442,4 +443,61 @@ async def test_mixed_requests_with_cancels_and_faults_all_end(make_cluster, seed
     assert not dispatcher._flights
     for session in cluster.core.pool._sessions.values():
         assert not session._requests
-    assert "baton_requests_running 0.0" in cluster.core.render_metrics().decode()
+    assert "baton_requests_running 0.0" in cluster.core.metrics.render().decode()
+
+
+# Workers without room.
+
+
+@pytest.mark.parametrize("prompt", [LONG, SHORT])
+async def test_full_workers_make_the_request_an_overload_at_once(make_cluster, prompt):
+    cluster = await make_cluster(2, 2)
+    for worker in cluster.workers.values():
+        worker.faults.is_full = True
+    started_at = time.monotonic()
+    with pytest.raises(Overloaded) as caught:
+        await run(cluster, prompt)
+    assert caught.value.retry_after_s > 0
+    assert time.monotonic() - started_at < 2
+    await cluster.settled()
+
+
+async def test_overload_on_more_workers_than_there_are_retries(make_cluster):
+    cluster = await make_cluster(0, 6)
+    for worker in cluster.workers.values():
+        worker.faults.is_full = True
+    with pytest.raises(Overloaded):
+        await run(cluster, SHORT)
+    assert sum(len(w.submitted) for w in cluster.workers.values()) == 4
+
+
+async def test_worker_with_room_takes_what_full_ones_refuse(make_cluster):
+    cluster = await make_cluster(1, 3)
+    for name in ("p0", "d0", "d1"):
+        cluster[name].faults.is_full = True
+    cluster.assert_right(await run(cluster, LONG), LONG, 10)
+    assert cluster["d2"].submitted
+
+
+async def test_full_decode_worker_leaves_the_request_to_the_prefill_worker(cluster):
+    cluster["d0"].faults.is_full = True
+    cluster.assert_right(await run(cluster, LONG), LONG, 10)
+    assert cluster["p0"].submitted[-1].work is Work.GENERATE
+
+
+async def test_started_request_waits_for_room(make_cluster):
+    cluster = await make_cluster(0, 2)
+    for worker in cluster.workers.values():
+        worker.faults.kill_at = 3
+    request = cluster.generate(SHORT, 10)
+    task = asyncio.create_task(request)
+    while not (first := next((w for w in cluster.workers.values() if w.submitted), None)):
+        await asyncio.sleep(0.001)
+    other = next(w for w in cluster.workers.values() if w is not first)
+    other.faults.kill_at, other.faults.is_full = None, True
+    while not other.submitted:
+        await asyncio.sleep(0.001)
+    other.faults.is_full = False
+    async with asyncio.timeout(5):
+        cluster.assert_right(await task, SHORT, 10)
+    assert len(other.submitted) > 1

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 
 import pytest
 
-from baton.core.block import chain_hashes, root_hash
+from baton.core.block import chain_hashes, join_hashes, root_hash
 from baton.core.errors import WorkerLost
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import WorkerId
+from baton.rpc.v1 import worker_pb2 as pb
 from services.router.mailbox import Arrival, Mailbox
 from services.router.membership import PushMembership, StaticMembership
+from services.router.prefix_index import PrefixIndex
+from services.router.session_client import SessionState, WorkerSession
+from services.router.worker_pool import WorkerPool
 
 LONG = list(range(1, 101))
 
@@ -67,6 +72,69 @@ async def test_gap_in_kv_events_is_repaired_without_losing_requests(cluster):
     cluster["d0"].store(hashes[4:5])
     await matched(cluster, hashes, {"d0": 5})
     assert cluster["d0"].num_get_info == 1
+
+
+async def test_events_that_a_snapshot_contains_are_no_gap_and_not_applied_again(cluster):
+    worker, hashes = cluster["d0"], hashes_of(cluster, LONG)
+    worker.store(hashes[:2], skip=4)
+    await matched(cluster, hashes, {"d0": 2})
+    worker.report(first_kv_sequence=3, kv_events=[pb.KvEvent(removed=join_hashes(hashes[:1]))])
+    worker.kv_sequence = 6
+    worker.report(
+        first_kv_sequence=4,
+        kv_events=[
+            pb.KvEvent(removed=join_hashes(hashes[:1])),
+            pb.KvEvent(stored=join_hashes(hashes[:2])),
+            pb.KvEvent(stored=join_hashes(hashes[2:3])),
+        ],
+    )
+    await matched(cluster, hashes, {"d0": 3})
+    worker.store(hashes[3:4])
+    await matched(cluster, hashes, {"d0": 4})
+    assert worker.num_get_info == 1
+
+
+async def test_slow_welcome_is_waited_for_longer_than_the_connection(make_cluster, config):
+    session = dataclasses.replace(config.session, connect_timeout_s=0.2, welcome_timeout_s=5.0)
+    cluster = await make_cluster(config=dataclasses.replace(config, session=session))
+    await cluster["d0"].kill()
+    await cluster.connected("p0")
+    cluster["d0"].faults.welcome_delay_s = 0.6
+    await cluster["d0"].start()
+    await cluster.connected(timeout_s=4.0)
+
+
+async def test_stopped_process_behind_an_open_port_is_given_up_soon(config):
+    # The kernel completes connections to a listening socket whoever does not accept them.
+    session_config = dataclasses.replace(
+        config.session, connect_timeout_s=0.2, welcome_timeout_s=60.0
+    )
+    pool = WorkerPool(router_id="r", config=session_config, index=PrefixIndex(10))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        session = WorkerSession(address, router_id="r", config=session_config, listener=pool)
+        running = asyncio.create_task(session.run())
+        async with asyncio.timeout(3):
+            while session.state is not SessionState.LOST:
+                await asyncio.sleep(0.01)
+        assert session.lost_reason == "no connection within 0.2 s"
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_unhealthy_worker_gets_no_work_and_does_not_count_as_answering(make_cluster):
+    cluster = await make_cluster(1, 2)
+    for name in ("d0", "p0"):
+        cluster[name].load = dataclasses.replace(cluster[name].load, is_unhealthy=True)
+        cluster[name].report()
+    async with asyncio.timeout(2):
+        while len(cluster.core.pool.view().eligible(model="fake")) != 1:
+            await asyncio.sleep(0.005)
+    for _ in range(3):
+        cluster.assert_right(await cluster.generate(LONG, 4), LONG, 4)
+    assert not cluster["d0"].submitted and not cluster["p0"].submitted
+    health = await cluster.core.dispatcher.health()
+    assert health.detail["workers_answering"] == {"prefill": 0, "decode": 1}
 
 
 async def test_lost_worker_leaves_the_index_and_comes_back_with_its_own_past(cluster):

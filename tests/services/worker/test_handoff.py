@@ -1,5 +1,6 @@
 import asyncio
 import random
+import time
 
 import pytest
 
@@ -171,6 +172,44 @@ async def test_cancel_while_waiting_for_blocks(workers, make_request):
     await on_decode.cancel("a")
     assert (await on_decode.ended("a")).finish_reason is FinishReason.CANCELLED
     await on_decode.cancel("running")
+    await decode.assert_nothing_leaked()
+
+
+async def test_lease_is_kept_while_decode_waits_longer_than_it_for_blocks(
+    workers, hand_off, make_request, expected
+):
+    lease_s = 0.9
+    prefill = await workers.start(Role.PREFILL, lease_s=lease_s)
+    decode = await workers.start(Role.DECODE, num_blocks=16, step_s=0.1)
+    on_prefill, on_decode = await prefill.router(), await decode.router()
+    await on_decode.submit(make_request("running", PROMPT, max_tokens=24, is_cached=False))
+    await asyncio.sleep(0.05)
+    await hand_off("a", PROMPT, prefill, on_prefill, on_decode, max_tokens=4, is_cached=False)
+    await on_prefill.ended("a")
+    prefilled_s = time.monotonic()
+    await on_decode.ended("running")
+    assert time.monotonic() - prefilled_s > 1.5 * lease_s
+    assert (await on_decode.ended("a")).finish_reason is FinishReason.LENGTH
+    assert on_prefill.tokens("a") + on_decode.tokens("a") == expected(PROMPT, 4)
+    await prefill.assert_nothing_leaked()
+    await decode.assert_nothing_leaked()
+
+
+async def test_defect_at_the_start_of_a_read_is_a_retryable_error(
+    pair, hand_off, monkeypatch, caplog
+):
+    prefill, decode, on_prefill, on_decode = pair
+
+    def defect(*args, **kwargs):
+        raise ZeroDivisionError("defect")
+
+    monkeypatch.setattr(decode.server.parts.reads._fetcher, "expect", defect)
+    await hand_off("a", PROMPT, prefill, on_prefill, on_decode, max_tokens=4)
+    end = await on_decode.ended("a")
+    assert (end.finish_reason, end.is_retryable) == (FinishReason.ERROR, True)
+    assert "could not start" in caplog.text
+    await on_prefill.cancel("a")
+    await prefill.assert_nothing_leaked()
     await decode.assert_nothing_leaked()
 
 

@@ -161,6 +161,30 @@ async def test_unknown_fields_are_refused_at_any_depth(channel):
     assert caught.value.code() is Code.INVALID_ARGUMENT
 
 
+async def test_message_above_the_limit_is_refused_and_the_service_lives(
+    stub, generator, edge_config
+):
+    long = pb.ChatMessage(role="user", content="x" * edge_config.max_body_bytes)
+    details = await refused(stub.Chat(chat(messages=[long])), Code.RESOURCE_EXHAUSTED)
+    assert str(edge_config.max_body_bytes) in details
+    assert await collect(stub.Chat(chat()))
+    assert len(generator.started) == 1
+
+
+async def test_too_many_messages_are_refused_before_they_are_looked_at(channel, stub, edge_config):
+    call = channel.unary_stream("/baton.v1.Inference/Chat")
+    data = b"\x12\x00" * (edge_config.max_body_bytes // 2)
+    assert "16384" in await refused(call(data), Code.INVALID_ARGUMENT)
+    some = [pb.ChatMessage(role="user")] * 256
+    assert "256 messages" in await refused(stub.Chat(chat(messages=some)), Code.INVALID_ARGUMENT)
+
+
+async def test_masses_of_unknown_fields_are_refused_without_listing_them(channel):
+    call = channel.unary_stream("/baton.v1.Inference/Chat")
+    details = await refused(call(b"\xf8\x06\x01" * 5000), Code.INVALID_ARGUMENT)
+    assert "15000 bytes of unknown fields" in details
+
+
 async def test_undecodable_message_is_an_error_and_the_service_lives(channel, stub):
     call = channel.unary_stream("/baton.v1.Inference/Chat")
     with pytest.raises(grpc.aio.AioRpcError):

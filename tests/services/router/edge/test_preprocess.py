@@ -11,6 +11,7 @@ from baton.core.request import SamplingParams
 from services.router.generation import ModelCard
 from services.router.preprocess import (
     INLINE_CHARS,
+    MAX_MESSAGES,
     Preprocessor,
     check_sampling,
     check_stop,
@@ -54,6 +55,24 @@ async def test_long_texts_are_tokenized_in_a_thread(preprocessor, tokenizer):
     await preprocessor.chat_prompt(card, [{"role": "user", "content": "y" * (INLINE_CHARS + 1)}])
     is_main = [t is threading.main_thread() for t in watched.threads]
     assert is_main == [True, False, False]
+
+
+async def test_many_short_messages_are_rendered_in_a_thread(preprocessor, tokenizer):
+    watched = WatchedTokenizer(tokenizer)
+    card = ModelCard("tiny", 100_000, watched, 0)
+    for num_messages in (10, 1000):
+        await preprocessor.chat_prompt(card, [{"role": "user", "content": ""}] * num_messages)
+    assert [t is threading.main_thread() for t in watched.threads] == [True, False]
+
+
+async def test_more_messages_than_fit_are_not_rendered(preprocessor, tokenizer):
+    watched = WatchedTokenizer(tokenizer)
+    messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
+    with pytest.raises(ContextLengthExceeded, match="16 messages"):
+        await preprocessor.chat_prompt(ModelCard("tiny", 16, watched, 0), messages[:16])
+    with pytest.raises(InvalidRequest, match=f"at most {MAX_MESSAGES}"):
+        await preprocessor.chat_prompt(ModelCard("tiny", 10**6, watched, 0), messages)
+    assert not watched.threads
 
 
 async def test_hopelessly_long_texts_are_not_tokenized_at_all(preprocessor, tokenizer):
