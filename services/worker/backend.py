@@ -25,7 +25,7 @@ from kvtransfer.select import create_transport, needs_shared_pool
 from kvtransfer.shm_transport import ShmPool
 from kvtransfer.transport import PoolRegion, Transport
 from services.worker.config import WorkerConfig
-from services.worker.core_share import AllCores, CoreShare, shared_file
+from services.worker.core_share import AllCores, CoreShare, share_cores, shared_file
 from services.worker.engine_api import EngineApi
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _cores(config: EngineConfig) -> AllCores | CoreShare:
     if config.num_threads is not None:
         return AllCores()
     cores = os.sched_getaffinity(0)
-    return CoreShare(
+    return share_cores(
         shared_file(sorted(cores)), num_cores=len(cores), set_num_threads=torch.set_num_threads
     )
 

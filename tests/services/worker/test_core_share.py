@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.worker import core_share
-from services.worker.core_share import CoreShare, shared_file
+from services.worker.core_share import AllCores, CoreShare, share_cores, shared_file
 
 Make = Callable[[], tuple[CoreShare, list[int]]]
 
@@ -61,14 +63,56 @@ def test_nobody_gets_less_than_one_core(make: Make) -> None:
 def test_dead_worker_does_not_count_and_its_slot_is_used_again(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     dead = claim_as_other_process(monkeypatch, make, gone.pid)
+    dead.adjust()
+    share, counts = make()
+    share.adjust()
+    gone.kill()
+    # Killed, but not noticed by its parent yet.
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)
+    share.adjust()
+    assert counts == [4, 8]
+    gone.communicate()
+    share.adjust()
+    assert counts == [4, 8]
+    assert make()[0]._mine == dead._mine
+
+
+def test_process_that_got_the_id_of_a_dead_worker_does_not_count(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(core_share, "_start_time", lambda pid: 1)
+        dead = make()[0]
     dead.adjust()
     share, counts = make()
     share.adjust()
     assert counts == [8]
     assert share._mine == dead._mine
+
+
+def test_file_that_cannot_be_used_leaves_all_cores_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "cores"
+    file.mkdir()
+    share = share_cores(file, num_cores=8, set_num_threads=lambda number: None)
+    assert isinstance(share, AllCores)
+    assert len(caplog.records) == 1 and str(file) in caplog.text
+
+
+def test_file_system_without_locks_leaves_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    num_open = len(os.listdir("/proc/self/fd"))
+    share = share_cores(tmp_path / "cores", num_cores=8, set_num_threads=lambda number: None)
+    assert isinstance(share, AllCores)
+    assert len(os.listdir("/proc/self/fd")) == num_open
 
 
 def test_more_workers_than_slots_still_compute(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
