@@ -48,6 +48,10 @@ from kvtransfer.transport import ReadStats
 
 LEASE_RENEWAL = 1 / 3
 LEASE_TRUST = 0.8
+MAX_WAIT_TERMS = 4
+"""Lease terms during which the owner's blocks are held while ours do not come. Without a limit two
+full pools could wait for each other: theirs held for requests that wait for ours, and ours held
+for requests whose prompts wait for theirs."""
 
 
 class FetchState(Enum):
@@ -143,6 +147,7 @@ class FetchMachine:
     _read_started_s: float = 0.0
     _lease_id: LeaseId | None = None
     _lease_s: float = 0.0
+    _lease_granted_s: float = 0.0
     _lease_kept_s: float = 0.0
     """When the lease was granted or last renewed."""
     _announced_all_s: float | None = None
@@ -175,6 +180,8 @@ class FetchMachine:
         if chunk.first_block_index > len(self._remote):
             gap = f"chunk of block {chunk.first_block_index} does not continue {len(self._remote)}"
             return self._fail(TransferError(gap), now_s)
+        if self._lease_id is None:
+            self._lease_granted_s = now_s
         self._lease_id, self._lease_s, self._lease_kept_s = chunk.lease_id, chunk.lease_s, now_s
         self._remote += chunk.block_ids[len(self._remote) - chunk.first_block_index :]
         if chunk.is_last and self._announced_all_s is None:
@@ -267,6 +274,11 @@ class FetchMachine:
         if age_s > self._lease_s * LEASE_TRUST:
             stale = f"lease not renewed for {age_s:.1f} of its {self._lease_s:g} s"
             return self._fail(LeaseLost(stale), now_s)
+        if self.state is FetchState.WATCHING:
+            waited_s = now_s - self._lease_granted_s
+            if waited_s >= self._lease_s * MAX_WAIT_TERMS:
+                long = f"no free blocks here for {waited_s:.0f} s after the prompt was computed"
+                return self._fail(LeaseLost(long), now_s)
         if age_s >= self._lease_s * LEASE_RENEWAL:
             self._lease_kept_s = now_s
             return [ToOwner(Renew(self._lease_id))]

@@ -52,7 +52,7 @@ class OwnerLimits:
     """Term of a lease. Renewed by the reader at a third of it, so two lost renewals are fine."""
     watch_s: float = 120.0
     """A watch for a request of which nothing is computed is refused after this; it bounds
-    the time a prompt may queue here while its reader holds blocks."""
+    the time a prompt may queue here, while its reader may hold blocks."""
     ended_s: float = 120.0
     """How long an ended request's late chunks are still recognised."""
     max_watches: int = 4096

@@ -90,7 +90,7 @@ def share_cores(
     try:
         return CoreShare(file, num_cores=num_cores, set_num_threads=set_num_threads)
     except OSError as error:
-        logger.warning("workers of this host do not share its cores: %s: %s", file, error.strerror)
+        logger.warning("workers of this host do not share its cores by %s: %s", file, error)
         return AllCores()
 
 

@@ -15,6 +15,7 @@ from baton.core.errors import InvalidRequest, NotFound
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
 from baton.core.request import FinishReason, TokenDelta, TokenLogprobs, Work
 from baton.engine.batch import SampledToken
+from baton.engine.engine import BatchOutcome
 
 Make = Callable[..., Any]
 PROMPT = [(3 + 11 * i) % 97 for i in range(22)]
@@ -468,13 +469,15 @@ def test_failed_step_ends_its_batch_and_the_engine_goes_on(
     for _ in range(3):
         h.step()
     h.runner.fail_with = RuntimeError("/secret/path out of memory")
-    h.step()
+    assert h.step().batch is BatchOutcome.FAILED
     for name in ("g", "p"):
         last = h.records[name].last
         assert (last.finish_reason, last.is_retryable) == (FinishReason.ERROR, True)
         assert "RuntimeError" in last.error and "/secret" not in last.error
     assert not h.records["waits"].deltas
+    assert h.step().batch is BatchOutcome.COMPUTED
     h.run()
+    assert h.step().batch is BatchOutcome.NONE
     assert h.records["waits"].token_ids == expected_output(PROMPT[:6], 9)
     h.engine.release_lease("p")
     assert_engine_empty(h.engine)

@@ -244,7 +244,7 @@ async def test_lease_is_renewed_while_waiting_and_reading(h):
     h.fetcher.cancel(R, "test")
 
 
-async def test_lease_is_renewed_for_as_long_as_our_own_blocks_take(h):
+async def test_lease_is_renewed_while_our_own_blocks_are_awaited(h):
     h.watch()
     h.chunk(0, 1)
     h.chunk(1, 2, last=True)
@@ -266,6 +266,17 @@ async def test_lease_is_renewed_for_as_long_as_our_own_blocks_take(h):
     # The wait for blocks is no part of the transfer.
     assert (result.started_at_s, result.ended_at_s) == (60.0, 60.25)
     assert result.stats.exposed_seconds == pytest.approx(0.25)
+
+
+async def test_lease_is_given_back_when_our_own_blocks_do_not_come(h):
+    h.watch(timeout_s=600.0)
+    h.chunk(0, 1, last=True)
+    for _ in range(12):
+        h.clock.advance(10.0)
+        h.fetcher.tick()
+    assert isinstance(h.failure.error, LeaseLost) and h.failure.unsettled == ()
+    assert "no free blocks here for 120 s" in str(h.failure.error)
+    assert isinstance(h.recorder.take_sent()[-1], GiveUp)
 
 
 async def test_wait_for_blocks_ends_at_the_deadline(h):

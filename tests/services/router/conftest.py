@@ -104,6 +104,8 @@ class Faults:
 
     kill_at: int | None = None
     """Die instead of sending this token."""
+    kills_left: int = 10**9
+    """Of all workers that share this object."""
     kill_on_submit: bool = False
     error_at: int | None = None
     """Send an error delta instead of this token."""
@@ -322,7 +324,8 @@ class FakeWorker(pb_grpc.WorkerServicer):
         if request.work is Work.DECODE and not live.has_spoken and not self._read_kv(live):
             return
         k = live.index
-        if faults.kill_at == k:
+        if faults.kill_at == k and faults.kills_left:
+            faults.kills_left -= 1
             self.die()
             return
         if faults.error_at == k and faults.errors_left:

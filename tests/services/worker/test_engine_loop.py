@@ -18,7 +18,7 @@ from baton.core.request import (
     Work,
 )
 from baton.core.worker_info import LoadReport
-from baton.engine.engine import StepOutput
+from baton.engine.engine import BatchOutcome, StepOutput
 from services.worker.config import HealthConfig
 from services.worker.engine_api import StepResult
 from services.worker.engine_loop import MAX_FAILED_STEPS, EngineLoop
@@ -33,6 +33,8 @@ class FakeEngine:
         self.num_steps = num_steps
         self.num_step_calls = 0
         self.fail_steps = 0
+        self.fail_batches = 0
+        self.batch_size = 10**6
         self.step_s = 0.0
         self.cancelled: list[TokenDelta] = []
         self.threads: set[int] = set()
@@ -80,7 +82,17 @@ class FakeEngine:
             raise RuntimeError("device error")
         output = StepOutput(deltas=self.cancelled)
         self.cancelled = []
-        for request_id in list(self.left):
+        batch = list(self.left)[: self.batch_size]
+        if batch and self.fail_batches:
+            self.fail_batches -= 1
+            output.batch = BatchOutcome.FAILED
+            for request_id in batch:
+                del self.left[request_id]
+                delta = TokenDelta(request_id, finish_reason=FinishReason.ERROR, is_retryable=True)
+                output.deltas.append(delta)
+            return output
+        output.batch = BatchOutcome.COMPUTED if batch else BatchOutcome.NONE
+        for request_id in batch:
             self.left[request_id] -= 1
             index = self.num_steps - self.left[request_id] - 1
             delta = TokenDelta(request_id, index, [index])
@@ -225,6 +237,63 @@ async def test_engine_that_keeps_failing_is_broken_and_refuses(loop, engine, ste
     assert engine.num_step_calls == before
     verdict = await Health(loop, HealthConfig(), service_names=()).check()
     assert not verdict.is_healthy
+
+
+async def test_engine_whose_every_batch_fails_is_broken(loop, engine, steps):
+    engine.fail_batches, engine.batch_size = 10**6, 1
+    engine.step_s = 0.01
+    names = [f"a{number}" for number in range(MAX_FAILED_STEPS + 3)]
+    for name in names:
+        loop.submit(request(name))
+    for name in names:
+        delta = await steps.ended(name)
+        assert (delta.finish_reason, delta.is_retryable) == (FinishReason.ERROR, True)
+    await loop.ping()
+    assert loop.is_broken and engine.num_step_calls == MAX_FAILED_STEPS
+    assert steps.results[-1].load.is_unhealthy
+    verdict = await Health(loop, HealthConfig(), service_names=()).check()
+    assert not verdict.is_healthy
+
+
+async def test_idle_steps_between_failed_batches_do_not_hide_them(loop, engine, steps):
+    engine.fail_batches = MAX_FAILED_STEPS
+    for number in range(MAX_FAILED_STEPS):
+        loop.submit(request(f"a{number}"))
+        await steps.ended(f"a{number}")
+        loop.cancel(RequestId("unknown"))
+        await loop.ping()
+    assert loop.is_broken
+
+
+async def test_failed_batches_between_computed_ones_do_not_break_the_engine(loop, engine, steps):
+    for number in range(2 * MAX_FAILED_STEPS):
+        engine.fail_batches = 1
+        loop.submit(request(f"fails{number}"))
+        await steps.ended(f"fails{number}")
+        loop.submit(request(f"runs{number}"))
+        assert (await steps.ended(f"runs{number}")).finish_reason is FinishReason.LENGTH
+    assert not loop.is_broken
+
+
+async def test_worker_that_stays_unhealthy_has_failed_and_one_that_recovers_has_not(
+    loop, engine, steps
+):
+    verdicts = []
+    config = HealthConfig(period_s=0.05, step_timeout_s=0.1, max_bad_verdicts=4)
+    health = Health(loop, config, service_names=(), on_verdict=verdicts.append)
+    watching = asyncio.create_task(health.watch())
+    engine.step_s = 0.25
+    loop.submit(request("a"))
+    await steps.ended("a")
+    engine.step_s = 0
+    assert not all(verdict.is_healthy for verdict in verdicts)
+    assert not health.failed.is_set()
+    engine.step_s = 1.0
+    loop.submit(request("b"))
+    await asyncio.wait_for(health.failed.wait(), 5)
+    engine.step_s = 0
+    assert [verdict.is_healthy for verdict in verdicts[-4:]] == [False] * 4
+    watching.cancel()
 
 
 async def test_events_are_numbered_and_follow_the_snapshot(loop, engine, steps):

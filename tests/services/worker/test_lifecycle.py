@@ -128,6 +128,76 @@ async def test_health_is_served_for_every_service_and_turns_when_the_engine_hang
     await router.ended("a")
 
 
+async def test_worker_whose_steps_all_fail_tells_the_routers_and_has_failed(
+    workers, make_request, wait_for, monkeypatch
+):
+    worker = await workers.start()
+    router = await worker.router()
+
+    def fail(batch):
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(worker.runner, "execute", fail)
+    for number in range(4):
+        await router.submit(make_request(f"r{number}", PROMPT, max_tokens=3))
+        end = await router.ended(f"r{number}")
+        assert (end.finish_reason, end.is_retryable) == (FinishReason.ERROR, True)
+    await wait_for(lambda: router.load.is_unhealthy)
+    await asyncio.wait_for(worker.server.failed(), 5)
+    assert not (await worker.server.check_health()).is_healthy
+    late = await worker.router("late")
+    assert late.load.is_unhealthy
+
+
+async def test_dead_background_task_is_a_failed_worker_that_still_stops(
+    workers, make_request, wait_for, monkeypatch, caplog
+):
+    worker = await workers.start(Role.PREFILL)
+    router = await worker.router()
+    await router.submit(make_request("a", PROMPT, max_tokens=3))
+    await router.ended("a")
+    assert not router.load.is_unhealthy
+
+    def defect():
+        raise ZeroDivisionError("defect")
+
+    monkeypatch.setattr(worker.server.parts.leases._owner, "tick", defect)
+    await asyncio.wait_for(worker.server.failed(), 5)
+    await wait_for(lambda: router.load.is_unhealthy)
+    verdict = await worker.server.check_health()
+    assert not verdict.is_healthy and "lease clock" in verdict.reason
+    await worker.server.stop(drain_s=0)
+    assert not worker.server.parts.engine.is_alive
+    assert "lease clock" in caplog.text
+
+
+async def test_part_that_cannot_stop_does_not_keep_the_others_running(workers, monkeypatch, caplog):
+    worker = await workers.start()
+
+    async def defect():
+        raise ZeroDivisionError("defect")
+
+    monkeypatch.setattr(worker.server.parts.reads, "close", defect)
+    await worker.server.stop(drain_s=0)
+    assert not worker.server.parts.engine.is_alive
+    assert "could not stop transfers" in caplog.text
+
+
+async def test_leaving_worker_stays_not_serving(workers, make_request, wait_for):
+    worker = await workers.start(step_s=0.05)
+    router = await worker.router()
+    await router.submit(make_request("a", PROMPT, max_tokens=30))
+    await wait_for(lambda: router.tokens("a"))
+    stub = health_pb2_grpc.HealthStub(worker.channel)
+    stopping = asyncio.create_task(worker.server.stop(drain_s=5))
+    # Longer than a period of the watch, which goes on while the worker drains.
+    await asyncio.sleep(0.6)
+    assert not stopping.done()
+    reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    assert reply.status != SERVING
+    await stopping
+
+
 async def test_reflection_lists_the_services(workers):
     worker = await workers.start()
     stub = reflection_pb2_grpc.ServerReflectionStub(worker.channel)

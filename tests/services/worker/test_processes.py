@@ -268,6 +268,14 @@ def test_signal_during_start_ends_the_process_at_once(processes, after_s):
     assert "Traceback" not in processes.logs()
 
 
+def test_worker_that_stays_unhealthy_ends_with_failure(processes):
+    # No engine answers within a microsecond.
+    options = [f"health.{o}" for o in ("ping_timeout_s=1e-6", "period_s=0.1", "max_bad_verdicts=3")]
+    process = processes.spawn(Role.DECODE, "shm", *(a for o in options for a in ("--set", o)))
+    assert process.wait(START_S) == 1, processes.logs()
+    assert "3 bad verdicts in a row" in processes.logs()
+
+
 def test_worker_ends_with_its_parent(processes, tmp_path):
     code = (
         "import os, subprocess, sys, time\n"
