@@ -43,7 +43,7 @@ def measure_footprint(model_dir: str, mode: str, seed: int) -> Footprint:
         try:
             ready_s = _wait_until_ready(process, Path(f"/proc/self/fd/{output.fileno()}"))
             idle = _resident_bytes(process.pid)
-            asyncio.run(run(f"http://127.0.0.1:{port}", seed))
+            asyncio.run(run(port, seed))
             loaded = _resident_bytes(process.pid)
         finally:
             start = time.perf_counter()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from baton.core.block import BlockId
 from baton.core.clock import Clock
-from baton.core.errors import BatonError, InternalError, Overloaded, RequestError, Unavailable
+from baton.core.errors import BatonError, InternalError, RequestError, Unavailable
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import BatchOutcome, StepOutput
@@ -252,9 +252,9 @@ class EngineLoop:
     def _submit(self, request: GenerateRequest) -> None:
         try:
             if self.is_broken:
-                raise Overloaded("the worker's engine is broken; it waits to be restarted")
+                raise Unavailable("the worker's engine is broken; it waits to be restarted")
             self._engine.submit(request)
-        except RequestError as error:
+        except (RequestError, Unavailable) as error:
             self._undelivered.append(refusal(request.request_id, error))
         else:
             self._submitted.add(request.request_id)

@@ -231,6 +231,7 @@ async def test_engine_that_keeps_failing_is_broken_and_refuses(loop, engine, ste
     for number in range(MAX_FAILED_STEPS + 1):
         delta = await steps.ended(f"a{number}")
         assert (delta.finish_reason, delta.is_retryable) == (FinishReason.ERROR, True)
+        assert not delta.is_overload
     assert loop.is_broken
     before = engine.num_step_calls
     await asyncio.sleep(0.1)
