@@ -12,8 +12,8 @@ import os
 import sys
 
 SPIN_COUNT = "10000"
-"""About a hundred microseconds: longer than a thread is usually kept from its core by the worker's
-own event loop or the router. Ten times less costs a tenth of the decode speed of a single stream."""
+"""About a hundred microseconds: longer than the worker's own event loop or the router usually keeps
+a thread from its core. Ten times less costs a tenth of a single stream's decode speed."""
 
 
 def limit_spinning() -> bool:
