@@ -1,8 +1,12 @@
-"""`python -m services.decode`: one decode worker process."""
+"""`python -m services.decode`: the worker program with this pool's defaults."""
+
+from __future__ import annotations
 
 import sys
 
-from services.decode.worker import main
+from baton.core.worker_info import Role
+from services.decode.config import DEFAULTS
+from services.worker.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Role.DECODE, DEFAULTS))

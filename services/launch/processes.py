@@ -170,14 +170,3 @@ def _start(
         *("--exit-with-parent", str(os.getpid())),
     ]
     supervisor.start(Child(name=name, command=command, log_file=run.log_file(name)))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process with this id exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

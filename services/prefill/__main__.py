@@ -1,8 +1,12 @@
-"""`python -m services.prefill`: one prefill worker process."""
+"""`python -m services.prefill`: the worker program with this pool's defaults."""
+
+from __future__ import annotations
 
 import sys
 
-from services.prefill.worker import main
+from baton.core.worker_info import Role
+from services.prefill.config import DEFAULTS
+from services.worker.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Role.PREFILL, DEFAULTS))

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from services.launch import processes
-from services.launch.processes import Child, Supervisor, is_alive
+from services.launch.processes import Child, Supervisor
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_stop_ends_children_that_ignore_sigterm(supervisor: Supervisor, tmp_path
     start = time.monotonic()
     supervisor.stop(grace_s=0.5)
     assert time.monotonic() - start < 3
-    assert not is_alive(pid)
+    assert not psutil.pid_exists(pid)
 
 
 def test_nothing_is_restarted_after_stop(supervisor: Supervisor, tmp_path: Path) -> None:

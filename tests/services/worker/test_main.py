@@ -71,7 +71,8 @@ def test_stopped_worker_drains_and_exits_well(run_worker) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["services.prefill.worker", "services.decode.worker", "services.prefill.deployment"]
+    "module",
+    ["services.prefill.__main__", "services.decode.__main__", "services.prefill.deployment"],
 )
 def test_thread_policy_can_still_be_set_when_the_engine_is_built(module: str) -> None:
     """Nothing that a worker or a replica imports loads torch or an OpenMP runtime before."""
