@@ -23,9 +23,8 @@ WORDS = ("lighthouse", "river", "Zürich", "東京", "a small dog", "7", "stars"
 
 @pytest.fixture(scope="module")
 def crowded(start_system: Callable[..., RunningSystem]) -> RunningSystem:
-    """Pools of 4,096 tokens: sixteen mixed requests do not always fit, so some wait and some are
-    preempted."""
-    small = str(64 << 20)
+    """Pools of 1,088 tokens: the longest prompts fill them, so others wait or are preempted."""
+    small = str(24 << 20)
     return start_system(
         "--no-ray",
         *("--set", f"prefill.engine.kv_cache_bytes={small}"),
