@@ -17,6 +17,7 @@ import yaml
 
 from baton.core.config import build, env_values, merge
 from baton.core.errors import ConfigError
+from baton.core.logging import setup_logging
 
 T = TypeVar("T")
 
@@ -38,6 +39,16 @@ class LogConfig:
             raise ConfigError(
                 f"log.level must be DEBUG, INFO, WARNING or ERROR, got {self.level!r}"
             )
+
+
+def start_logging(component: str, config: LogConfig, file: Path | None = None) -> None:
+    """Log as configured, to stderr or appended to `file`. Called once at a process's start."""
+    setup_logging(
+        component,
+        level=config.level,
+        as_json=config.format is LogFormat.JSON,
+        stream=file.open("a", buffering=1) if file is not None else None,
+    )
 
 
 def merge_layers(

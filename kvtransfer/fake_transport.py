@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.core.block import BlockId
-from baton.core.errors import PeerGone, TransferError, TransferTimeout
+from baton.core.errors import PeerGone, TransferTimeout
 from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.metadata import (
     CANARY_BYTES,
@@ -29,7 +29,7 @@ from kvtransfer.metadata import (
     open_card,
     seal_card,
 )
-from kvtransfer.plan import checked_ids, merge_runs
+from kvtransfer.plan import checked_ids, checked_pair, merge_runs
 from kvtransfer.transport import PoolRegion, ReadStats
 
 NAME = "fake"
@@ -124,10 +124,13 @@ class FakeTransport:
         card = self._peers.get(peer)
         if card is None:
             raise PeerGone(f"{peer} is not connected")
-        if len(remote) != len(local):
-            raise TransferError(f"{len(remote)} remote blocks for {len(local)} local ones")
-        checked_ids(remote, card.num_blocks, f"{peer}'s")
-        checked_ids(local, self.region.num_blocks, "the local")
+        checked_pair(
+            remote,
+            local,
+            peer=peer,
+            num_remote_blocks=card.num_blocks,
+            num_local_blocks=self.region.num_blocks,
+        )
         self._live(card)
         loop = asyncio.get_running_loop()
         read = FakeRead(peer, tuple(remote), tuple(local), time.monotonic(), loop.create_future())

@@ -35,7 +35,7 @@ from kvtransfer.metadata import (
 )
 from kvtransfer.mover import BlockRead, Mover, MoverLimits
 from kvtransfer.peer_process import host_id, pid_namespace
-from kvtransfer.plan import checked_ids
+from kvtransfer.plan import checked_pair
 from kvtransfer.transport import PoolRegion, ReadStats
 
 T = TypeVar("T")
@@ -140,12 +140,17 @@ class MoverTransport:
         card = self._peers.get(peer)
         if card is None:
             raise PeerGone(f"{peer} is not connected")
-        if len(remote) != len(local):
-            raise TransferError(f"{len(remote)} remote blocks for {len(local)} local ones")
+        remote_ids, local_ids = checked_pair(
+            remote,
+            local,
+            peer=peer,
+            num_remote_blocks=card.num_blocks,
+            num_local_blocks=self._region.num_blocks,
+        )
         read = BlockRead(
             peer=peer,
-            remote=checked_ids(remote, card.num_blocks, f"{peer}'s"),
-            local=checked_ids(local, self._region.num_blocks, "the local"),
+            remote=remote_ids,
+            local=local_ids,
             deadline_s=time.monotonic() + timeout_s,
         )
         if not len(read.local):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from baton.core.block import BlockId
 from baton.core.errors import TransferError
+from baton.core.worker_info import WorkerId
 
 BlockIds = NDArray[np.int32]
 
@@ -33,6 +34,23 @@ def checked_ids(block_ids: Sequence[BlockId], num_blocks: int, whose: str) -> Bl
         bad = int(ids.min() if ids.min() < 0 else ids.max())
         raise TransferError(f"block id {bad} is outside {whose} pool of {num_blocks} blocks")
     return ids.astype(np.int32)
+
+
+def checked_pair(
+    remote: Sequence[BlockId],
+    local: Sequence[BlockId],
+    *,
+    peer: WorkerId,
+    num_remote_blocks: int,
+    num_local_blocks: int,
+) -> tuple[BlockIds, BlockIds]:
+    """What one read moves, as arrays. Raises TransferError before anything has moved."""
+    if len(remote) != len(local):
+        raise TransferError(f"{len(remote)} remote blocks for {len(local)} local ones")
+    return (
+        checked_ids(remote, num_remote_blocks, f"{peer}'s"),
+        checked_ids(local, num_local_blocks, "the local"),
+    )
 
 
 def merge_runs(remote: BlockIds, local: BlockIds) -> list[Run]:

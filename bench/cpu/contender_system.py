@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-
-import httpx
+from dataclasses import dataclass
+from pathlib import Path
 
 from bench.cpu.workload import (
     OUTPUT_LEN,
@@ -41,34 +42,47 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+@dataclass
+class RunningSystem:
+    """One `baton serve` that is ready."""
+
+    process: subprocess.Popen[str]
+    http_port: int
+    ready_s: float
+    """From the start of the command, as it says itself."""
+    stop_s: float = 0.0
+    """Known once it has stopped."""
+
+
 @contextlib.contextmanager
-def running_system(model_dir: str, dtype: str, num_prefill: int) -> Iterator[int]:
-    """Yields the HTTP port of a system that is ready. Its workers share the cores by themselves."""
-    http_port, grpc_port = free_port(), free_port()
+def running_system(*options: str) -> Iterator[RunningSystem]:
+    """`baton serve` with `options` on free ports. Its workers share the cores by themselves."""
+    http_port = free_port()
     command = [
-        sys.executable, "-m", "baton.cli.main", "serve", "--no-ray", "--model", model_dir,
-        "--http-port", str(http_port), "--grpc-port", str(grpc_port),
-        "--prefill", str(num_prefill), "--dtype", dtype,
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    url = f"http://127.0.0.1:{http_port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while health_status(url) != 200:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the system did not become ready")
-            time.sleep(0.2)
-        yield http_port
-    finally:
-        os.kill(process.pid, signal.SIGINT)
-        process.wait(30)
+        *(sys.executable, "-m", "baton.cli.main", "serve", *options),
+        *("--http-port", str(http_port), "--grpc-port", str(free_port())),
+    ]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, text=True, start_new_session=True)
+        system = RunningSystem(process, http_port, ready_s=0.0)
+        try:
+            system.ready_s = _wait_until_ready(process, Path(f"/proc/self/fd/{output.fileno()}"))
+            yield system
+        finally:
+            start = time.perf_counter()
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+            system.stop_s = time.perf_counter() - start
 
 
-def health_status(url: str) -> int:
-    try:
-        return httpx.get(f"{url}/health", trust_env=False, timeout=2).status_code
-    except httpx.HTTPError:
-        return 0
+def _wait_until_ready(process: subprocess.Popen[str], output: Path) -> float:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        match = re.search(r"^ready in ([0-9.]+) s", output.read_text(), re.MULTILINE)
+        if match:
+            return float(match.group(1))
+        time.sleep(0.1)
+    raise RuntimeError(f"the system did not become ready: {output.read_text()[-500:]}")
 
 
 async def stream(port: int, ids: list[int], output_len: int) -> tuple[float, float]:
@@ -121,8 +135,10 @@ async def run(port: int, seed: int) -> Rates:
 
 
 def main(model_dir: str, dtype: str, seed: int, mode: str) -> None:
-    with running_system(model_dir, dtype, 0 if mode == "colocated" else 1) as port:
-        report(asyncio.run(run(port, seed)))
+    num_prefill = "0" if mode == "colocated" else "1"
+    options = ("--no-ray", "--model", model_dir, "--dtype", dtype, "--prefill", num_prefill)
+    with running_system(*options) as system:
+        report(asyncio.run(run(system.http_port, seed)))
 
 
 if __name__ == "__main__":

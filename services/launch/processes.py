@@ -25,7 +25,7 @@ from baton.core.config import ENV_PREFIX
 from baton.core.worker_info import Role
 from baton.process import EXIT_CONFIG
 from services.launch.config import SystemConfig, router_values, worker_values
-from services.launch.run_directory import RunDirectory, new_secret
+from services.launch.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +145,15 @@ def _child_environment() -> dict[str, str]:
 
 
 def start_system(system: SystemConfig, run: RunDirectory) -> Supervisor:
-    """Start all processes of `system`; returns at once."""
-    secret = new_secret()
+    """Start all processes of `system`; returns at once.
+
+    The workers' cluster secret is the one their registry keeps for them.
+    """
     supervisor = Supervisor()
     for role, count in ((Role.PREFILL, system.num_prefill), (Role.DECODE, system.num_decode)):
         for index in range(count):
             values = worker_values(system, role, index)
             values["registry"] = {"directory": str(run.registry)}
-            values["transfer"] = {**values.get("transfer", {}), "cluster_secret": secret}
             _start(supervisor, run, f"{role.value}-{index}", f"services.{role.value}", values)
     values = router_values(system)
     values["registry_dir"] = str(run.registry)

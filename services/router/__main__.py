@@ -17,7 +17,7 @@ import uvloop
 
 from baton.core.config import merge
 from baton.core.errors import BatonError, ConfigError
-from baton.core.logging import log_fields, setup_logging
+from baton.core.logging import log_fields
 from baton.process import (
     EXIT_CONFIG,
     EXIT_FAILED,
@@ -26,7 +26,7 @@ from baton.process import (
     exit_with_parent,
     stop_signal,
 )
-from baton.settings import LogFormat, parse_override
+from baton.settings import parse_override, start_logging
 from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
 from services.router.grpc_server import GrpcServer
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"baton router: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    setup_logging("router", level=config.log.level, as_json=config.log.format is LogFormat.JSON)
+    start_logging("router", config.log)
     # Its lines about starting and stopping repeat ours.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:

@@ -13,8 +13,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from baton.core.logging import setup_logging
-from baton.settings import LogFormat
+from baton.settings import start_logging
 from services.router.config import load_router_config
 from services.router.core import RouterCore
 from services.router.grpc_server import GrpcServer
@@ -35,12 +34,7 @@ class RouterReplica:
         self, values: Mapping[str, Any], log_dir: str, *pools: DeploymentHandle
     ) -> None:
         config = load_router_config(overrides=values)
-        setup_logging(
-            "router",
-            level=config.log.level,
-            as_json=config.log.format is LogFormat.JSON,
-            stream=(Path(log_dir) / "router.log").open("a", buffering=1),
-        )
+        start_logging("router", config.log, Path(log_dir) / "router.log")
         self._core = RouterCore.from_config(config, membership=watch_replicas(pools))
         generator, metrics = self._core.dispatcher, self._core.metrics
         self._http = HttpApp(generator, metrics=metrics, config=config.edge)

@@ -101,11 +101,6 @@ class WorkerPool:
         now_s = asyncio.get_running_loop().time()
         return ClusterView(tuple(_state(s, now_s) for s in self.sessions()))
 
-    @property
-    def num_addresses(self) -> int:
-        """Workers the membership names, connected or not."""
-        return len(self._sessions)
-
     async def wait_for_change(self, timeout_s: float) -> None:
         """Returns after a worker came or went, at the latest after `timeout_s`."""
         try:

@@ -15,9 +15,8 @@ from typing import Any
 from ray.serve.config import RequestRouterConfig
 
 from baton.core.errors import Unavailable
-from baton.core.logging import setup_logging
 from baton.rpc.convert import worker_info_to_wire
-from baton.settings import LogFormat
+from baton.settings import start_logging
 from services.worker.config import load_worker_config
 from services.worker.worker import WorkerServer
 
@@ -44,13 +43,7 @@ class WorkerReplica:
     async def __init__(self, values: Mapping[str, Any], log_dir: str | None = None) -> None:  # type: ignore[misc]
         config = load_worker_config(defaults=self.DEFAULTS, overrides=values)
         name = config.worker_id or config.role.value
-        stream = (Path(log_dir) / f"{name}.log").open("a", buffering=1) if log_dir else None
-        setup_logging(
-            name,
-            level=config.log.level,
-            as_json=config.log.format is LogFormat.JSON,
-            stream=stream,
-        )
+        start_logging(name, config.log, Path(log_dir) / f"{name}.log" if log_dir else None)
         self._drain_s = config.drain_s
         self._server = WorkerServer(config)
         await self._server.start()

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 from baton.core.config import merge
 from baton.core.errors import BatonError, ConfigError
-from baton.core.logging import setup_logging
 from baton.core.worker_info import Role
 from baton.process import (
     EXIT_CONFIG,
@@ -30,7 +29,7 @@ from baton.process import (
     exit_with_parent,
     stop_signal,
 )
-from baton.settings import LogFormat, parse_override
+from baton.settings import parse_override, start_logging
 from services.worker.config import WorkerConfig, load_worker_config
 from services.worker.worker import WorkerServer
 
@@ -57,7 +56,7 @@ def run(role: Role, defaults: Mapping[str, Any], argv: Sequence[str] | None = No
     except ConfigError as error:
         print(f"baton {role.value} worker: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    setup_logging(role.value, level=config.log.level, as_json=config.log.format is LogFormat.JSON)
+    start_logging(role.value, config.log)
     try:
         end = asyncio.run(_serve(config))
     except BatonError as error:

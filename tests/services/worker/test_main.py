@@ -51,7 +51,7 @@ def run_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
         monkeypatch.setattr(main, "WorkerServer", lambda config: Server(fails, drains))
         monkeypatch.setattr(main, "_leave_now", leave)
-        monkeypatch.setattr(main, "setup_logging", lambda *args, **kwargs: None)
+        monkeypatch.setattr(main, "start_logging", lambda *args, **kwargs: None)
         arguments = ["--model", str(tmp_path), "--set", "drain_s=7"]
         try:
             code = main.run(Role.DECODE, {"role": "decode"}, arguments)
