@@ -15,6 +15,12 @@ from baton.model_import.sources import DEFAULT_SOURCE
 ImportModel = Callable[[str], Path]
 
 
+def pytest_configure() -> None:
+    """Without a GPU Triton's interpreter runs the kernels; it is chosen when triton is imported."""
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def import_smollm2() -> ImportModel:
     """dtype -> folder of the real model in it, from the cache that `make serve` fills as well."""
