@@ -5,6 +5,16 @@
     submit ─► waiting ─► Reservation ... activate ─► running ─► last delta        DECODE
                                      └── abandon [─► recover]
 
+`step` schedules and launches one step and then waits for the one before, whose results it tells: a
+runner that computes on a device of its own always has the next step at hand. With a runner that
+computes while it launches, it is the launched step itself that is waited for.
+
+       call 1              call 2                        call 3
+    launch step 0    launch 1, wait for 0, tell    launch 2, wait for 1, tell ...
+
+A request that ends while a step in flight computes it gets its last delta at once; its blocks are
+released when that step is over. Until then the engine is not empty.
+
 Single-threaded: every call comes from the engine's thread, between steps. A request ends with
 exactly one delta that has a timeline, with two exceptions where the caller already knows: an
 abandoned reservation, and an activated one whose first token was its last.
@@ -31,6 +41,7 @@ from baton.engine.batch import Batch, Runner, SampledToken
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
 from baton.engine.handoff import ChunkDone, LeaseTable, Reservation
+from baton.engine.in_flight import LaunchedSequence, StepsInFlight
 from baton.engine.integrity import check_holders, check_sequence
 from baton.engine.postprocess import accept_token, check_request, end_delta, error_delta
 from baton.engine.prefix_cache import PrefixCacheStats, commit_computed, extend_hashes
@@ -44,10 +55,10 @@ logger = logging.getLogger(__name__)
 
 class BatchOutcome(Enum):
     NONE = "none"
-    """There was nothing to compute."""
+    """No step came to its end in this call."""
     COMPUTED = "computed"
     FAILED = "failed"
-    """The runner raised or answered wrongly; the batch's sequences have ended with an error."""
+    """The runner raised or answered wrongly; all that was in flight has ended with an error."""
 
 
 @dataclass(slots=True)
@@ -79,10 +90,10 @@ class Engine:
         self._block_size = layout.block_size
         self._is_caching = config.enable_prefix_caching
         self._vocab_size = vocab_size
-        self._runner = runner
         self._clock = clock
         # A sequence that alone fills the pool must end there, or it would preempt itself for ever.
         self._max_num_tokens = min(max_model_len, num_blocks * layout.block_size)
+        self._in_flight = StepsInFlight(runner)
         self._pool = BlockPool(num_blocks)
         self._leases = LeaseTable(self._pool)
         limits = SchedulerLimits(
@@ -102,16 +113,16 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True when `step` has something to compute, to reserve or to deliver."""
-        if self._outbox or self._pool.has_events:
+        """True when `step` has something to compute, to wait for, to reserve or to deliver."""
+        if self._outbox or self._in_flight or self._pool.has_events:
             return True
         scheduler = self._scheduler
         return not self._is_stalled and bool(scheduler.running or scheduler.num_waiting)
 
     @property
     def is_empty(self) -> bool:
-        """No sequence, no reservation, no lease."""
-        return not self._sequences and not len(self._leases)
+        """No sequence, no reservation, no lease, no step in flight."""
+        return not self._sequences and not self._leases and not self._in_flight
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
@@ -212,23 +223,23 @@ class Engine:
         self._is_stalled = False
 
     def step(self) -> StepOutput:
-        """Schedule, compute, tell. Returns at once when there is nothing to compute."""
+        """Schedule, launch, wait, tell. Returns at once when there is nothing to compute."""
         output = StepOutput(deltas=self._outbox)
         self._outbox = []
+        if self._in_flight and self._scheduler.must_preempt:
+            while self._in_flight:
+                self._complete_oldest(output)
         schedule = self._scheduler.schedule()
         self._record_starts(schedule, output)
         batch = schedule.batch
         if batch.scheduled:
-            try:
-                results = self._execute(batch)
-            except Exception as error:
-                logger.exception("a step of %d sequences failed", len(batch.scheduled))
-                output.batch = BatchOutcome.FAILED
-                self._fail(batch, error, output)
-            else:
-                output.batch = BatchOutcome.COMPUTED
-                self._postprocess(batch, results, output)
-        self._is_stalled = not (batch.scheduled or schedule.reserved or self._scheduler.running)
+            self._launch(batch, output)
+        is_due = self._in_flight.is_full or (bool(self._in_flight) and not batch.scheduled)
+        if is_due:
+            self._complete_oldest(output)
+        self._is_stalled = not (
+            batch.scheduled or is_due or schedule.reserved or self._scheduler.running
+        )
         output.stored, output.removed = self._pool.take_events()
         return output
 
@@ -238,7 +249,9 @@ class Engine:
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
             queued_prefill_tokens=scheduler.num_queued_prefill_tokens,
-            resident_kv_tokens=sum(s.num_computed_tokens for s in scheduler.running),
+            resident_kv_tokens=sum(
+                s.num_computed_tokens for s in (*scheduler.running, *scheduler.retiring)
+            ),
             free_blocks=counts.free,
             cached_blocks=counts.cached,
             total_blocks=self._pool.num_blocks,
@@ -259,9 +272,11 @@ class Engine:
         known = [*scheduler.running, *scheduler.reserved.values(), *scheduler.waiting()]
         if Counter(map(id, known)) != Counter(map(id, self._sequences.values())):
             raise InternalError("scheduler and engine disagree on which sequences exist")
-        for sequence in known:
+        holders = [*known, *scheduler.retiring]
+        for sequence in holders:
             check_sequence(sequence, self._block_size)
-        check_holders(self._pool.blocks(), known, self._leases.block_ids())
+        check_holders(self._pool.blocks(), holders, self._leases.block_ids())
+        self._in_flight.check_integrity(holders)
 
     def _reserved(self, request_id: RequestId) -> Sequence:
         sequence = self._scheduler.reserved.get(request_id)
@@ -287,26 +302,42 @@ class Engine:
                 )
             )
 
-    def _execute(self, batch: Batch) -> list[SampledToken | None]:
-        results = self._runner.execute(batch)
-        if len(results) != len(batch.scheduled):
-            raise InternalError(f"{len(results)} results for {len(batch.scheduled)} sequences")
-        for scheduled, result in zip(batch.scheduled, results, strict=True):
-            if scheduled.samples and result is None:
-                raise InternalError(f"no token for request {scheduled.sequence.request_id}")
-        return results
+    def _launch(self, batch: Batch, output: StepOutput) -> None:
+        try:
+            self._in_flight.launch(batch)
+        except Exception as error:
+            self._fail([sequence for sequence, _ in batch.scheduled], error, output)
 
-    def _fail(self, batch: Batch, error: Exception, output: StepOutput) -> None:
-        for sequence, _ in batch.scheduled:
-            self._end(sequence, error_delta(sequence, error), output.deltas)
+    def _complete_oldest(self, output: StepOutput) -> None:
+        """Wait for the oldest step in flight and tell what came of it."""
+        try:
+            outcomes = self._in_flight.wait()
+        except Exception as error:
+            self._fail([], error, output)
+            return
+        if output.batch is BatchOutcome.NONE:
+            output.batch = BatchOutcome.COMPUTED
+        self._scheduler.release_retired()
+        self._postprocess(outcomes, output)
+
+    def _fail(self, sequences: list[Sequence], error: Exception, output: StepOutput) -> None:
+        """End `sequences` and everything in flight: nobody knows what the device has computed."""
+        sequences = list(dict.fromkeys((*sequences, *self._in_flight.abort())))
+        logger.error("a step of %d sequences failed", len(sequences), exc_info=error)
+        output.batch = BatchOutcome.FAILED
+        self._scheduler.release_retired()
+        for sequence in sequences:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._end(sequence, error_delta(sequence, error), output.deltas)
 
     def _postprocess(
-        self, batch: Batch, results: list[SampledToken | None], output: StepOutput
+        self, outcomes: list[tuple[LaunchedSequence, SampledToken | None]], output: StepOutput
     ) -> None:
-        for (sequence, num_new_tokens), sampled in zip(batch.scheduled, results, strict=True):
-            sequence.num_computed_tokens += num_new_tokens
+        for (sequence, _, samples), sampled in outcomes:
+            if sequence.status is not SequenceStatus.RUNNING:
+                # It ended after the launch; its row was computed for nothing.
+                continue
             commit_computed(sequence, self._pool, self._block_size)
-            samples = sequence.num_computed_tokens == len(sequence.token_ids)
             delta = accept_token(sequence, sampled) if samples and sampled is not None else None
             if delta is not None and not sequence.has_emitted:
                 self._record_first_token(sequence)

@@ -1,6 +1,6 @@
 """The prefill side of the hand-off: which finished blocks to announce, and their leases.
 
-1. after each chunk the blocks it completed are leased and announced (`ChunkDone`)
+1. once a chunk's step is over, the blocks it completed are leased and announced (`ChunkDone`)
 2. the last announcement also covers the partial last block and carries the first token
 3. the sequence is gone; its blocks stay leased until the reader is done with them
 
@@ -71,7 +71,7 @@ class LeaseTable:
         """
         first = sequence.num_announced_blocks
         if first_token is None:
-            end = sequence.num_computed_tokens // block_size
+            end = sequence.num_settled_tokens // block_size
             if end == first:
                 return None
         else:

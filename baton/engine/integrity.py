@@ -54,10 +54,13 @@ def check_holders(
 def check_sequence(sequence: Sequence, block_size: int) -> None:
     """Raises InternalError when a sequence's progress and its blocks contradict each other."""
     computed, held = sequence.num_computed_tokens, len(sequence.block_table)
+    settled, in_flight = sequence.num_settled_tokens, sequence.num_in_flight_tokens
     laws = (
         ("what is computed fits the table", computed <= held * block_size),
         ("what is computed is known", computed <= sequence.num_tokens),
-        ("what is committed is computed", sequence.num_committed_blocks * block_size <= computed),
+        ("what is in flight is computed", 0 <= in_flight <= computed),
+        ("what is pending is in flight", 0 <= sequence.num_pending_tokens <= in_flight),
+        ("what is committed is settled", sequence.num_committed_blocks * block_size <= settled),
         ("what is announced is held", sequence.num_announced_blocks <= held),
         ("a table names a block once", len(set(sequence.block_table)) == held),
     )

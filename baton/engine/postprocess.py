@@ -16,7 +16,7 @@ def accept_token(sequence: Sequence, sampled: SampledToken) -> TokenDelta:
 
     A stop id counts once min_tokens outputs exist; it ends the output without being part of it.
     """
-    index = sequence.num_output_tokens
+    index = sequence.num_known_output_tokens
     delta = TokenDelta(sequence.request.request_id, index)
     token_id = sampled.token_id
     if token_id in sequence.stop_ids and index >= sequence.request.sampling.min_tokens:
@@ -34,7 +34,8 @@ def accept_token(sequence: Sequence, sampled: SampledToken) -> TokenDelta:
 
 def end_delta(sequence: Sequence, reason: FinishReason) -> TokenDelta:
     """The end of a sequence without another token."""
-    return TokenDelta(sequence.request_id, sequence.num_output_tokens, finish_reason=reason)
+    index = sequence.num_known_output_tokens
+    return TokenDelta(sequence.request_id, index, finish_reason=reason)
 
 
 def error_delta(sequence: Sequence, error: Exception) -> TokenDelta:

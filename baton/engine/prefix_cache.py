@@ -1,7 +1,7 @@
 """Which blocks of a sequence are known by hash, and when they may be shared.
 
-A block enters the cache once the KV of all its tokens is computed. A sampled token's KV is
-computed one step after the token is known, so the last token never counts as computed.
+A block enters the cache once the KV of all its tokens is computed and the step that did it is over.
+A sampled token's KV is computed by the step after, so the last token never counts as computed.
 
     tokens      0 . . . | 4 . . . | 8 9          block_size 4, token 9 just sampled
     computed    x x x x | x x x x | x -          two blocks are complete, the third is filling
@@ -55,8 +55,8 @@ def is_read_remotely(sequence: Sequence) -> bool:
 
 
 def commit_computed(sequence: Sequence, pool: BlockPool, block_size: int) -> None:
-    """Declare blocks complete whose tokens are all computed. O(1) unless a block was completed."""
-    num_complete = sequence.num_computed_tokens // block_size
+    """Declare blocks complete whose tokens are all settled. O(1) unless a block was completed."""
+    num_complete = sequence.num_settled_tokens // block_size
     if num_complete <= sequence.num_committed_blocks:
         return
     extend_hashes(sequence, num_complete, block_size)

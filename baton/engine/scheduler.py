@@ -9,6 +9,11 @@ One call of `schedule` decides, in this order:
 4. admit     waiting sequences in order of arrival, with blocks for all their known tokens; work
              whose KV comes from elsewhere is RESERVED and costs neither tokens nor a place
 
+Decisions run ahead of results: a running sequence whose last step is still in flight is taken to
+go on, unless the pending token is its last by number (`Sequence.is_ending`). Where it did end, the
+row computed for it is wasted, and its blocks stay out of use until that step is over (`retiring`).
+Nothing may be in flight when a sequence is preempted: see `must_preempt`.
+
 A sequence short of blocks stops all later arrivals, so nobody starves; one that only lacks tokens
 or a place in this step lets reservations pass. PREFILL work holds all its blocks from admission
 and is never preempted (a reader depends on it), nor are reservations (a read may be in flight).
@@ -61,6 +66,8 @@ class Scheduler:
         """In the order they began to run. Only the first max_num_seqs compute; the rest arrived
         from other workers while all places were taken and wait with their KV in memory."""
         self.reserved: dict[RequestId, Sequence] = {}
+        self.retiring: list[Sequence] = []
+        """Gone but for their blocks, to which a step in flight writes."""
         self._to_compute: OrderedDict[RequestId, Sequence] = OrderedDict()
         self._to_reserve: OrderedDict[RequestId, Sequence] = OrderedDict()
         self._preempted: dict[RequestId, Sequence] = {}
@@ -111,19 +118,49 @@ class Scheduler:
         self.running.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, whatever its status, and release its blocks."""
+        """Forget a sequence, whatever its status, and release its blocks.
+
+        While a step in flight computes it, the blocks stay for `release_retired`.
+        """
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is SequenceStatus.RESERVED:
             del self.reserved[sequence.request_id]
         elif sequence.status is SequenceStatus.WAITING:
             self._dequeue(sequence)
-        sequence.status = SequenceStatus.FINISHED
-        self._release_blocks(sequence)
+        if sequence.num_in_flight_tokens:
+            sequence.status = SequenceStatus.RETIRING
+            self.retiring.append(sequence)
+        else:
+            sequence.status = SequenceStatus.FINISHED
+            self._release_blocks(sequence)
+
+    def release_retired(self) -> None:
+        """A step is over: release the blocks of sequences that only waited for it."""
+        if not self.retiring:
+            return
+        waiting = [s for s in self.retiring if s.num_in_flight_tokens]
+        for sequence in self.retiring:
+            if not sequence.num_in_flight_tokens:
+                sequence.status = SequenceStatus.FINISHED
+                self._release_blocks(sequence)
+        self.retiring = waiting
+
+    @property
+    def must_preempt(self) -> bool:
+        """True when `schedule` would preempt: running sequences need more blocks than there are.
+
+        Steps in flight must be waited for first: a preempted sequence's blocks change hands, and
+        its tokens are computed again from their values.
+        """
+        num_available = self._pool.num_available
+        if num_available >= len(self.running):
+            return False
+        return sum(map(self._needs_block, self._active())) > num_available
 
     def schedule(self) -> Schedule:
         """Decide one step and take the blocks it needs. The batch may be empty."""
-        active = self.running[: self._limits.max_num_seqs]
+        active = self._active()
         for sequence in active:
             if sequence.status is SequenceStatus.RUNNING:
                 self._grow(sequence)
@@ -134,16 +171,24 @@ class Scheduler:
             sequence.has_started = True
         return Schedule(Batch(tuple(scheduled)), started, tuple(reserved))
 
+    def _active(self) -> list[Sequence]:
+        """Running sequences that may compute in this step."""
+        going_on = (s for s in self.running if not s.is_ending)
+        return list(islice(going_on, self._limits.max_num_seqs))
+
+    def _needs_block(self, sequence: Sequence) -> bool:
+        return sequence.num_computed_tokens >= len(sequence.block_table) * self._block_size
+
     def _grow(self, sequence: Sequence) -> None:
         """Give `sequence` a block for its next token, or preempt until it has one or is gone."""
-        table = sequence.block_table
-        if sequence.num_computed_tokens < len(table) * self._block_size:
+        if not self._needs_block(sequence):
             return
         while not self._pool.num_available:
             victim = self._latest_preemptable()
             self._preempt(victim)
             if victim is sequence:
                 return
+        table = sequence.block_table
         table += self._pool.allocate(1, after=table[-1])
 
     def _latest_preemptable(self) -> Sequence:
@@ -151,6 +196,7 @@ class Scheduler:
         return max(candidates, key=lambda s: s.arrival_index)
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.num_in_flight_tokens, "a step in flight writes to its blocks"
         self.running.remove(sequence)
         self._release_blocks(sequence)
         sequence.status = SequenceStatus.WAITING
@@ -167,7 +213,7 @@ class Scheduler:
         for sequence in active:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            if len(sequence.token_ids) - sequence.num_computed_tokens == 1:
+            if sequence.num_tokens - sequence.num_computed_tokens == 1:
                 decodes.append(ScheduledSequence(sequence, 1))
             else:
                 prefills.append(sequence)
@@ -184,9 +230,11 @@ class Scheduler:
         """Admit in order of arrival: appends to `scheduled`, returns those that are reserved."""
         budget = self._limits.max_num_batched_tokens - sum(n for _, n in scheduled)
         reserved: list[Sequence] = []
-        num_growing = len(self.reserved) + sum(s.work is not Work.PREFILL for s in self.running)
+        going_on = [s for s in self.running if not s.is_ending]
+        num_growing = len(self.reserved) + sum(s.work is not Work.PREFILL for s in going_on)
+        num_places = self._limits.max_num_seqs - len(going_on)
         while True:
-            has_place = budget > 0 and len(self.running) < self._limits.max_num_seqs
+            has_place = budget > 0 and num_places > 0
             sequence = self._first_waiting(can_compute=has_place)
             if sequence is None or not self._take_blocks(sequence, num_growing):
                 return reserved
@@ -199,6 +247,7 @@ class Scheduler:
                 continue
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
+            num_places -= 1
             num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             scheduled.append(ScheduledSequence(sequence, num_new_tokens))
             budget -= num_new_tokens

@@ -1,9 +1,16 @@
 """The mutable state of one request inside the engine. No torch, no clock.
 
-WAITING ──► RUNNING ──► FINISHED            work GENERATE, PREFILL
+WAITING ──► RUNNING ──► [RETIRING ──►] FINISHED     work GENERATE, PREFILL
    ▲           │
    └─preempted─┘
-WAITING ──► RESERVED ──► RUNNING ──► ...    work DECODE: blocks held, KV on its way
+WAITING ──► RESERVED ──► RUNNING ──► ...            work DECODE: blocks held, KV on its way
+
+Steps are launched ahead of their results, so progress has three marks. Here one step samples token
+8, another computes it and samples token 9; block_size is 4:
+
+    tokens       0 . . . | 4 . . 7 | ? ?       token_ids ends at 7, num_pending_tokens is 2
+    computed     x x x x | x x x x | x         num_computed_tokens counts what is launched
+    in flight              . . . x | x         num_in_flight_tokens; before them all is settled
 """
 
 from __future__ import annotations
@@ -20,6 +27,8 @@ class SequenceStatus(Enum):
     WAITING = "waiting"
     RESERVED = "reserved"
     RUNNING = "running"
+    RETIRING = "retiring"
+    """Ended for everybody else; a step in flight still writes to its blocks."""
     FINISHED = "finished"
 
 
@@ -29,9 +38,13 @@ class Sequence:
 
     request: GenerateRequest
     token_ids: list[int] = field(default_factory=list)
-    """Prompt followed by output."""
+    """Prompt followed by output, as far as values are known."""
     num_computed_tokens: int = 0
-    """Tokens whose KV is in `block_table`."""
+    """Tokens whose KV is in `block_table` once the steps in flight are over."""
+    num_in_flight_tokens: int = 0
+    """The last of them, which steps in flight compute. Not 0: the blocks cannot change hands."""
+    num_pending_tokens: int = 0
+    """Tokens that steps in flight sample. They count as tokens, their values are unknown."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the prefix cache at admission."""
     block_table: list[BlockId] = field(default_factory=list)
@@ -77,7 +90,20 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """With the pending ones."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def num_settled_tokens(self) -> int:
+        """Leading tokens whose KV is in memory, and that no step in flight writes."""
+        return self.num_computed_tokens - self.num_in_flight_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """A pending token is the last one, whatever it turns out to be."""
+        if not self.num_pending_tokens:
+            return False
+        return self.request.work is Work.PREFILL or self.num_tokens >= self.max_num_tokens
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -85,8 +111,14 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
+        """With the pending ones: the output position of the token to be sampled next."""
+        return self.num_tokens - len(self.request.prompt_token_ids)
+
+    @property
+    def num_known_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
+        """The known ones."""
         return self.token_ids[self.num_prompt_tokens :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -39,14 +40,25 @@ def harness() -> ModuleType:
     return _load("harness")
 
 
+@pytest.fixture(scope="session", params=[1, 2], ids=["depth1", "depth2"])
+def depth(request: pytest.FixtureRequest) -> int:
+    """Steps that the runner takes before the first is waited for."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="session")
-def make_harness(fake_runner: ModuleType, harness: ModuleType) -> Callable[..., Any]:
-    """num_blocks and engine settings -> a Harness with a checking runner."""
+def make_harness_of_depth(fake_runner: ModuleType, harness: ModuleType) -> Callable[..., Any]:
+    """Depth, num_blocks and engine settings -> a Harness with a checking runner."""
 
     def make(
-        num_blocks: int = 32, *, block_size: int = 4, runner_vocab: int = 97, **settings: Any
+        depth: int,
+        num_blocks: int = 32,
+        *,
+        block_size: int = 4,
+        runner_vocab: int = 97,
+        **settings: Any,
     ) -> Any:
-        runner = fake_runner.FakeRunner(num_blocks, block_size, runner_vocab)
+        runner = fake_runner.FakeRunner(num_blocks, block_size, runner_vocab, max_in_flight=depth)
         clock = ManualClock(1000.0)
         engine = harness.make_engine(
             runner, num_blocks=num_blocks, block_size=block_size, clock=clock, **settings
@@ -55,6 +67,12 @@ def make_harness(fake_runner: ModuleType, harness: ModuleType) -> Callable[..., 
         return harness.Harness(engine, runner, clock)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_harness(make_harness_of_depth: Callable[..., Any], depth: int) -> Callable[..., Any]:
+    """num_blocks and engine settings -> a Harness with a checking runner."""
+    return functools.partial(make_harness_of_depth, depth)
 
 
 @pytest.fixture(scope="session")

@@ -125,6 +125,15 @@ class Harness:
         self.check()
         return output
 
+    def complete(self) -> list[StepOutput]:
+        """Step until the batch that the first step launches, if it does, is over."""
+        index = len(self.runner.batches)
+        outputs = [self.step()]
+        if len(self.runner.batches) > index:
+            while self.runner.is_in_flight(index):
+                outputs.append(self.step())
+        return outputs
+
     def run(self, max_steps: int = 500) -> None:
         """Step until there is nothing to do."""
         for _ in range(max_steps):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from baton.core.errors import InvalidRequest, NotFound
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
 from baton.core.request import FinishReason, TokenDelta, TokenLogprobs, Work
-from baton.engine.batch import SampledToken
+from baton.engine.batch import CompletedStep, SampledToken
 from baton.engine.engine import BatchOutcome
 
 Make = Callable[..., Any]
@@ -66,11 +66,11 @@ def test_prefix_hit_skips_computed_blocks(make_harness: Make, expected_output: M
 def test_full_hit_still_computes_the_last_token_in_a_block_of_its_own(make_harness: Make) -> None:
     h = make_harness(max_num_batched_tokens=64)
     h.submit("a", PROMPT[:16], max_tokens=8)
-    h.step()
+    h.complete()
     h.submit("b", PROMPT[:16], max_tokens=2)
     h.run()
     assert h.records["b"].last.num_cached_tokens == 12
-    assert ("b", 4) in h.runner.batches[1]
+    assert any(("b", 4) in batch for batch in h.runner.batches)
     assert h.records["b"].token_ids == h.records["a"].token_ids[:2]
 
 
@@ -91,7 +91,7 @@ def test_decoded_block_is_not_announced_before_its_last_token_is_computed(
 ) -> None:
     h = make_harness(max_num_batched_tokens=64)
     h.submit("a", PROMPT[:7], max_tokens=4)
-    assert len(h.step().stored) == 1
+    assert sum(len(output.stored) for output in h.complete()) == 1
     assert h.step().stored, "token 7 is computed now and completes the second block"
     h.engine.cancel("a")
     h.run()
@@ -231,7 +231,7 @@ def test_prefill_announces_cached_blocks_with_its_first_chunk(make_harness: Make
     h.submit("a", PROMPT[:16], max_tokens=1)
     h.run()
     h.submit("p", PROMPT, work=Work.PREFILL)
-    chunk = h.step().chunks[0]
+    chunk = h.complete()[-1].chunks[0]
     assert (chunk.first_block_index, len(chunk.block_ids), chunk.is_last) == (0, 5, False)
     h.run()
     h.engine.release_lease("p")
@@ -419,7 +419,7 @@ def test_cancelled_prefill_keeps_its_leases_until_they_are_released(
 ) -> None:
     h = make_harness(max_num_batched_tokens=8)
     h.submit("a", PROMPT, work=Work.PREFILL)
-    h.step()
+    h.complete()
     h.engine.cancel("a")
     h.run()
     assert h.engine.load().leases == 1
@@ -459,23 +459,24 @@ def test_ungranted_reservation_can_be_cancelled(
     assert_engine_empty(h.engine)
 
 
+@pytest.mark.parametrize("when", ["fail_with", "fail_wait_with"])
 def test_failed_step_ends_its_batch_and_the_engine_goes_on(
-    make_harness: Make, expected_output: Make, assert_engine_empty: Make
+    make_harness: Make, expected_output: Make, assert_engine_empty: Make, when: str
 ) -> None:
     h = make_harness(max_num_seqs=2, max_num_batched_tokens=8)
     h.submit("g", PROMPT[:6], max_tokens=9)
     h.submit("p", PROMPT, work=Work.PREFILL)
     h.submit("waits", PROMPT[:6], max_tokens=9)
-    for _ in range(3):
+    for _ in range(2):
         h.step()
-    h.runner.fail_with = RuntimeError("/secret/path out of memory")
-    assert h.step().batch is BatchOutcome.FAILED
+    setattr(h.runner, when, RuntimeError("/secret/path out of memory"))
+    assert h.complete()[-1].batch is BatchOutcome.FAILED
     for name in ("g", "p"):
         last = h.records[name].last
         assert (last.finish_reason, last.is_retryable) == (FinishReason.ERROR, True)
         assert "RuntimeError" in last.error and "/secret" not in last.error
     assert not h.records["waits"].deltas
-    assert h.step().batch is BatchOutcome.COMPUTED
+    assert h.complete()[-1].batch is BatchOutcome.COMPUTED
     h.run()
     assert h.step().batch is BatchOutcome.NONE
     assert h.records["waits"].token_ids == expected_output(PROMPT[:6], 9)
@@ -488,9 +489,9 @@ def test_runner_that_answers_wrongly_is_an_error_not_a_hang(
 ) -> None:
     h = make_harness()
     for answer in ([], [None]):
-        h.runner.execute = lambda batch, answer=answer: answer
+        h.runner.launch = lambda batch, answer=answer: CompletedStep(answer)
         h.submit("a", PROMPT[:4])
-        h.step()
+        h.run()
         assert h.records["a"].deltas[-1].finish_reason is FinishReason.ERROR
         h.records.clear()
     assert_engine_empty(h.engine)
@@ -499,25 +500,27 @@ def test_runner_that_answers_wrongly_is_an_error_not_a_hang(
 def test_logprobs_travel_with_their_token(make_harness: Make) -> None:
     h = make_harness()
     entry = TokenLogprobs(5, -0.25, ((5, -0.25), (6, -1.5)))
-    h.runner.execute = lambda batch: [SampledToken(5, entry) for _ in batch.scheduled]
+    h.runner.launch = lambda batch: CompletedStep([SampledToken(5, entry)] * len(batch.scheduled))
     h.submit("a", PROMPT[:4], max_tokens=2)
     h.run()
     assert [d.logprobs for d in h.records["a"].deltas] == [[entry], [entry]]
 
 
-def test_timeline_of_generate(make_harness: Make) -> None:
+def test_timeline_of_generate(make_harness: Make, depth: int) -> None:
     h = make_harness(max_num_seqs=1, max_num_batched_tokens=16)
     h.submit("first", PROMPT[:4], max_tokens=2)
     h.submit("a", PROMPT, max_tokens=3)
     h.run()
     points = h.records["a"].last.timeline.points
     start_s = 1000.0
+    # Each step of the harness is 0.01 s, and results come one step later when two are in flight.
+    late_s = 0.01 * (depth - 1)
     assert {event.name: round(at_s - start_s, 2) for event, at_s in points.items()} == {
         "PREFILL_QUEUED": 0.0,
         "PREFILL_STARTED": 0.03,
-        "PREFILL_ENDED": 0.04,
-        "DECODE_STARTED": 0.04,
-        "DECODE_ENDED": 0.06,
+        "PREFILL_ENDED": round(0.04 + late_s, 2),
+        "DECODE_STARTED": round(0.04 + late_s, 2),
+        "DECODE_ENDED": round(0.06 + late_s, 2),
     }
 
 
