@@ -1,4 +1,4 @@
-"""`baton model import` and `baton model info`: options, and what is printed."""
+"""`baton model`: its actions, and options and output of `import` and `info`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from baton.cli.model_quantize import add_quantize_arguments, run_quantize
 
 if TYPE_CHECKING:
     from baton.cli.progress import TerminalProgress
@@ -30,6 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="parameters, memory, FLOPs and roofline estimate of a model folder",
             description="Reads config.json and the headers of the weight files only. "
             "docs/model-info.md explains the formulas.",
+        )
+    )
+    add_quantize_arguments(
+        actions.add_parser(
+            "quantize",
+            help="make a folder with weights (and KV scales) in fewer bits",
+            description="Reads a Hugging Face folder in float32, bfloat16 or float16 and writes "
+            "one in the compressed-tensors format, whole or not at all. docs/quantization.md "
+            "explains the schemes and shows what they cost in quality.",
         )
     )
 
@@ -95,6 +106,8 @@ def _int_list(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if args.model_action == "import":
         return _run_import(args, environ)
+    if args.model_action == "quantize":
+        return run_quantize(args)
     return _run_info(args)
 
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from baton.core.quantization import weight_scheme
 from baton.model_info.folder import Component
 from baton.model_info.formulas import Bound, Estimate
 from baton.model_info.report import Report
@@ -43,6 +44,8 @@ def print_text(report: Report) -> None:
         f"{shape.head_dim}, vocabulary {shape.vocab_size:,}, context "
         f"{_count(shape.max_position_embeddings)}"
     )
+    if shape.quantization is not None:
+        console.print(f"quantised  {shape.quantization.name}")
     console.print(_parameter_table(report))
     console.print(
         f"KV cache   {report.kv_bytes_per_token:,} B per token, "
@@ -60,10 +63,9 @@ def print_text(report: Report) -> None:
 
 def _parameter_table(report: Report) -> Table:
     shape = report.shape
-    item_bytes = report.weight_bytes // shape.num_params
-    table = Table(
-        "component", "parameters", f"bytes ({report.dtype})", "share", box=box.SIMPLE_HEAD
-    )
+    is_plain = weight_scheme(shape.quantization) is None
+    stored_as = report.dtype if is_plain else "as stored"
+    table = Table("component", "parameters", f"bytes ({stored_as})", "share", box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for component in Component:
@@ -72,7 +74,8 @@ def _parameter_table(report: Report) -> Table:
             table.add_row("head", "tied to embedding", "0 B", "")
         elif params or component is not Component.OTHER:
             share = f"{params / shape.num_params:.1%}"
-            table.add_row(component.value, f"{params:,}", f"{_si(params * item_bytes)}B", share)
+            num_bytes = f"{_si(report.component_bytes[component])}B"
+            table.add_row(component.value, f"{params:,}", num_bytes, share)
     table.add_section()
     table.add_row("all", f"{shape.num_params:,}", f"{_si(report.weight_bytes)}B", "")
     return table

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from baton.core.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of weights and activations."""
+KV_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,13 @@ class KvLayout:
         for name in ("num_layers", "num_kv_heads", "head_dim", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dtype not in DTYPE_BYTES:
-            raise ConfigError(f"dtype {self.dtype!r} is not one of {sorted(DTYPE_BYTES)}")
+        if self.dtype not in KV_DTYPE_BYTES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {sorted(KV_DTYPE_BYTES)}")
 
     @property
     def head_bytes(self) -> int:
         """Bytes of one head of one block, over all layers, K and V."""
-        return self.num_layers * 2 * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * 2 * self.block_size * self.head_dim * KV_DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
@@ -64,6 +66,15 @@ class KvLayout:
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def num_blocks_in(self, kv_cache_bytes: int) -> int:
+        """Blocks of a pool of that size. Raises ConfigError when not even one fits."""
+        if kv_cache_bytes < self.block_bytes:
+            raise ConfigError(
+                f"kv_cache_bytes {kv_cache_bytes} is below one block of {self.block_bytes} bytes "
+                f"({self.block_size} tokens); raise it"
+            )
+        return kv_cache_bytes // self.block_bytes
 
     @property
     def fingerprint(self) -> str:

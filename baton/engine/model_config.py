@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.core.errors import ConfigError
+from baton.core.quantization import QuantizationConfig, parse_quantization
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 """Mistral without a sliding window computes the same function as Llama."""
@@ -56,6 +57,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool = False
     mlp_bias: bool = False
+    quantization: QuantizationConfig | None = None
+    """None when every tensor is stored in a floating-point type of 16 or 32 bits."""
 
     @property
     def group_size(self) -> int:
@@ -122,6 +125,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
+        quantization=_quantization(raw),
     )
 
 
@@ -140,10 +144,6 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     """Options that change the computed function and that the models here do not implement."""
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {raw['hidden_act']!r} is not supported; supported is silu")
-    if raw.get("quantization_config"):
-        raise ConfigError(
-            "quantized checkpoints are not supported; use one in float32, bfloat16 or float16"
-        )
     window = raw.get("sliding_window")
     if window is not None and raw.get("use_sliding_window", True):
         raise ConfigError(
@@ -154,6 +154,19 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
             f"layer_types {sorted(set(raw['layer_types']))} are not supported; "
             "supported is full_attention in every layer"
         )
+
+
+def _quantization(raw: dict[str, Any]) -> QuantizationConfig | None:
+    stored = raw.get("quantization_config")
+    if not stored:
+        return None
+    config = parse_quantization(stored)
+    if config.quantizes_head and raw.get("tie_word_embeddings", False):
+        raise ConfigError(
+            "quantization_config covers lm_head, which tie_word_embeddings makes the embedding; "
+            "supported is a quantized head of its own"
+        )
+    return config
 
 
 def _rope(raw: dict[str, Any], max_positions: int) -> RopeConfig:

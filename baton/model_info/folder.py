@@ -15,6 +15,12 @@ from typing import Any, NamedTuple
 
 from baton.core.errors import ConfigError
 from baton.core.kv_layout import DTYPE_BYTES
+from baton.core.quantization import (
+    WORD_BITS,
+    QuantizationConfig,
+    parse_quantization,
+    weight_scheme,
+)
 
 MAX_HEADER_BYTES = 100 << 20
 """The limit of the format's reference reader; a longer header is no safetensors file."""
@@ -49,9 +55,15 @@ class ModelShape:
     dtype: str
     params: Mapping[Component, int]
     """Stored parameters; a tied head has none of its own."""
-    stored_bytes: int
-    """Of all tensors, in the types they are stored in."""
+    component_bytes: Mapping[Component, int]
+    """In the types they are stored in, scales of quantised weights included."""
+    quantization: QuantizationConfig | None
     sliding_window: int | None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(self.component_bytes.values())
 
     @property
     def num_params(self) -> int:
@@ -60,17 +72,19 @@ class ModelShape:
 
 class StoredTensor(NamedTuple):
     name: str
-    num_params: int
+    num_elements: int
     num_bytes: int
 
 
 def read_shape(folder: Path) -> ModelShape:
     """Raises ConfigError when the folder is not that of a dense decoder model."""
     config = _read_config(folder)
-    tensors = list(_stored_tensors(folder))
+    quantization = _quantization(config)
     params = dict.fromkeys(Component, 0)
-    for tensor in tensors:
-        params[component_of(tensor.name)] += tensor.num_params
+    component_bytes = dict.fromkeys(Component, 0)
+    for tensor in _stored_tensors(folder):
+        params[component_of(tensor.name)] += _num_params(tensor, quantization)
+        component_bytes[component_of(tensor.name)] += tensor.num_bytes
     num_heads = _required_int(config, "num_attention_heads")
     hidden_size = _required_int(config, "hidden_size")
     return ModelShape(
@@ -86,7 +100,8 @@ def read_shape(folder: Path) -> ModelShape:
         is_tied=not params[Component.HEAD],
         dtype=_dtype(config),
         params=params,
-        stored_bytes=sum(tensor.num_bytes for tensor in tensors),
+        component_bytes=component_bytes,
+        quantization=quantization,
         sliding_window=_optional_int(config, "sliding_window"),
     )
 
@@ -102,6 +117,23 @@ def component_of(name: str) -> Component:
     if "embed_tokens" in name:
         return Component.EMBEDDING
     return Component.HEAD if name.startswith("lm_head.") else Component.OTHER
+
+
+def _quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
+    stored = config.get("quantization_config")
+    return parse_quantization(stored) if stored else None
+
+
+def _num_params(tensor: StoredTensor, quantization: QuantizationConfig | None) -> int:
+    """Weights of the model that a tensor holds: scales are none, a packed word is several."""
+    if tensor.name.endswith((".weight_scale", ".weight_shape", ".k_scale", ".v_scale")):
+        return 0
+    if not tensor.name.endswith(".weight_packed"):
+        return tensor.num_elements
+    scheme = weight_scheme(quantization)
+    if scheme is None:
+        raise ConfigError(f"{tensor.name} is packed, but config.json has no quantization_config")
+    return tensor.num_elements * (WORD_BITS // scheme.num_bits)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

@@ -26,9 +26,11 @@ class CostModel:
     """Weights and biases of all attention and MLP projections, all layers together."""
     head_params: int
     """Entries of the output projection, vocab_size x hidden_size, tied or not."""
-    norm_params: int
+    weight_bytes_per_step: int
+    """Of attention, MLP, norms and head: read in every step, however many tokens it computes. Of
+    an untied embedding only the rows of the step's tokens are read, which is left out."""
     dtype_bytes: int
-    """Of one weight and of one KV element."""
+    """Of one KV element."""
 
 
 class Bound(Enum):
@@ -77,23 +79,15 @@ def prefill_flops(model: CostModel, prompt_tokens: int) -> int:
     )
 
 
-def weight_bytes_per_step(model: CostModel) -> int:
-    """Read in every step, however many tokens it computes. Of an untied embedding only the rows
-    of the step's tokens are read, which is left out.
-    """
-    params = model.layer_matmul_params + model.head_params + model.norm_params
-    return params * model.dtype_bytes
-
-
 def prefill_bytes(model: CostModel, prompt_tokens: int) -> int:
     """The weights once, and the prompt's KV written and read once."""
-    return weight_bytes_per_step(model) + 2 * prompt_tokens * kv_bytes_per_token(model)
+    return model.weight_bytes_per_step + 2 * prompt_tokens * kv_bytes_per_token(model)
 
 
 def decode_step_bytes(model: CostModel, batch_size: int, context_tokens: int) -> int:
     """The weights once, and for each sequence its context read and one token's KV written."""
     kv_bytes = batch_size * (context_tokens + 1) * kv_bytes_per_token(model)
-    return weight_bytes_per_step(model) + kv_bytes
+    return model.weight_bytes_per_step + kv_bytes
 
 
 def prefill_estimate(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from baton.core.errors import ConfigError
 from baton.core.kv_layout import DTYPE_BYTES
+from baton.core.quantization import weight_scheme
 from baton.model_info import formulas
 from baton.model_info.folder import Component, ModelShape, read_shape
 from baton.model_info.formulas import CostModel, Estimate
@@ -36,7 +37,9 @@ class Report:
     block_size: int
     context_tokens: int
     weight_bytes: int
-    """All parameters in `dtype`."""
+    """All parameters in `dtype`; those of a quantised folder as stored."""
+    component_bytes: Mapping[Component, int]
+    """What they are the sum of."""
     kv_bytes_per_token: int
     kv_bytes_per_block: int
     prefill_flops_per_token: float
@@ -68,13 +71,15 @@ def build_report(
     shape = read_shape(folder)
     kind = dtype or shape.dtype
     model = cost_model(shape, kind)
+    component_bytes = weight_bytes(shape, model.dtype_bytes)
     kv_bytes = formulas.kv_bytes_per_token(model)
     return Report(
         shape=shape,
         dtype=kind,
         block_size=block_size,
         context_tokens=context_tokens,
-        weight_bytes=shape.num_params * model.dtype_bytes,
+        weight_bytes=sum(component_bytes.values()),
+        component_bytes=component_bytes,
         kv_bytes_per_token=kv_bytes,
         kv_bytes_per_block=kv_bytes * block_size,
         prefill_flops_per_token=formulas.prefill_flops(model, context_tokens) / context_tokens,
@@ -87,7 +92,16 @@ def build_report(
     )
 
 
+def weight_bytes(shape: ModelShape, dtype_bytes: int) -> Mapping[Component, int]:
+    if weight_scheme(shape.quantization) is not None:
+        return shape.component_bytes
+    return {component: params * dtype_bytes for component, params in shape.params.items()}
+
+
 def cost_model(shape: ModelShape, dtype: str) -> CostModel:
+    read = weight_bytes(shape, DTYPE_BYTES[dtype])
+    head = Component.EMBEDDING if shape.is_tied else Component.HEAD
+    read_components = (Component.ATTENTION, Component.MLP, Component.NORMS, head)
     return CostModel(
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
@@ -95,7 +109,7 @@ def cost_model(shape: ModelShape, dtype: str) -> CostModel:
         head_dim=shape.head_dim,
         layer_matmul_params=shape.params[Component.ATTENTION] + shape.params[Component.MLP],
         head_params=shape.vocab_size * shape.hidden_size,
-        norm_params=shape.params[Component.NORMS],
+        weight_bytes_per_step=sum(read[component] for component in read_components),
         dtype_bytes=DTYPE_BYTES[dtype],
     )
 
@@ -145,6 +159,11 @@ def _notes(shape: ModelShape, context_tokens: int) -> tuple[str, ...]:
     limit = shape.max_position_embeddings
     if limit is not None and context_tokens > limit:
         notes.append(f"a context of {context_tokens} is beyond the model's limit of {limit}")
+    if shape.quantization is not None and shape.quantization.has_kv_scales:
+        notes.append(
+            "the folder holds scales for an FP8 KV cache, which takes one byte per element instead "
+            "of what is shown"
+        )
     if shape.params[Component.OTHER]:
         notes.append(
             f"{shape.params[Component.OTHER]:,} parameters belong to no known component and are "

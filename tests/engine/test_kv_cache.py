@@ -38,10 +38,10 @@ def test_written_tokens_are_gathered_in_order(num_kv_heads: int, block_size: int
     slots = pool.slot_rows(blocks, positions % block_size)
     written = torch.randn(3, len(blocks), 2 * num_kv_heads, 6)
     for layer in range(3):
-        pool.write(slots[layer], written[layer])
+        pool.write(slots[layer], written[layer], layer)
     rows = pool.gather_rows(tables)
     for layer in range(3):
-        keys, values = pool.gather(rows[layer], 2)
+        keys, values = pool.gather(rows[layer], 2, layer)
         expected = written[layer].view(2, 3 * block_size, 2, num_kv_heads, 6)
         expected = expected.permute(2, 0, 3, 1, 4).reshape(2, 2 * num_kv_heads, -1, 6)
         assert torch.equal(keys, expected[0])
@@ -52,7 +52,7 @@ def test_token_lies_where_the_layout_says() -> None:
     layout = make_layout(2)
     pool = KvPool(layout, 5, device=CPU)
     slots = pool.slot_rows(np.array([3]), np.array([2]))
-    pool.write(slots[1], torch.arange(24.0).view(1, 4, 6))
+    pool.write(slots[1], torch.arange(24.0).view(1, 4, 6), 1)
     assert torch.equal(pool.blocks[3, 0, 1, 0, 2], torch.arange(0.0, 6.0))
     assert torch.equal(pool.blocks[3, 1, 1, 0, 2], torch.arange(6.0, 12.0))
     assert torch.equal(pool.blocks[3, 0, 1, 1, 2], torch.arange(12.0, 18.0))

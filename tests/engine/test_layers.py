@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baton.engine.layers.linear import PackedLinear, PlainLinear, can_pack, make_linear
-from baton.engine.layers.rms_norm import RmsNorm, folded_gain
+from baton.engine.layers.rms_norm import RmsNorm, gain_factor
 from baton.engine.layers.rotary import Rotary, inverse_frequencies
 from baton.engine.model_config import RopeConfig, RopeType
 
@@ -54,7 +54,7 @@ def test_rms_norm_with_folded_gain(dtype: torch.dtype, num_rows: int, scale: flo
     x, gain = (torch.randn(num_rows, 72) * scale).to(dtype), torch.rand(72) + 0.5
     mean_square = x.double().square().mean(-1, keepdim=True)
     expected = x.double() / (mean_square + 1e-5).sqrt() * gain.double()
-    result = RmsNorm(72, 1e-5, CPU)(x).double() * folded_gain(gain).double()
+    result = RmsNorm(72, 1e-5, CPU)(x).double() * (gain * gain_factor(72)).double()
     torch.testing.assert_close(result, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baton.core.errors import ConfigError
+from baton.engine.checkpoint import model_id, weight_files
 from baton.engine.config import EngineConfig
-from baton.engine.weights import LoadedModel, load_model, model_id, weight_files
+from baton.engine.weights import LoadedModel, load_model
 
 _SPEC = importlib.util.spec_from_file_location(
     "weights_tiny_llama", Path(__file__).parents[1] / "support/tiny_llama.py"

@@ -61,7 +61,7 @@ class PagedAttention:
         """`group_size` query heads share one KV head."""
         self._pool = pool
         self._group_size = group_size
-        self._num_kv_heads = pool.layout.num_kv_heads
+        self._num_kv_heads = pool.num_kv_heads
         self._head_dim = pool.layout.head_dim
         side = (MAX_TILE_QUERIES, MAX_TILE_QUERIES)
         mask = torch.full(side, float("-inf"), dtype=dtype, device=device).triu_(1)
@@ -70,7 +70,7 @@ class PagedAttention:
     def decode(self, group: DecodeGroup, layer: int, queries: Tensor) -> Tensor:
         """queries [num_seqs, num_heads * head_dim] -> the same shape."""
         size, num_seqs = self._group_size, group.num_seqs
-        keys, values = self._pool.gather(group.gather_rows[layer], num_seqs)
+        keys, values = self._pool.gather(group.gather_rows[layer], num_seqs, layer)
         heads = queries.reshape(num_seqs * self._num_kv_heads, size, self._head_dim)
         if num_seqs == 1:
             # One fused call beats three; from two sequences on it is the slower way.
@@ -85,7 +85,7 @@ class PagedAttention:
 
     def prefill(self, chunk: PrefillChunk, layer: int, queries: Tensor, out: Tensor) -> None:
         """queries [num_rows, num_heads * head_dim], result into `out` of the same shape."""
-        keys, values = self._pool.gather(chunk.gather_rows[layer], 1)
+        keys, values = self._pool.gather(chunk.gather_rows[layer], 1, layer)
         keys = keys.transpose(1, 2)
         shape = (-1, self._num_kv_heads, self._group_size, self._head_dim)
         queries, out = queries.unflatten(-1, shape[1:]), out.view(shape)

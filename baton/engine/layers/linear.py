@@ -7,11 +7,16 @@ weights are converted once and the original is dropped.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from baton.engine.layers.rms_norm import gain_factor
+from baton.engine.quantization.weight import QuantizedWeight
+
+LinearT_co = TypeVar("LinearT_co", covariant=True)
 
 PACK_NUM_ROWS = 64
 """Rows the packed layout is chosen for. One row gives another float32 layout, which is 1.5-2x
@@ -27,6 +32,24 @@ class Linear(Protocol):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x W^T + b, in a new tensor [num_rows, out_features]."""
+        ...
+
+
+class LinearFactory(Protocol[LinearT_co]):
+    """How a device multiplies: turns weights of one rank into its linear layers."""
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> LinearT_co:
+        """weight [out_features, in_features] and bias [out_features] in the engine's type, on the
+        device; the factory owns them."""
+        ...
+
+    def quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> LinearT_co:
+        """The same for a quantised weight; its scales hold every constant factor."""
+        ...
+
+    def gain_factor(self, hidden_size: int) -> float:
+        """What norm gains are multiplied by before they are folded into the weights: 1 when the
+        device's norm divides by the root of the mean square."""
         ...
 
 
@@ -81,3 +104,24 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+class CpuLinears:
+    """The LinearFactory of the CPU engine.
+
+    Quantised weights are turned back into the engine's type when they are loaded: no product of
+    torch on CPUs takes e4m3 or grouped integers and is faster than oneDNN in bfloat16, so a
+    quantised folder runs here as fast and as large as a plain one.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return make_linear(weight, bias)
+
+    def quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> Linear:
+        return make_linear(weight.dequantized(self._dtype), bias)
+
+    def gain_factor(self, hidden_size: int) -> float:
+        return gain_factor(hidden_size)

@@ -3,7 +3,7 @@
     y = x / sqrt(mean(x^2) + eps) * g = x / hypot(|x|, sqrt(d eps)) * (g sqrt(d))
 
 Every normalised vector goes straight into a linear layer, so `g sqrt(d)` is folded into that
-layer's weights when they are loaded (`folded_gain`) and only the division remains at run time.
+layer's weights when they are loaded (`gain_factor`) and only the division remains at run time.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
 """
 
@@ -18,9 +18,9 @@ BATCH_NORM_FROM_ROWS = 64
 """Below, the plain quotient is faster."""
 
 
-def folded_gain(gain: Tensor) -> Tensor:
-    """What the columns of the following linear layer are multiplied by, float32 [hidden_size]."""
-    return gain.float() * math.sqrt(gain.numel())
+def gain_factor(hidden_size: int) -> float:
+    """The columns of the following linear layer are multiplied by the gain times this."""
+    return math.sqrt(hidden_size)
 
 
 class RmsNorm:
