@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from services.launch.system import LocalSystem
 
 READY_TIMEOUT_S = 180.0
+GPU_READY_TIMEOUT_S = 2400.0
+"""A large model is read, its kernels are compiled and its graphs captured; beyond the time that a
+tensor-parallel group gives its ranks for that. A worker that fails ends the wait at once."""
 STOP_GRACE_S = 8.0
 POLL_S = 0.2
 DTYPES = ("bfloat16", "float32")
@@ -37,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grpc-port", type=int, metavar="N", help="default: 9000")
     parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--decode", type=int, metavar="N", help="decode workers (default: 1)")
+    for pool in ("prefill", "decode"):
+        parser.add_argument(
+            f"--{pool}-tp",
+            type=int,
+            metavar="N",
+            help=f"processes that share the model in each {pool} worker, one GPU each (default: 1)",
+        )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
     parser.add_argument(
         "--transport", choices=("auto", "nixl", "shm"), help="KV link between workers (auto)"
@@ -60,22 +70,32 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_settings_arguments(parser, example="decode.engine.max_num_seqs=16")
     parser.add_argument(
+        "--ready-timeout",
+        type=float,
+        metavar="S",
+        help="seconds that the system may take to be ready "
+        f"(default: {READY_TIMEOUT_S:.0f}, with workers on GPUs {GPU_READY_TIMEOUT_S:.0f})",
+    )
+    parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="keep settings, registry and logs here"
     )
 
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.core.logging import setup_logging
+    from services.launch.pools import check_pools
     from services.launch.readiness import check_model_folder, check_ports_free
     from services.launch.run_directory import RunDirectory
 
     setup_logging("serve", level="WARNING", as_json=False)
     system = _system_config(args, environ)
     check_model_folder(system.model_path)
+    check_pools(system, environ, use_ray=args.use_ray)
+    ready_timeout_s = _ready_timeout_s(system, args.ready_timeout)
     check_ports_free(
         system.host, {"--http-port": system.http_port, "--grpc-port": system.grpc_port}
     )
-    _serve(system, RunDirectory.create(args.run_dir), args)
+    _serve(system, RunDirectory.create(args.run_dir), args, ready_timeout_s)
     return 0
 
 
@@ -96,8 +116,8 @@ def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Syst
         "grpc_port": args.grpc_port,
         "num_prefill": args.prefill,
         "num_decode": args.decode,
-        "prefill": both,
-        "decode": both,
+        "prefill": merge(both, {"engine": {"tp_size": args.prefill_tp}}),
+        "decode": merge(both, {"engine": {"tp_size": args.decode_tp}}),
     }
     overrides = merge(flags, *(parse_override(text) for text in args.overrides))
     values = merge_layers(SystemConfig, file=args.config, environ=environ, overrides=overrides)
@@ -113,7 +133,25 @@ def _default_model(args: argparse.Namespace, environ: Mapping[str, str]) -> Path
     return import_default(environ, dtype=args.dtype or DTYPES[0])
 
 
-def _serve(system: SystemConfig, directory: RunDirectory, args: argparse.Namespace) -> None:
+def _ready_timeout_s(system: SystemConfig, wanted_s: float | None) -> float:
+    """`wanted_s`, or what the pools' devices may take. Raises ConfigError."""
+    from baton.core.errors import ConfigError
+    from services.launch.pools import worker_demands
+
+    if wanted_s is None:
+        on_gpu = any(worker_demands(system).values())
+        return GPU_READY_TIMEOUT_S if on_gpu else READY_TIMEOUT_S
+    if not wanted_s > 0:
+        raise ConfigError(f"--ready-timeout must be above zero, got {wanted_s:g}")
+    return wanted_s
+
+
+def _serve(
+    system: SystemConfig,
+    directory: RunDirectory,
+    args: argparse.Namespace,
+    ready_timeout_s: float,
+) -> None:
     """Start, say so, wait for Ctrl-C or SIGTERM, stop. A second one stops without grace."""
     started_at_s = time.monotonic()
     print(f"starting {_processes(system)} of {system.served_model_name}", flush=True)
@@ -123,7 +161,7 @@ def _serve(system: SystemConfig, directory: RunDirectory, args: argparse.Namespa
         local = _start(system, directory, args)
         # Ray installs handlers of its own.
         _interrupt_on_signals()
-        _wait_until_ready(system, local)
+        _wait_until_ready(system, local, ready_timeout_s)
         print(_ready_text(system, directory, time.monotonic() - started_at_s), flush=True)
         while True:
             time.sleep(POLL_S)
@@ -163,7 +201,7 @@ def _start(system: SystemConfig, directory: RunDirectory, args: argparse.Namespa
     return processes.start_system(system, directory)
 
 
-def _wait_until_ready(system: SystemConfig, local: LocalSystem) -> None:
+def _wait_until_ready(system: SystemConfig, local: LocalSystem, timeout_s: float) -> None:
     """Raises Unavailable when the system will not come up."""
     from services.launch.readiness import wait_until_healthy
 
@@ -171,7 +209,7 @@ def _wait_until_ready(system: SystemConfig, local: LocalSystem) -> None:
         local.poll()
         return local.hopeless()
 
-    wait_until_healthy(_url(system), timeout_s=READY_TIMEOUT_S, still_running=keep_going)
+    wait_until_healthy(_url(system), timeout_s=timeout_s, still_running=keep_going)
 
 
 def _processes(system: SystemConfig) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
+from dataclasses import dataclass
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_KEPT_BYTES = 32 << 20
@@ -39,6 +41,23 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def map_pool(num_bytes: int) -> memoryview:
+@dataclass(frozen=True, slots=True)
+class PoolMemory:
     """Zeroed, page-aligned, writable memory whose pages become resident when first written."""
+
+    memory: memoryview
+    fd: int | None
+    """Names the memory for other processes that map it; None when it is ours alone. Belongs to
+    whoever made the memory."""
+
+
+def map_pool(num_bytes: int) -> memoryview:
+    """Memory for this process alone."""
     return memoryview(mmap.mmap(-1, num_bytes))
+
+
+def map_shared_pool(num_bytes: int) -> PoolMemory:
+    """Memory that other processes may map. Close the descriptor once they have; it stays ours."""
+    fd = os.memfd_create("baton-kv-pool", os.MFD_CLOEXEC)
+    os.ftruncate(fd, num_bytes)
+    return PoolMemory(memoryview(mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED)), fd)

@@ -1,25 +1,31 @@
-"""Runs one batch: plan, forward pass, sampling. The engine's only door to tensors.
+"""Runs one step on a CPU: plan, forward pass, sampling. The engine's only door to tensors.
 
-All calls come from one thread, the engine's. Not known here: scheduling, block life cycle.
+One object per rank; the ranks of a group compute the same steps and rank 0 alone samples. All
+calls come from one thread. Not known here: scheduling, block life cycle, other processes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 import torch
+from torch import Tensor
 
 from baton.core.errors import ConfigError
 from baton.core.kv_layout import KvLayout
-from baton.engine.batch import Batch, SampledToken
+from baton.engine.batch import Batch, CompletedStep, SampledToken, SequenceSlice, slices
+from baton.engine.communicator import Communicator, SingleCommunicator
 from baton.engine.config import EngineConfig
 from baton.engine.kv_cache import KvPool
 from baton.engine.models.llama import LlamaModel
+from baton.engine.parallel import Parallel
 from baton.engine.sampler import Sampler
-from baton.engine.step_plan import build_plan
+from baton.engine.step_plan import StepPlan, build_plan
 from baton.engine.weights import LoadedModel
 
 
 class ModelRunner:
-    """Implements `batch.Runner` over a loaded model and its KV pool."""
+    """Implements `batch.Runner` and `rank_runner.RankRunner` over a loaded model and its KV."""
 
     def __init__(
         self,
@@ -28,22 +34,34 @@ class ModelRunner:
         layout: KvLayout,
         num_blocks: int,
         pool_memory: memoryview | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         """`pool_memory` is zeroed and writable and outlives the runner; None allocates it.
 
+        `model` holds the weights of the communicator's rank, the only one when None is given.
         Raises ConfigError when `layout` is not the model's or the memory is too small.
         """
         difference = layout.difference(model.layout(config.block_size))
         if difference:
             raise ConfigError(f"KV layout given and KV layout of the model differ: {difference}")
+        communicator = communicator or SingleCommunicator()
+        self._block_size = layout.block_size
         with torch.inference_mode():
-            self._pool = KvPool(layout, num_blocks, memory=pool_memory, device=model.device)
+            self._pool = KvPool(
+                layout,
+                num_blocks,
+                memory=pool_memory,
+                device=model.device,
+                parallel=Parallel(communicator.rank, communicator.size),
+                scales=model.pool_scales(),
+            )
             self._model = LlamaModel(
                 model.model_config,
                 model.weights,
                 self._pool,
                 max_positions=min(model.max_model_len, num_blocks * layout.block_size),
                 device=model.device,
+                communicator=communicator,
             )
         self._sampler = Sampler(model.model_config.vocab_size)
 
@@ -56,19 +74,34 @@ class ModelRunner:
     def pool_bytes(self) -> int:
         return self._pool.num_bytes
 
-    def execute(self, batch: Batch) -> list[SampledToken | None]:
+    @property
+    def max_in_flight(self) -> int:
+        return 1
+
+    def launch(self, batch: Batch) -> CompletedStep:
         """Compute all tokens of the batch and sample where due; see `batch.Runner`."""
-        results: list[SampledToken | None] = [None] * len(batch.scheduled)
-        if not batch.scheduled:
-            return results
+        return self.launch_slices(batch, slices(batch, self._block_size))
+
+    def launch_slices(self, batch: Batch, slices: SequenceOf[SequenceSlice]) -> CompletedStep:
+        """`launch` on rank 0, with the slices of the batch that the other ranks run."""
+        results: list[SampledToken | None] = [None] * len(slices)
+        if not slices:
+            return CompletedStep(results)
         with torch.inference_mode():
-            plan = build_plan(batch.scheduled, self._pool)
-            logits = self._model.forward(plan)
+            plan, logits = self._forward(slices)
             if logits is None:
-                return results
+                return CompletedStep(results)
             sequences = [batch.scheduled[i].sequence for i in plan.sampled]
-            for index, token in zip(
-                plan.sampled, self._sampler.sample(sequences, logits), strict=True
-            ):
-                results[index] = token
-        return results
+            tokens = self._sampler.sample(sequences, logits)
+        for index, token in zip(plan.sampled, tokens, strict=True):
+            results[index] = token
+        return CompletedStep(results)
+
+    def run(self, slices: SequenceOf[SequenceSlice]) -> None:
+        """This rank's part of a step that rank 0 has launched."""
+        with torch.inference_mode():
+            self._forward(slices)
+
+    def _forward(self, slices: SequenceOf[SequenceSlice]) -> tuple[StepPlan, Tensor | None]:
+        plan = build_plan(slices, self._pool)
+        return plan, self._model.forward(plan)

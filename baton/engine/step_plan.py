@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baton.engine.batch import ScheduledSequence
+from baton.engine.batch import SequenceSlice
 from baton.engine.kv_cache import IntArray, KvPool
 from baton.engine.layers.attention import DecodeGroup, PrefillChunk
 
@@ -44,23 +44,21 @@ class StepPlan:
     sampled_groups: list[DecodeGroup]
     """The last layer's queries: only the sampled rows."""
     sampled: list[int]
-    """For each row of logits, its index in the scheduled batch."""
+    """For each row of logits, the index of its slice."""
 
 
-def build_plan(scheduled: AbstractSequence[ScheduledSequence], pool: KvPool) -> StepPlan:
-    """The plan of a non-empty batch."""
-    order = sorted(range(len(scheduled)), key=lambda i: _order_key(scheduled[i]))
-    entries = [scheduled[i] for i in order]
-    num_decode = sum(1 for e in entries if e.num_new_tokens == 1)
-    contexts = [e.sequence.num_computed_tokens + e.num_new_tokens for e in entries]
-    first_rows = np.cumsum([0] + [e.num_new_tokens for e in entries]).tolist()
-    tables = [
-        _block_table(e, n, pool.layout.block_size) for e, n in zip(entries, contexts, strict=True)
-    ]
+def build_plan(slices: AbstractSequence[SequenceSlice], pool: KvPool) -> StepPlan:
+    """The plan of a non-empty step whose tokens are all known; the same on every rank."""
+    order = sorted(range(len(slices)), key=lambda i: _order_key(slices[i]))
+    entries = [slices[i] for i in order]
+    num_decode = sum(1 for e in entries if len(e.token_ids) == 1)
+    contexts = [e.first_position + len(e.token_ids) for e in entries]
+    first_rows = np.cumsum([0] + [len(e.token_ids) for e in entries]).tolist()
+    tables = [np.array(e.block_table, dtype=np.int64) for e in entries]
     chunks = [
         PrefillChunk(
             first_rows[i],
-            entries[i].num_new_tokens,
+            len(entries[i].token_ids),
             contexts[i],
             pool.gather_rows(tables[i][None]),
         )
@@ -90,17 +88,12 @@ def build_plan(scheduled: AbstractSequence[ScheduledSequence], pool: KvPool) -> 
     )
 
 
-def _order_key(entry: ScheduledSequence) -> tuple[bool, int]:
-    return entry.num_new_tokens > 1, entry.sequence.num_computed_tokens
-
-
-def _block_table(entry: ScheduledSequence, num_context: int, block_size: int) -> IntArray:
-    num_blocks = -(-num_context // block_size)
-    return np.array(entry.sequence.block_table[:num_blocks], dtype=np.int64)
+def _order_key(entry: SequenceSlice) -> tuple[bool, int]:
+    return len(entry.token_ids) > 1, entry.first_position
 
 
 def _tokens(
-    entries: list[ScheduledSequence], tables: list[IntArray], pool: KvPool
+    entries: list[SequenceSlice], tables: list[IntArray], pool: KvPool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Token ids, positions and slots of all rows."""
     token_ids: list[int] = []
@@ -108,10 +101,9 @@ def _tokens(
     blocks: list[IntArray] = []
     block_size = pool.layout.block_size
     for entry, table in zip(entries, tables, strict=True):
-        first = entry.sequence.num_computed_tokens
-        last = first + entry.num_new_tokens
-        token_ids += entry.sequence.token_ids[first:last]
-        span = np.arange(first, last, dtype=np.int64)
+        token_ids += entry.token_ids
+        first = entry.first_position
+        span = np.arange(first, first + len(entry.token_ids), dtype=np.int64)
         positions.append(span)
         blocks.append(table[span // block_size])
     all_positions = np.concatenate(positions)
@@ -125,7 +117,7 @@ def _tokens(
 
 def _group(contexts: list[int], tables: list[IntArray], pool: KvPool) -> list[DecodeGroup]:
     """Split sequences, ordered by length, where padding or the gathered bytes grow too large."""
-    block_bytes = pool.layout.block_bytes // pool.layout.num_layers
+    block_bytes = pool.num_kv_heads * pool.layout.head_bytes // pool.layout.num_layers
     groups: list[DecodeGroup] = []
     first = 0
     for i in range(1, len(contexts) + 1):
@@ -155,6 +147,6 @@ def _decode_group(
     mask = None
     if contexts[0] < length and len(contexts) > 1:
         is_padding = torch.arange(length)[None] >= torch.tensor(contexts)[:, None]
-        mask = torch.zeros(is_padding.shape, dtype=pool.blocks.dtype)
+        mask = torch.zeros(is_padding.shape, dtype=pool.dtype)
         mask = mask.masked_fill_(is_padding, float("-inf"))[:, None]
     return DecodeGroup(first_row, len(tables), pool.gather_rows(padded), contexts[-1], mask)

@@ -10,9 +10,11 @@ from baton.core.config import merge
 from baton.core.worker_info import Role
 from services.decode.deployment import DecodeDeployment
 from services.launch.config import LOCAL_DRAIN_S, SystemConfig, router_values, worker_values
+from services.launch.pools import engine_config, gpu_demand
 from services.launch.run_directory import RunDirectory
 from services.prefill.deployment import PrefillDeployment
 from services.router.deployment import RouterDeployment
+from services.worker.deployment import SERVE_OPTIONS
 
 STOP_MARGIN_S = 2.0
 """Beyond the drain: for the engine thread and the transport to end."""
@@ -36,6 +38,12 @@ def _bind_pool(
     # Replicas of one deployment get the same settings; each makes up its own worker id.
     del values["worker_id"]
     deployment = POOLS[role].options(
-        num_replicas=count, graceful_shutdown_timeout_s=values["drain_s"] + STOP_MARGIN_S
+        num_replicas=count,
+        graceful_shutdown_timeout_s=values["drain_s"] + STOP_MARGIN_S,
+        ray_actor_options={
+            **SERVE_OPTIONS["ray_actor_options"],
+            # Ray makes as many visible to the replica, and none when it is told of none.
+            "num_gpus": gpu_demand(engine_config(system, role)),
+        },
     )
     return deployment.bind(values, str(run.path / "logs"))

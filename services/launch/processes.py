@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -25,6 +25,7 @@ from baton.core.config import ENV_PREFIX
 from baton.core.worker_info import Role
 from baton.process import EXIT_CONFIG
 from services.launch.config import SystemConfig, router_values, worker_values
+from services.launch.pools import VISIBLE_DEVICES, assign_gpus, visible_gpus, worker_demands
 from services.launch.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Child:
     backoff_s: float = RESTART_BACKOFF_S
     restart_at_s: float = 0.0
     num_exits: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Beside what it inherits."""
     is_misconfigured: bool = False
     """It said itself that starting it again will not help."""
 
@@ -121,7 +124,7 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=_child_environment(),
+                env={**_inherited_environment(), **child.environment},
             )
         child.started_at_s = time.monotonic()
 
@@ -139,7 +142,7 @@ def _end(children: Sequence[Child], deadline: float) -> None:
             process.wait()
 
 
-def _child_environment() -> dict[str, str]:
+def _inherited_environment() -> dict[str, str]:
     """Ours without settings: those are in each child's file already, ranked as documented."""
     return {k: v for k, v in os.environ.items() if not k.startswith(ENV_PREFIX)}
 
@@ -150,11 +153,12 @@ def start_system(system: SystemConfig, run: RunDirectory) -> Supervisor:
     The workers' cluster secret is the one their registry keeps for them.
     """
     supervisor = Supervisor()
-    for role, count in ((Role.PREFILL, system.num_prefill), (Role.DECODE, system.num_decode)):
-        for index in range(count):
-            values = worker_values(system, role, index)
-            values["registry"] = {"directory": str(run.registry)}
-            _start(supervisor, run, f"{role.value}-{index}", f"services.{role.value}", values)
+    environments = worker_environments(system, os.environ)
+    for (role, index), environment in environments.items():
+        values = worker_values(system, role, index)
+        values["registry"] = {"directory": str(run.registry)}
+        name = f"{role.value}-{index}"
+        _start(supervisor, run, name, f"services.{role.value}", values, environment)
     values = router_values(system)
     values["registry_dir"] = str(run.registry)
     _start(supervisor, run, "router", "services.router", values)
@@ -162,7 +166,12 @@ def start_system(system: SystemConfig, run: RunDirectory) -> Supervisor:
 
 
 def _start(
-    supervisor: Supervisor, run: RunDirectory, name: str, module: str, values: dict[str, object]
+    supervisor: Supervisor,
+    run: RunDirectory,
+    name: str,
+    module: str,
+    values: dict[str, object],
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     settings = run.write_settings(name, values)
     command = [
@@ -170,4 +179,24 @@ def _start(
         *("--config", str(settings)),
         *("--exit-with-parent", str(os.getpid())),
     ]
-    supervisor.start(Child(name=name, command=command, log_file=run.log_file(name)))
+    supervisor.start(
+        Child(
+            name=name,
+            command=command,
+            log_file=run.log_file(name),
+            environment=environment or {},
+        )
+    )
+
+
+def worker_environments(
+    system: SystemConfig, environ: Mapping[str, str]
+) -> dict[tuple[Role, int], dict[str, str]]:
+    """What each worker (role, index) gets beside our environment: the GPUs of its ranks."""
+    demands = worker_demands(system)
+    gpus = visible_gpus(environ) if any(demands.values()) else []
+    assigned = assign_gpus(list(demands.values()), gpus)
+    return {
+        worker: {VISIBLE_DEVICES: ",".join(own)} if own else {}
+        for worker, own in zip(demands, assigned, strict=True)
+    }

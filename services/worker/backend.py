@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from baton.core.clock import WallClock
 from baton.core.kv_layout import KvLayout
 from baton.core.logging import log_fields
-from baton.engine.config import EngineConfig
+from baton.engine.config import Device, EngineConfig
+from baton.engine.host_memory import PoolMemory
+from baton.engine.tensor_parallel.group import RankGroup
 from kvtransfer.metadata import PeerIdentity
+from kvtransfer.no_transport import NoTransport
 from kvtransfer.select import create_transport, needs_shared_pool
 from kvtransfer.shm_transport import ShmPool
 from kvtransfer.transport import PoolRegion, Transport
@@ -28,8 +31,13 @@ from services.worker.config import WorkerConfig
 from services.worker.core_share import AllCores, CoreShare, share_cores, shared_file
 from services.worker.engine_api import EngineApi
 
+if TYPE_CHECKING:
+    from baton.engine.factory import BuiltEngine
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+ON_GPU = "its KV lies in GPU memory, which is not handed over yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +50,19 @@ class Backend:
     max_model_len: int
     transport: Transport
     cores: AllCores | CoreShare = field(default_factory=AllCores)
+    ranks: RankGroup | None = None
+    """The processes of the engine's other ranks, to be closed after the last step."""
 
 
 @dataclass(slots=True)
-class _PoolMemory:
+class _SharedPool:
     """Shared memory for the pool when the transport needs it, made when the size is known."""
 
     pool: ShmPool | None = field(default=None)
 
-    def make(self, num_bytes: int) -> memoryview:
+    def make(self, num_bytes: int) -> PoolMemory:
         self.pool = ShmPool.create(num_bytes)
-        return self.pool.memory
+        return PoolMemory(self.pool.memory, self.pool.fd)
 
 
 async def open_backend(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backend:
@@ -71,11 +81,12 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
     name = config.served_model_name
     log_fields(logger, f"loading weights of {name}", model=name)
     kind = config.transfer.transport
-    memory = _PoolMemory()
+    on_gpu = config.engine.device is Device.CUDA
+    memory = _SharedPool()
     built = build_engine(
         config.engine,
         clock=WallClock(),
-        pool_memory_factory=memory.make if needs_shared_pool(kind) else None,
+        pool_memory_factory=memory.make if needs_shared_pool(kind) and not on_gpu else None,
     )
     loading_s = round(time.monotonic() - started_s, 2)
     log_fields(
@@ -83,15 +94,16 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
         f"engine built in {loading_s} s",
         num_blocks=built.num_blocks,
         block_bytes=built.layout.block_bytes,
+        tp_size=config.engine.tp_size,
+        rank_pids=built.ranks.pids if built.ranks is not None else [],
         seconds=loading_s,
     )
-    region = PoolRegion(
-        address=built.pool_address,
-        num_bytes=built.pool_bytes,
-        num_blocks=built.num_blocks,
-        layout=built.layout,
-    )
-    transport = create_transport(kind, region, identity, secret, shared_pool=memory.pool)
+    try:
+        transport = _open_transport(config, built, identity, secret, memory.pool)
+    except BaseException:
+        if built.ranks is not None:
+            built.ranks.close()
+        raise
     return Backend(
         built.engine,
         built.layout,
@@ -99,7 +111,27 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
         built.max_model_len,
         transport,
         _cores(config.engine),
+        built.ranks,
     )
+
+
+def _open_transport(
+    config: WorkerConfig,
+    built: BuiltEngine,
+    identity: PeerIdentity,
+    secret: bytes,
+    pool: ShmPool | None,
+) -> Transport:
+    if config.engine.device is Device.CUDA:
+        logger.info("KV transport: none (%s)", ON_GPU)
+        return NoTransport(ON_GPU)
+    region = PoolRegion(
+        address=built.pool_address,
+        num_bytes=built.pool_bytes,
+        num_blocks=built.num_blocks,
+        layout=built.layout,
+    )
+    return create_transport(config.transfer.transport, region, identity, secret, shared_pool=pool)
 
 
 def _cores(config: EngineConfig) -> AllCores | CoreShare:
@@ -109,8 +141,13 @@ def _cores(config: EngineConfig) -> AllCores | CoreShare:
     if config.num_threads is not None:
         return AllCores()
     cores = os.sched_getaffinity(0)
+
+    def set_num_threads(num_threads: int) -> None:
+        # Of the worker's share each rank takes its part; rank 0 tells the others with each step.
+        torch.set_num_threads(max(1, num_threads // config.tp_size))
+
     return share_cores(
-        shared_file(sorted(cores)), num_cores=len(cores), set_num_threads=torch.set_num_threads
+        shared_file(sorted(cores)), num_cores=len(cores), set_num_threads=set_num_threads
     )
 
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from baton.core.config import build, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
-from baton.engine.config import EngineConfig
-from baton.settings import LogConfig, check_positive, load
+from baton.engine.config import Device, EngineConfig
+from baton.settings import LogConfig, check_positive, merge_layers
 from kvtransfer.select import TransportKind
+
+GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        # A block of 64 tokens arrives by one bulk copy; a step of 8,192 tokens keeps the tensor
+        # cores busy, and 256 sequences read the weights once for all of them.
+        "engine": {"block_size": 64, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
+    }
+)
+"""What a GPU changes in a pool's own defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +135,13 @@ class WorkerConfig:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}")
         if self.drain_s < 0:
             raise ConfigError(f"drain_s must not be negative, got {self.drain_s}")
+        rank_timeout_s, step_timeout_s = self.engine.rank_timeout_s, self.health.step_timeout_s
+        if self.engine.tp_size > 1 and rank_timeout_s >= step_timeout_s:
+            raise ConfigError(
+                f"engine.rank_timeout_s {rank_timeout_s:g} is not below health.step_timeout_s "
+                f"{step_timeout_s:g}: the worker would end without saying which rank hangs; lower "
+                "the first or raise the second"
+            )
         if self.host in ("0.0.0.0", "::") and self.advertise_host is None:
             raise ConfigError(
                 f"host {self.host} listens everywhere but names no address; set advertise_host"
@@ -141,5 +159,22 @@ def load_worker_config(
     environ: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> WorkerConfig:
-    """Build the settings from their layers. Raises ConfigError naming the wrong key."""
-    return load(WorkerConfig, defaults=defaults, file=file, environ=environ, overrides=overrides)
+    """Build the settings from their layers over the pool's `defaults`, or those of a GPU where the
+    layers choose one. Raises ConfigError naming the wrong key.
+    """
+    settings = merge_layers(WorkerConfig, file=file, environ=environ, overrides=overrides)
+    return build(WorkerConfig, merge(defaults_for_device(defaults, settings), settings))
+
+
+def defaults_for_device(
+    defaults: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """A pool's `defaults` for the device that a worker's `settings` choose, both not built yet.
+
+    The choice comes before any check, since a device's settings fit its own defaults alone.
+    """
+    engine = merge(defaults, settings).get("engine")
+    device = engine.get("device") if isinstance(engine, Mapping) else None
+    if device in (Device.CUDA, Device.CUDA.value):
+        return merge(defaults, GPU_DEFAULTS)
+    return defaults

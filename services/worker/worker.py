@@ -2,6 +2,7 @@
 
 start: backend (weights, pool, transport, warm-up) ─► engine thread ─► gRPC ─► registration
 stop:  leave the registry ─► drain ─► sessions, gRPC ─► transfers ─► transport ─► engine thread
+       ─► the other ranks
 
 Runs inside any event loop: its own process (`main`) or a Ray Serve replica (`deployment`).
 """
@@ -9,6 +10,7 @@ Runs inside any event loop: its own process (`main`) or a Ray Serve replica (`de
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -22,6 +24,7 @@ from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError, InternalError, Unavailable
 from baton.core.logging import log_fields
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
+from baton.engine.tensor_parallel.group import RankGroup
 from baton.registry.directory import DirectoryRegistry, shared_secret
 from baton.rpc.channel import new_server
 from baton.rpc.v1 import transfer_pb2_grpc, worker_pb2_grpc
@@ -97,6 +100,8 @@ class WorkerServer:
             await _attempt("the KV transport", backend.transport.close())
         if parts is not None:
             await _attempt("the engine", parts.engine.stop())
+        if backend is not None and backend.ranks is not None:
+            await _attempt("the ranks", asyncio.to_thread(backend.ranks.close))
         logger.info("stopped")
 
     async def failed(self) -> None:
@@ -130,6 +135,8 @@ class WorkerServer:
         self._spawn(parts, "health watch", parts.health.watch())
         self._spawn(parts, "lease clock", parts.leases.tick_forever())
         self._spawn(parts, "load report", self._repeat_load(parts))
+        if backend.ranks is not None:
+            self._watch_ranks(backend.ranks, parts)
         self._announce(parts, info)
         self._info = info
         log_fields(
@@ -142,8 +149,20 @@ class WorkerServer:
             pid=info.pid,
             transport=info.transport,
             num_blocks=info.num_blocks,
+            tp_size=config.engine.tp_size,
         )
         return info
+
+    def _watch_ranks(self, ranks: RankGroup, parts: Parts) -> None:
+        """A worker that has lost a rank is to be replaced, whatever its engine thread does."""
+        loop = asyncio.get_running_loop()
+
+        def give_up(reason: str) -> None:
+            # The loop may have ended with the worker.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(parts.health.give_up, reason)
+
+        ranks.on_failure(give_up)
 
     async def _stop_serving(self, parts: Parts, drain_s: float) -> None:
         await parts.health.leave()

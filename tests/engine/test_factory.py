@@ -14,6 +14,7 @@ from baton.core.errors import ConfigError
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
 from baton.engine.config import EngineConfig
 from baton.engine.factory import build_engine
+from baton.engine.host_memory import PoolMemory
 
 _SPEC = importlib.util.spec_from_file_location(
     "factory_tiny_llama", Path(__file__).parents[1] / "support/tiny_llama.py"
@@ -33,9 +34,9 @@ def test_built_engine_generates(tiny_dir: Path, is_given: bool) -> None:
     config = EngineConfig(model_path=tiny_dir, kv_cache_bytes=1 << 20, num_threads=2)
     wanted: list[int] = []
 
-    def make(num_bytes: int) -> memoryview:
+    def make(num_bytes: int) -> PoolMemory:
         wanted.append(num_bytes)
-        return memoryview(mmap.mmap(-1, num_bytes))
+        return PoolMemory(memoryview(mmap.mmap(-1, num_bytes)), None)
 
     built = build_engine(
         config, clock=ManualClock(), pool_memory_factory=make if is_given else None

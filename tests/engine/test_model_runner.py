@@ -54,7 +54,7 @@ def test_only_the_last_known_token_samples(harness: Any) -> None:
     (result,) = harness.step((chunked, 1))
     assert result is not None
     assert chunked.num_output_tokens == 1
-    assert harness.runner.execute(Batch(())) == []
+    assert harness.runner.launch(Batch(())).wait() == []
 
 
 def test_chunks_leave_the_same_kv_as_a_whole_prompt(harness: Any) -> None:

@@ -80,7 +80,16 @@ class Peer:
     worker_id: WorkerId
 
     def signal(self, number: signal.Signals) -> None:
+        """Returns once the process has stopped, if that is what the signal does."""
         os.kill(self.process.pid, number)
+        deadline_s = time.monotonic() + 5
+        while number is signal.SIGSTOP and not self._has_stopped():
+            assert time.monotonic() < deadline_s, "the peer does not stop"
+            time.sleep(0.001)
+
+    def _has_stopped(self) -> bool:
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        return stat.rsplit(")", 1)[1].split()[0] == "T"
 
     def kill(self) -> None:
         self.process.kill()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from baton.core.block import BlockId
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
-from baton.engine.batch import Batch, SampledToken, ScheduledSequence
+from baton.engine.batch import Batch, SampledToken, ScheduledSequence, SequenceSlice, slices
 from baton.engine.config import EngineConfig
 from baton.engine.kv_cache import KvPool
 from baton.engine.model_runner import ModelRunner
@@ -37,7 +37,9 @@ class ModelHarness:
         self.layout = self.loaded.layout(block_size)
         self.runner = ModelRunner(self.loaded, self.config, self.layout, num_blocks)
         self.device = torch.device("cpu")
-        self.pool = KvPool(self.layout, num_blocks, device=self.device)
+        self.pool = KvPool(
+            self.layout, num_blocks, device=self.device, scales=self.loaded.pool_scales()
+        )
         self.model = LlamaModel(
             self.loaded.model_config,
             self.loaded.weights,
@@ -68,22 +70,26 @@ class ModelHarness:
 
     def logits(self, *scheduled: tuple[Sequence, int]) -> list[Tensor | None]:
         """Run one step; the logits of each sequence that samples, float32 [vocab_size]."""
-        entries = [ScheduledSequence(s, n) for s, n in scheduled]
-        with torch.inference_mode():
-            plan = build_plan(entries, self.pool)
-            rows = self.model.forward(plan)
-        results: list[Tensor | None] = [None] * len(entries)
-        for position, index in enumerate(plan.sampled):
+        batch = Batch(tuple(ScheduledSequence(s, n) for s, n in scheduled))
+        sampled, rows = self.forward(slices(batch, self.layout.block_size))
+        results: list[Tensor | None] = [None] * len(scheduled)
+        for position, index in enumerate(sampled):
             assert rows is not None
             results[index] = rows[position].float()
         for sequence, num_new_tokens in scheduled:
             sequence.num_computed_tokens += num_new_tokens
         return results
 
+    def forward(self, step: tuple[SequenceSlice, ...]) -> tuple[list[int], Tensor | None]:
+        """For each row of logits the index of its slice, and the logits."""
+        with torch.inference_mode():
+            plan = build_plan(step, self.pool)
+            return plan.sampled, self.model.forward(plan)
+
     def step(self, *scheduled: tuple[Sequence, int]) -> list[SampledToken | None]:
         """Run one step through the runner and append what was sampled."""
         batch = Batch(tuple(ScheduledSequence(s, n) for s, n in scheduled))
-        results = self.runner.execute(batch)
+        results = self.runner.launch(batch).wait()
         for (sequence, num_new_tokens), result in zip(scheduled, results, strict=True):
             sequence.num_computed_tokens += num_new_tokens
             if result is not None:

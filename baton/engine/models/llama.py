@@ -3,17 +3,23 @@
 A step is a few large operators a layer over all rows of the plan. The last layer computes its
 attention and MLP, and the head its logits, only for rows that are sampled.
 
-Not known here: checkpoints, block ids, sampling.
+With several ranks each holds a share of the heads, of the MLP's columns and of the vocabulary. The
+ranks' parts of `o` and `down` are summed, so that every rank goes on with the same hidden state,
+and rank 0 collects the logits.
+
+Not known here: checkpoints, block ids, sampling, processes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baton.engine.communicator import ROOT, Communicator, SingleCommunicator
 from baton.engine.kv_cache import KvPool
 from baton.engine.layers.attention import DecodeGroup, PagedAttention
 from baton.engine.layers.linear import Linear
@@ -22,28 +28,32 @@ from baton.engine.layers.rotary import Rotary, RotaryTables
 from baton.engine.model_config import ModelConfig
 from baton.engine.step_plan import StepPlan
 
+L = TypeVar("L")
+"""What a device multiplies with: `Linear` here, another class on a GPU."""
+
 
 @dataclass(frozen=True, slots=True)
-class LlamaLayer:
-    """The weights of one decoder layer; norm gains and the query scale are folded in."""
+class LlamaLayer(Generic[L]):
+    """One rank's weights of a decoder layer; norm gains and the query scale are folded in."""
 
-    qkv: Linear
-    """Rows: all query heads, all key heads, all value heads."""
-    o: Linear
-    gate_up: Linear
+    qkv: L
+    """Rows: the rank's query heads, its key heads, its value heads."""
+    o: L
+    """Columns of the rank's query heads; the bias is on rank 0 alone, as in `down`."""
+    gate_up: L
     """Rows: gate, then up."""
-    down: Linear
+    down: L
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaWeights:
-    """Everything that was in the checkpoint, in run-time form."""
+class LlamaWeights(Generic[L]):
+    """Everything of the checkpoint that one rank computes with, in run-time form."""
 
     embedding: Tensor
-    """[vocab_size, hidden_size]"""
-    layers: list[LlamaLayer]
-    head: Linear
-    """The final norm's gain is folded in."""
+    """[vocab_size, hidden_size], the same on every rank."""
+    layers: list[LlamaLayer[L]]
+    head: L
+    """The rank's rows of the vocabulary (see ModelShard); the final norm's gain is folded in."""
 
 
 class LlamaModel:
@@ -52,12 +62,17 @@ class LlamaModel:
     def __init__(
         self,
         config: ModelConfig,
-        weights: LlamaWeights,
+        weights: LlamaWeights[Linear],
         pool: KvPool,
         *,
         max_positions: int,
         device: torch.device,
+        communicator: Communicator | None = None,
     ) -> None:
+        """`weights` and `pool` are those of the communicator's rank; None: of the only one."""
+        self._communicator = communicator or SingleCommunicator()
+        num_ranks = self._communicator.size
+        num_heads = config.num_heads // num_ranks
         dtype = weights.embedding.dtype
         self._embedding = weights.embedding
         self._layers = weights.layers
@@ -67,7 +82,7 @@ class LlamaModel:
         self._attention = PagedAttention(
             pool, group_size=config.group_size, dtype=dtype, device=device
         )
-        self._num_rotated = config.num_heads + config.num_kv_heads
+        self._num_rotated = num_heads + pool.num_kv_heads
         self._rotary = Rotary(
             config.rope,
             head_dim=config.head_dim,
@@ -76,11 +91,15 @@ class LlamaModel:
             device=device,
         )
         self._head_dim = config.head_dim
-        self._num_heads = config.num_heads
-        self._query_width = config.num_heads * config.head_dim
+        self._num_heads = num_heads
+        self._query_width = num_heads * config.head_dim
+        self._vocab_size = config.vocab_size
 
     def forward(self, plan: StepPlan) -> Tensor | None:
-        """Logits [num sampled rows, vocab_size], or None when the plan samples nothing."""
+        """Logits [num sampled rows, vocab_size].
+
+        None when the plan samples nothing, and on all ranks but the first.
+        """
         hidden = F.embedding(plan.token_ids, self._embedding)
         tables = self._rotary.tables(plan.positions)
         last = len(self._layers) - 1
@@ -91,22 +110,34 @@ class LlamaModel:
             hidden = self._combine(layer, hidden, attended)
         queries = self._project(self._layers[last], last, hidden, plan, tables)
         if not plan.sampled:
+            # The others' KV of this layer is in the pool before anyone is told of it. Otherwise
+            # the sums that follow see to that.
+            self._communicator.barrier()
             return None
         if plan.sampled_rows is not None:
             queries = queries.index_select(0, plan.sampled_rows)
             hidden = hidden.index_select(0, plan.sampled_rows)
         attended = self._decode(last, queries, plan.sampled_groups)
         hidden = self._combine(self._layers[last], hidden, attended)
-        return self._head(self._norm(hidden))
+        logits = self._communicator.gather_columns(self._head(self._norm(hidden)))
+        if logits is None or logits.shape[1] == self._vocab_size:
+            return logits
+        # Each rank holds the same number of rows of the head; what the last ones lack is padding.
+        return logits[:, : self._vocab_size]
 
     def _project(
-        self, layer: LlamaLayer, index: int, hidden: Tensor, plan: StepPlan, tables: RotaryTables
+        self,
+        layer: LlamaLayer[Linear],
+        index: int,
+        hidden: Tensor,
+        plan: StepPlan,
+        tables: RotaryTables,
     ) -> Tensor:
         """Write the rows' K and V; return their queries [num_rows, num_heads * head_dim]."""
         qkv = layer.qkv(self._norm(hidden))
         heads = qkv.view(hidden.shape[0], -1, self._head_dim)
         self._rotary.apply_(heads[:, : self._num_rotated], tables)
-        self._pool.write(plan.slot_rows[index], heads[:, self._num_heads :])
+        self._pool.write(plan.slot_rows[index], heads[:, self._num_heads :], index)
         return qkv[:, : self._query_width]
 
     def _attend(self, index: int, queries: Tensor, plan: StepPlan) -> Tensor:
@@ -130,8 +161,13 @@ class LlamaModel:
         ]
         return torch.cat(parts)
 
-    def _combine(self, layer: LlamaLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    def _combine(self, layer: LlamaLayer[Linear], hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest of a layer: output projection and SwiGLU, each added to the residual."""
-        hidden = layer.o.add_to(hidden, attended)
+        hidden = self._add(hidden, layer.o, attended)
         gate, up = layer.gate_up(self._norm(hidden)).chunk(2, dim=-1)
-        return layer.down.add_to(hidden, F.silu(gate).mul_(up))
+        return self._add(hidden, layer.down, F.silu(gate).mul_(up))
+
+    def _add(self, residual: Tensor, linear: Linear, x: Tensor) -> Tensor:
+        """residual + the sum over all ranks of their part of the product, on every rank."""
+        is_root = self._communicator.rank == ROOT
+        return self._communicator.all_reduce_(linear.add_to(residual, x) if is_root else linear(x))

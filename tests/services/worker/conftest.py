@@ -35,6 +35,7 @@ from baton.core.request import (
 from baton.core.worker_info import PROTOCOL_VERSION, LoadReport, Role, WorkerInfo
 from baton.engine.config import EngineConfig
 from baton.engine.engine import Engine
+from baton.engine.tensor_parallel.group import RankGroup
 from baton.rpc.channel import open_channel
 from baton.rpc.convert import (
     delta_from_wire,
@@ -83,16 +84,16 @@ fake = _load_fake_runner()
 class PoolRunner(fake.FakeRunner):
     """The arithmetic runner with its slots in the pool that peers read; 8 bytes a token."""
 
-    def __init__(self, memory: memoryview, block_size: int) -> None:
-        super().__init__(0, block_size, VOCAB_SIZE)
+    def __init__(self, memory: memoryview, block_size: int, max_in_flight: int) -> None:
+        super().__init__(0, block_size, VOCAB_SIZE, max_in_flight=max_in_flight)
         self.slots = memory.cast("q")
         self.step_s = 0.0
 
-    def execute(self, batch: Any) -> Any:
+    def launch(self, batch: Any) -> Any:
         if self.step_s:
             # On the engine's thread; a step of a real model takes this long.
             time.sleep(self.step_s)
-        return super().execute(batch)
+        return super().launch(batch)
 
 
 def layout_of(model_id: str = "m") -> KvLayout:
@@ -286,7 +287,9 @@ class Workers:
         session: SessionConfig | None = None,
         registry: bool = False,
         step_s: float = 0.0,
+        max_in_flight: int = 1,
         port: int = 0,
+        ranks: RankGroup | None = None,
         **engine: Any,
     ) -> Worker:
         engine = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **engine}
@@ -309,7 +312,7 @@ class Workers:
         ) -> Backend:
             layout = layout_of(model_id)
             pool = ShmPool.create(num_blocks * layout.block_bytes)
-            runner = PoolRunner(pool.memory, BLOCK_SIZE)
+            runner = PoolRunner(pool.memory, BLOCK_SIZE, max_in_flight)
             runner.step_s = step_s
             runner_engine = Engine(
                 config=config.engine,
@@ -326,7 +329,12 @@ class Workers:
                 TransportKind.SHM, region, identity, secret, shared_pool=pool
             )
             return Backend(
-                runner_engine, layout, num_blocks, runner_engine.max_num_tokens, transport
+                runner_engine,
+                layout,
+                num_blocks,
+                runner_engine.max_num_tokens,
+                transport,
+                ranks=ranks,
             )
 
         server = WorkerServer(config, open_backend=open_backend)

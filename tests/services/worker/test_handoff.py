@@ -11,11 +11,17 @@ from baton.core.worker_info import Epoch, Role, WorkerId
 PROMPT = tuple(range(1, 40))
 
 
+@pytest.fixture(params=[1, 2], ids=["depth1", "depth2"])
+def depth(request):
+    """Steps that the workers' runners have in flight."""
+    return request.param
+
+
 @pytest.fixture
-async def pair(workers):
+async def pair(workers, depth):
     """A prefill worker, a decode worker and a router's session to each."""
-    prefill = await workers.start(Role.PREFILL)
-    decode = await workers.start(Role.DECODE)
+    prefill = await workers.start(Role.PREFILL, max_in_flight=depth)
+    decode = await workers.start(Role.DECODE, max_in_flight=depth)
     return prefill, decode, await prefill.router(), await decode.router()
 
 
@@ -132,10 +138,10 @@ async def test_uncached_requests_are_handed_off_too(workers, hand_off, expected)
 @pytest.mark.parametrize("delay_s", [0.0, 0.005, 0.02, 0.05, 0.1])
 @pytest.mark.parametrize("sides", ["both", "decode", "prefill"])
 async def test_cancel_at_any_time_leaves_nothing(
-    workers, hand_off, make_request, expected, delay_s, sides
+    workers, hand_off, make_request, expected, delay_s, sides, depth
 ):
-    prefill = await workers.start(Role.PREFILL, step_s=0.01, lease_s=1.0)
-    decode = await workers.start(Role.DECODE, step_s=0.01)
+    prefill = await workers.start(Role.PREFILL, step_s=0.01, lease_s=1.0, max_in_flight=depth)
+    decode = await workers.start(Role.DECODE, step_s=0.01, max_in_flight=depth)
     on_prefill, on_decode = await prefill.router(), await decode.router()
     await hand_off("a", PROMPT, prefill, on_prefill, on_decode, max_tokens=1000)
     await asyncio.sleep(delay_s)

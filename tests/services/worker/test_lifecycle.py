@@ -10,6 +10,8 @@ from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError
 from baton.core.request import FinishReason, Work
 from baton.core.worker_info import Role
+from baton.engine.config import EngineConfig
+from baton.engine.tensor_parallel.group import RankGroup
 from baton.registry.directory import DirectoryRegistry
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.worker import WorkerServer
@@ -18,10 +20,11 @@ PROMPT = tuple(range(1, 23))
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
 async def test_drain_waits_for_running_requests_and_refuses_new_ones(
-    workers, make_request, wait_for
+    workers, make_request, wait_for, max_in_flight
 ):
-    worker = await workers.start(step_s=0.01)
+    worker = await workers.start(step_s=0.01, max_in_flight=max_in_flight)
     router = await worker.router()
     await router.submit(make_request("old", PROMPT, max_tokens=30))
     await asyncio.sleep(0.05)
@@ -137,7 +140,7 @@ async def test_worker_whose_steps_all_fail_tells_the_routers_and_has_failed(
     def fail(batch):
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(worker.runner, "execute", fail)
+    monkeypatch.setattr(worker.runner, "launch", fail)
     for number in range(4):
         await router.submit(make_request(f"r{number}", PROMPT, max_tokens=3))
         end = await router.ended(f"r{number}")
@@ -147,6 +150,32 @@ async def test_worker_whose_steps_all_fail_tells_the_routers_and_has_failed(
     assert not (await worker.server.check_health()).is_healthy
     late = await worker.router("late")
     assert late.load.is_unhealthy
+
+
+async def test_worker_that_loses_a_rank_tells_the_routers_and_has_failed(
+    workers, wait_for, tmp_path
+):
+    # Of a group without processes: it is lost when it is told so.
+    ranks = RankGroup(EngineConfig(model_path=tmp_path, tp_size=2))
+    worker = await workers.start(ranks=ranks)
+    router = await worker.router()
+    assert (await worker.server.check_health()).is_healthy
+    # Found by a thread of the group's own.
+    await asyncio.to_thread(ranks.fail, "rank 1 of 2 (process 7) was killed by SIGKILL")
+    await asyncio.wait_for(worker.server.failed(), 5)
+    await wait_for(lambda: router.load.is_unhealthy)
+    verdict = await worker.server.check_health()
+    assert not verdict.is_healthy
+    assert verdict.reason.endswith("rank 1 of 2 (process 7) was killed by SIGKILL")
+    await worker.server.stop(drain_s=0)
+
+
+async def test_rank_lost_before_the_worker_listens_is_not_missed(workers, tmp_path):
+    ranks = RankGroup(EngineConfig(model_path=tmp_path, tp_size=2))
+    ranks.fail("rank 1 of 2 left")
+    worker = await workers.start(ranks=ranks)
+    await asyncio.wait_for(worker.server.failed(), 5)
+    assert "rank 1 of 2 left" in (await worker.server.check_health()).reason
 
 
 async def test_dead_background_task_is_a_failed_worker_that_still_stops(

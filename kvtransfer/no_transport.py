@@ -1,0 +1,54 @@
+"""A pool that no other worker can read, and that reads from none.
+
+For workers that compute their own prompts: the card says so, and whoever connects is told why
+nothing will come. Everything is refused before memory is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton.core.block import BlockId
+from baton.core.errors import IncompatiblePeer, PeerGone
+from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.transport import ReadStats
+
+NAME = "none"
+
+
+class NoTransport:
+    """Implements `Transport` by refusing."""
+
+    def __init__(self, reason: str) -> None:
+        """`reason`: why there is no transport, for those who want one."""
+        self._reason = reason
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    def card(self) -> bytes:
+        """Empty, which every transport refuses as no valid card."""
+        return b""
+
+    async def connect(self, card: bytes) -> tuple[WorkerId, Epoch]:
+        raise IncompatiblePeer(f"this worker exchanges no KV: {self._reason}")
+
+    async def read(
+        self,
+        peer: WorkerId,
+        remote: Sequence[BlockId],
+        local: Sequence[BlockId],
+        *,
+        timeout_s: float,
+    ) -> ReadStats:
+        raise PeerGone(f"{peer} is not connected: this worker exchanges no KV ({self._reason})")
+
+    def settled(self) -> list[BlockId]:
+        return []
+
+    async def disconnect(self, peer: WorkerId) -> None:
+        """Nobody is connected."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
