@@ -51,6 +51,12 @@ def tiny_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
+def deferred_runner() -> ModuleType:
+    """The module with DeferredRunner."""
+    return _load("deferred_runner")
+
+
+@pytest.fixture(scope="session")
 def golden_items() -> list[dict[str, Any]]:
     return json.loads(GOLDEN.read_text())["items"]
 

@@ -1,13 +1,15 @@
 """Greedy outputs of the real model through the engine: every road to a token gives the same one.
 
-Colocated, chunked by the step's budget, from the prefix cache, under preemption, and handed over
-between two engines block by block, against recorded transformers outputs.
+Colocated, chunked by the step's budget, launched ahead, from the prefix cache, under preemption,
+and handed over between two engines block by block, against recorded transformers outputs.
 """
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from baton.core.request import (
     Work,
 )
 from baton.core.worker_info import Epoch, WorkerId
+from baton.engine.batch import Runner
 from baton.engine.config import EngineConfig
 from baton.engine.engine import Engine, StepOutput
 from baton.engine.model_runner import ModelRunner
@@ -39,7 +42,14 @@ NUM_BLOCKS = 400
 class Worker:
     """An engine over memory of its own, and what it has emitted."""
 
-    def __init__(self, model: LoadedModel, *, num_blocks: int = NUM_BLOCKS, **settings: int):
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        num_blocks: int = NUM_BLOCKS,
+        wrap: Callable[[Runner], Runner] = lambda runner: runner,
+        **settings: int,
+    ):
         config = EngineConfig(model_path=Path("."), dtype="float32", **settings)
         self.layout: KvLayout = model.layout(config.block_size)
         self.memory = mmap.mmap(-1, num_blocks * self.layout.block_bytes)
@@ -49,7 +59,7 @@ class Worker:
             layout=self.layout,
             num_blocks=num_blocks,
             max_model_len=model.max_model_len,
-            runner=runner,
+            runner=wrap(runner),
             clock=WallClock(),
             vocab_size=model.model_config.vocab_size,
         )
@@ -107,12 +117,17 @@ def check(worker: Worker, items: list[dict[str, Any]], tag: str = "") -> None:
     assert worker.engine.is_empty
 
 
-@pytest.mark.parametrize("budget", [512, 33])
+@pytest.mark.parametrize(("budget", "is_ahead"), [(512, False), (33, False), (33, True)])
 def test_colocated_batch_with_chunks(
-    model: LoadedModel, golden_items: list[dict[str, Any]], budget: int
+    model: LoadedModel,
+    golden_items: list[dict[str, Any]],
+    deferred_runner: ModuleType,
+    budget: int,
+    is_ahead: bool,
 ) -> None:
     items = [i for i in golden_items if budget == 512 or len(i["prompt_token_ids"]) < 100]
-    worker = Worker(model, max_num_seqs=16, max_num_batched_tokens=budget)
+    wrap = deferred_runner.DeferredRunner if is_ahead else lambda runner: runner
+    worker = Worker(model, max_num_seqs=16, max_num_batched_tokens=budget, wrap=wrap)
     for item in items:
         worker.submit(item)
     worker.run()

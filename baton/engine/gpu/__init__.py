@@ -1,0 +1,1 @@
+"""The engine on NVIDIA GPUs: Triton kernels, CUDA graphs, steps launched ahead."""
