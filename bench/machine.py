@@ -41,19 +41,51 @@ def read_bandwidth_bytes_per_s(num_bytes: int = 512 << 20, rounds: int = 9) -> f
     return num_bytes / best_s
 
 
-def store(name: str, result: dict[str, Any]) -> Path:
-    """Write `result` under bench/results/ with date and commit in its name."""
-    RESULTS.mkdir(exist_ok=True)
+def describe_gpu() -> dict[str, Any]:
+    """The current CUDA device and what drives it."""
+    import torch
+    import triton
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "num_multiprocessors": properties.multi_processor_count,
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_l2_bytes": properties.L2_cache_size,
+        "driver": _nvidia_smi("driver_version"),
+        "gpu_clocks_and_power": _nvidia_smi("clocks.max.sm,clocks.max.mem,power.limit"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def store(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `result` under `folder` with date and commit in its name."""
+    folder.mkdir(parents=True, exist_ok=True)
     machine = result["machine"]
-    path = RESULTS / f"{name}-{machine['at'][:10]}-{machine['commit'] or 'unknown'}.json"
+    path = folder / f"{name}-{machine['at'][:10]}-{machine['commit'] or 'unknown'}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False
-    )
+    return _output_of("git", *arguments)
+
+
+def _nvidia_smi(query: str) -> str:
+    lines = _output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else ""
+
+
+def _output_of(*command: str) -> str:
+    """Nothing where there is no such program."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=RESULTS.parent, check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return done.stdout.strip()
 
 
