@@ -16,6 +16,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 GPU_PYTHON ?= $(BIN)/python
 GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 
+# A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
+GPU_TIMEOUT := --timeout-method=thread
+
 .PHONY: help install serve test test-slow test-gpu test-all lint format protos bench-cpu bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
@@ -53,8 +56,9 @@ test-slow: $(TEST_STAMP)  ## the minutes-long suites
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu: $(GPU_STAMP)  ## every kernel over its whole grid and the engine's golden tokens, on a GPU
-	$(GPU_PYTHON) -m pytest -m "gpu or not slow" tests/kernels tests/engine/gpu $(ARGS)
-	$(GPU_PYTHON) -m pytest -m gpu tests/engine/test_communicator.py tests/parity $(ARGS)
+	$(GPU_PYTHON) -m pytest $(GPU_TIMEOUT) -m "gpu or not slow" tests/kernels tests/engine/gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest $(GPU_TIMEOUT) -m gpu tests/engine/test_communicator.py \
+	  tests/parity/test_gpu_golden.py $(ARGS)
 
 lint: $(LINT_STAMP)  ## ruff, mypy, sizes of the largest files and functions
 	$(BIN)/ruff check .

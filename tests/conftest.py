@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from baton.model_import.cache import default_cache_dir
-from baton.model_import.importer import import_source
-from baton.model_import.sources import DEFAULT_SOURCE
-
 ImportModel = Callable[[str], Path]
 
 
@@ -24,6 +20,10 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def import_smollm2() -> ImportModel:
     """dtype -> folder of the real model in it, from the cache that `make serve` fills as well."""
+    # Not for collecting tests: a GPU machine may have no package that reads GGUF.
+    from baton.model_import.cache import default_cache_dir
+    from baton.model_import.importer import import_source
+    from baton.model_import.sources import DEFAULT_SOURCE
 
     def import_as(dtype: str) -> Path:
         result = import_source(
