@@ -8,12 +8,12 @@ scatter per kind of change.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from baton.core.request import RequestId
 from baton.engine.sequence import Sequence
 
 _FIRST_CAPACITY = 256
@@ -76,7 +76,7 @@ class LogitAdjuster:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._counts: dict[RequestId, TokenCounts] = {}
+        self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
     def adjust_(self, sequences: SequenceOf[Sequence], logits: Tensor) -> Tensor:
         """Change logits, float32 [len(sequences), vocab_size], in place and return them.
@@ -119,14 +119,14 @@ class LogitAdjuster:
             logits.index_put_(where, torch.tensor(values), accumulate=True)
 
     def _penalise(self, sequences: SequenceOf[Sequence], logits: Tensor) -> None:
-        live: dict[RequestId, TokenCounts] = {}
+        live: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
         rows, columns, counts, strengths = [], [], [], []
         for row, sequence in enumerate(sequences):
             params = sequence.request.sampling
             if not params.has_penalties:
                 continue
             seen = self._seen(sequence)
-            live[sequence.request_id] = seen
+            live[sequence] = seen
             size = len(seen.ids)
             rows.append(np.full(size, row, dtype=np.int64))
             columns.append(seen.ids)
@@ -150,7 +150,7 @@ class LogitAdjuster:
 
     def _seen(self, sequence: Sequence) -> TokenCounts:
         """Counts up to the present; from the last step's when they belong to this sequence."""
-        seen = self._counts.get(sequence.request_id)
+        seen = self._counts.get(sequence)
         if seen is None or seen.num_tokens > sequence.num_tokens:
             seen = TokenCounts(self._vocab_size)
         seen.extend(sequence.token_ids, sequence.num_prompt_tokens)

@@ -96,6 +96,11 @@ def assign_gpus(demands: Sequence[int], gpus: Sequence[str]) -> list[list[str]]:
     Raises ConfigError when there are fewer GPUs than one worker needs.
     """
     worst = max(demands, default=0)
+    if worst and not gpus:
+        raise ConfigError(
+            "a pool asks for device cuda and no GPU is visible; take device cpu, or check the "
+            f"driver and {VISIBLE_DEVICES}"
+        )
     if worst > len(gpus):
         raise ConfigError(
             f"a worker with tp_size {worst} needs {worst} GPUs, and {len(gpus)} are visible; "

@@ -230,6 +230,18 @@ def test_counts_grow_with_the_sequence_and_survive_skipped_steps() -> None:
     assert kept.sample([sequence], logits) == Sampler(600).sample([sequence], logits)
 
 
+def test_counts_belong_to_a_sequence_and_not_to_its_id() -> None:
+    """An id that has ended may come back for another sequence in the very next step."""
+    sampler = Sampler(VOCAB)
+    logits = logits_of({4: 2.0, 7: 1.9})
+    first = make_sequence("same", prompt=(4, 4, 4), repetition_penalty=2.0)
+    (token,) = sampler.sample([first], logits)
+    assert token.token_id == 7
+    second = make_sequence("same", prompt=(7, 1, 1), repetition_penalty=2.0)
+    (token,) = sampler.sample([second], logits)
+    assert token.token_id == 4
+
+
 def test_logit_bias_moves_and_bans() -> None:
     logits = logits_of({7: 2.0, 8: 1.0})
     assert sample([make_sequence(logit_bias=((8, 1.5),))], logits) == [8]

@@ -42,6 +42,11 @@ def test_worker_with_more_ranks_than_gpus_is_refused() -> None:
         assign_gpus([1, 4], ["0", "1"])
 
 
+def test_a_gpu_pool_on_a_machine_without_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no GPU is visible; take device cpu"):
+        assign_gpus([0, 1], [])
+
+
 def test_visible_gpus_come_from_the_environment_before_the_devices(tmp_path: Path) -> None:
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
@@ -110,7 +115,7 @@ def test_ray_needs_gpus_for_all_workers_and_processes_share_them(tmp_path: Path)
     for use_ray in (False, True):
         with pytest.raises(ConfigError, match="tp_size 2 needs 2 GPUs, and 1 are visible"):
             check(system, "0", use_ray=use_ray)
-        with pytest.raises(ConfigError, match="needs 2 GPUs, and 0 are visible"):
+        with pytest.raises(ConfigError, match="no GPU is visible"):
             check(system, "-1", use_ray=use_ray)
 
 
