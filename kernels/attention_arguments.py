@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +22,18 @@ QUERY_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+
+
+class AttentionOptions(NamedTuple):
+    """What the launchers of both attentions pass on to their kernels."""
+
+    layer: int
+    scale: float
+    sliding_window: int
+    soft_cap: float
+    sinks: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 def num_multiprocessors(device: torch.device) -> int:

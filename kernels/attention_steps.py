@@ -16,6 +16,25 @@ def cap_scores(scores, soft_cap):
 
 
 @triton.jit
+def as_operand(query, DTYPE: tl.constexpr, STORED_DTYPE: tl.constexpr):
+    """Queries of STORED_DTYPE in the dtype of the products."""
+    if STORED_DTYPE != DTYPE:
+        # bfloat16 queries beside 8-bit keys: their range is wider than what is computed in.
+        query = tl.clamp(query.to(tl.float32), -65504.0, 65504.0)
+    return query.to(DTYPE)
+
+
+@triton.jit
+def score_scale_of(scale, k_scale_ptr, kv_head, HAS_SOFT_CAP: tl.constexpr):
+    """Factor of a head's scores: for exp2, unless a soft cap comes in between."""
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr + kv_head)
+    if not HAS_SOFT_CAP:
+        scale *= LOG2_E
+    return scale
+
+
+@triton.jit
 def finite_anchor(highest, MAY_BE_EMPTY: tl.constexpr):
     """What exponents are taken relative to: finite, also for a row that has seen no key yet."""
     if MAY_BE_EMPTY:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kernels.attention_arguments import (
     FP8,
+    AttentionOptions,
     check_attention,
     compute_dtype,
     num_multiprocessors,
@@ -220,22 +221,12 @@ def decode_attention(
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if num_seqs:
-        options = DecodeOptions(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
+        options = AttentionOptions(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
         launch_decode(
             query, pool, block_tables, seq_lens, options,
             out=out, lse=lse, workspace=workspace, tile=tile, launch_pdl=launch_pdl,
         )  # fmt: skip
     return out
-
-
-class DecodeOptions(NamedTuple):
-    layer: int
-    scale: float
-    sliding_window: int
-    soft_cap: float
-    sinks: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
 
 
 class NewTokens(NamedTuple):
@@ -254,7 +245,7 @@ def launch_decode(
     pool: Tensor,
     block_tables: Tensor,
     seq_lens: Tensor,
-    options: DecodeOptions,
+    options: AttentionOptions,
     *,
     out: Tensor,
     lse: Tensor | None,

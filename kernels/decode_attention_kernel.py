@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention_steps import LN_2, LOG2_E, cap_scores, finite_anchor, widen
+from kernels.attention_steps import (
+    LN_2,
+    LOG2_E,
+    as_operand,
+    cap_scores,
+    finite_anchor,
+    score_scale_of,
+    widen,
+)
 from kernels.decode_new_token import add_new_token, as_stored, load_angles, load_rotated
 
 
@@ -328,15 +336,8 @@ def decode_attention_kernel(
         else:
             query = tl.load(query_at + dims[None, :], mask=in_query, other=0.0)
         # [BLOCK_G, BLOCK_D]
-        if query_ptr.dtype.element_ty != COMPUTE_DTYPE:
-            # bfloat16 queries beside 8-bit keys: their range is wider than what is computed in.
-            query = tl.clamp(query.to(tl.float32), -65504.0, 65504.0)
-        query = query.to(COMPUTE_DTYPE)
-        score_scale = scale
-        if k_scale_ptr is not None:
-            score_scale *= tl.load(k_scale_ptr + kv_head)
-        if not HAS_SOFT_CAP:
-            score_scale *= LOG2_E
+        query = as_operand(query, COMPUTE_DTYPE, query_ptr.dtype.element_ty)
+        score_scale = score_scale_of(scale, k_scale_ptr, kv_head, HAS_SOFT_CAP)
         kv_at = kv_ptr + kv_head.to(tl.int64) * stride_kv_head
         highest, total, acc = _attend_tiles(
             query,

@@ -19,10 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention_arguments import check_attention
+from kernels.attention_arguments import AttentionOptions, check_attention
 from kernels.decode_attention import (
     MAX_SEQS,
-    DecodeOptions,
     DecodeTile,
     DecodeWorkspace,
     NewTokens,
@@ -30,7 +29,7 @@ from kernels.decode_attention import (
     launch_decode,
 )
 from kernels.platform import runs_triton
-from kernels.rope_kv_write import rope_kv_write_reference
+from kernels.rope_kv_write import check_new_tokens, check_options, rope_kv_write_reference
 
 
 def fused_decode_attention_reference(
@@ -99,7 +98,9 @@ def fused_decode_attention(
     anything. Raises ValueError for what the kernel does not take.
     """
     num_seqs, num_kv_heads, head_dim = qkv.shape[0], pool.shape[1], pool.shape[5]
-    _check_rows(qkv, positions, cos_sin, slot_mapping, num_heads + 2 * num_kv_heads, head_dim)
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} is odd; rotation pairs its halves")
+    check_new_tokens(qkv, positions, cos_sin, slot_mapping, num_heads, num_kv_heads, head_dim)
     rows = qkv.view(num_seqs, -1, head_dim)
     check_attention(
         rows[:, :num_heads], pool, block_tables, seq_lens, layer=layer, sinks=sinks,
@@ -109,9 +110,7 @@ def fused_decode_attention(
         raise ValueError(
             f"{num_seqs} rows for {seq_lens.numel()} sequences: need one each, at most {MAX_SEQS}"
         )
-    for name, gain in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if gain is not None and (gain.shape != (head_dim,) or not gain.is_contiguous()):
-            raise ValueError(f"{name} is {tuple(gain.shape)}; give a contiguous ({head_dim},)")
+    check_options(qkv, pool, {"q_norm": q_norm, "k_norm": k_norm})
     if not runs_triton(qkv):
         return fused_decode_attention_reference(
             qkv, positions, cos_sin, pool, slot_mapping, block_tables, seq_lens, layer=layer,
@@ -122,45 +121,10 @@ def fused_decode_attention(
     if out is None:
         out = torch.empty(num_seqs, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_seqs:
-        options = DecodeOptions(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
+        options = AttentionOptions(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
         launch_decode(
             rows, pool, block_tables, seq_lens, options,
             out=out, lse=None, workspace=workspace, tile=tile, launch_pdl=launch_pdl,
             new=NewTokens(positions, cos_sin, slot_mapping, q_norm, k_norm, eps),
         )  # fmt: skip
     return out
-
-
-def _check_rows(
-    qkv: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    head_dim: int,
-) -> None:
-    width = num_heads * head_dim
-    if qkv.dim() != 2 or qkv.shape[1] != width or qkv.stride(1) != 1:
-        raise ValueError(f"qkv is {tuple(qkv.shape)}; give contiguous rows of {width}")
-    if head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} is odd; rotation pairs its halves")
-    if cos_sin.dtype != torch.float32 or cos_sin.shape[1:] != (head_dim,) or cos_sin.stride(1) != 1:
-        raise ValueError(
-            f"cos_sin is {cos_sin.dtype} {tuple(cos_sin.shape)}; give float32 "
-            f"[max_positions, {head_dim}]"
-        )
-    for name, values in (("positions", positions), ("slot_mapping", slot_mapping)):
-        if values.dtype not in (torch.int32, torch.int64) or values.shape != qkv.shape[:1]:
-            raise ValueError(
-                f"{name} is {values.dtype} {tuple(values.shape)}; give int32 or int64 "
-                f"[{qkv.shape[0]}]"
-            )
-        if not values.is_contiguous():
-            raise ValueError(f"{name} must be contiguous; call .contiguous()")
-    for name, tensor in (
-        ("positions", positions),
-        ("cos_sin", cos_sin),
-        ("slot_mapping", slot_mapping),
-    ):
-        if tensor.device != qkv.device:
-            raise ValueError(f"{name} is on {tensor.device}, qkv on {qkv.device}; move it there")

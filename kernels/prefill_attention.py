@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention_arguments import (
     FP8,
+    AttentionOptions,
     check_attention,
     compute_dtype,
     num_multiprocessors,
@@ -139,7 +140,7 @@ def prefill_attention(
     rows = _pool_rows(pool, tile)
     query_rows = _query_rows(query, pool, tile) if rows is not None else None
     batch = _Batch(out, lse, query, pool, block_tables, cu_query_lens, seq_lens)
-    options = _Options(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
+    options = AttentionOptions(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
     use_pdl = launch_pdl and not is_interpreted()
     if rows is not None and query_rows is not None:
         _launch_specialized(batch, options, tile, max_query_len, rows, query_rows, use_pdl)
@@ -158,19 +159,9 @@ class _Batch(NamedTuple):
     seq_lens: Tensor
 
 
-class _Options(NamedTuple):
-    layer: int
-    scale: float
-    sliding_window: int
-    soft_cap: float
-    sinks: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-
-
 def _launch_general(
     batch: _Batch,
-    options: _Options,
+    options: AttentionOptions,
     tile: PrefillTile,
     max_query_len: int,
     rows: TensorDescriptor | None,
@@ -231,7 +222,7 @@ def _launch_general(
 
 def _launch_specialized(
     batch: _Batch,
-    options: _Options,
+    options: AttentionOptions,
     tile: PrefillTile,
     max_query_len: int,
     rows: TensorDescriptor,

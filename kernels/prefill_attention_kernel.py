@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention_steps import LOG2_E
+from kernels.attention_steps import LOG2_E, as_operand, score_scale_of
 from kernels.prefill_attention_steps import attend_bulk, attend_gathered, store_tile
 
 
@@ -94,15 +94,8 @@ def prefill_attention_kernel(
         mask=in_tile,
         other=0.0,
     )  # [BLOCK_M, BLOCK_D]
-    if query_ptr.dtype.element_ty != COMPUTE_DTYPE:
-        # bfloat16 queries beside 8-bit keys: their range is wider than what is computed in.
-        query = tl.clamp(query.to(tl.float32), -65504.0, 65504.0)
-    query = query.to(COMPUTE_DTYPE)
-    score_scale = scale
-    if k_scale_ptr is not None:
-        score_scale *= tl.load(k_scale_ptr + kv_head)
-    if not HAS_SOFT_CAP:
-        score_scale *= LOG2_E
+    query = as_operand(query, COMPUTE_DTYPE, query_ptr.dtype.element_ty)
+    score_scale = score_scale_of(scale, k_scale_ptr, kv_head, HAS_SOFT_CAP)
 
     first_position = seq_len - query_len + first_query
     last_position = tl.minimum(first_position + TILE_TOKENS, seq_len) - 1

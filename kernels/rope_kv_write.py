@@ -266,7 +266,7 @@ def rope_kv_write(
     """
     options = {"q_norm": q_norm, "k_norm": k_norm, "k_scale": k_scale, "v_scale": v_scale}
     _check(qkv, positions, cos_sin, pool, slot_mapping, layer, num_heads)
-    _check_options(qkv, pool, options)
+    check_options(qkv, pool, options)
     _, num_kv_heads, _, _, block_size, head_dim = pool.shape
     num_tokens, half = qkv.shape[0], head_dim // 2
     queries = qkv[:, : num_heads * head_dim].view(num_tokens, num_heads, head_dim)
@@ -338,6 +338,21 @@ def _check(
             f"qkv is {qkv.dtype} and the pool {pool.dtype}; give a 16- or 32-bit float and a pool "
             f"of the same dtype or {FP8}"
         )
+    check_new_tokens(qkv, positions, cos_sin, slot_mapping, num_heads, num_kv_heads, head_dim)
+    if pool.device != qkv.device:
+        raise ValueError(f"pool is on {pool.device}, qkv on {qkv.device}; move it there")
+
+
+def check_new_tokens(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Raises ValueError for rows that cannot be rotated and stored."""
     width = (num_heads + 2 * num_kv_heads) * head_dim
     if qkv.dim() != 2 or qkv.shape[1] != width or qkv.stride(1) != 1:
         raise ValueError(
@@ -359,14 +374,13 @@ def _check(
     for name, tensor in (
         ("positions", positions),
         ("cos_sin", cos_sin),
-        ("pool", pool),
         ("slot_mapping", slot_mapping),
     ):
         if tensor.device != qkv.device:
             raise ValueError(f"{name} is on {tensor.device}, qkv on {qkv.device}; move it there")
 
 
-def _check_options(qkv: Tensor, pool: Tensor, options: dict[str, Tensor | None]) -> None:
+def check_options(qkv: Tensor, pool: Tensor, options: dict[str, Tensor | None]) -> None:
     """The norms' gains and the pool's scales."""
     for name, values in options.items():
         if values is None:

@@ -8,32 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
 from baton.engine.sampler import Sampler, uniform
 from baton.engine.sequence import Sequence
+from sampling_sequences import make_sequence
 
 VOCAB = 50
-
-
-def make_sequence(
-    request_id: str = "r",
-    *,
-    prompt: tuple[int, ...] = (1, 2, 3),
-    output: tuple[int, ...] = (),
-    eos: tuple[int, ...] = (),
-    **sampling: Any,
-) -> Sequence:
-    params = SamplingParams(**({"max_tokens": 100, "temperature": 0.0} | sampling))
-    return Sequence(
-        GenerateRequest(
-            RequestId(request_id),
-            Work.GENERATE,
-            prompt,
-            params,
-            output_token_ids=output,
-            eos_token_ids=eos,
-        )
-    )
 
 
 def logits_of(*rows: dict[int, float], low: float = -5.0) -> torch.Tensor:

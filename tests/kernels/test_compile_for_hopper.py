@@ -8,9 +8,6 @@ the quick cases of each file, `make test-slow` all.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +15,10 @@ from typing import Any
 
 import pytest
 
+from compiler_process import run_compiling
 from hopper_report import load_cases
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-SUPPORT = HERE.parent / "support"
 CASE_FILES = sorted(HERE.glob("hopper_cases_*.py"))
 MAX_SHARED_BYTES = 227 * 1024
 NUM_QUICK_CASES = 12
@@ -37,18 +33,8 @@ def quick_cases(module: ModuleType) -> list[str]:
 
 
 def compile_cases(path: Path, names: list[str], timeout_s: float) -> list[dict[str, Any]]:
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(SUPPORT)))
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "hopper_report.py"), str(path)],
-        input="\n".join(names),
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    printed = run_compiling("hopper_report.py", path, text="\n".join(names), timeout_s=timeout_s)
+    results = [json.loads(line) for line in printed.splitlines()]
     assert [result["case"] for result in results] == names
     return results
 

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from interpreter_casts import rounding_casts
 from kernels.rope_kv_write import FP8, rope_kv_write, rope_kv_write_reference
 
 # Float32 on both sides, in the same order up to fused multiply-adds, and rounded once: one unit in
@@ -17,12 +15,6 @@ ATOL = {torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float32: 1e-6, FP8: 2**
 MAX_POSITIONS = 64
 EPS = 1e-6
 PATTERN = 0x2B
-
-
-@pytest.fixture(autouse=True)
-def casts_that_round() -> Iterator[None]:
-    with rounding_casts():
-        yield
 
 
 @dataclass(frozen=True)

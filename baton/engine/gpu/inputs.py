@@ -87,7 +87,6 @@ class InputStaging:
         """`max_num_blocks` per sequence; `max_num_tokens` of one step."""
         self._block_size = block_size
         max_num_blocks = -(-max_num_blocks // ALIGNED_ITEMS) * ALIGNED_ITEMS
-        self._max_num_seqs = max_num_seqs
         capacity = 4 * max_num_tokens + (5 + _ROW_ARRAYS) * max_num_seqs + 8 * ALIGNED_ITEMS + 1
         self._host = [device.host_buffer((capacity,), torch.int32) for _ in range(NUM_HOST_BUFFERS)]
         self._host_tables = [
@@ -131,10 +130,11 @@ class InputStaging:
 
     def pack_decode(
         self, slices: SequenceOf[SequenceSlice], slots: SequenceOf[int], num_rows: int
-    ) -> PackedStep:
-        """Sequences of one sampled token each, padded to `num_rows` rows; all rows keep order.
+    ) -> list[int]:
+        """Fill `decode_inputs(num_rows)`: one sampled token of each sequence, in order, padded.
 
-        `slots` are the places of the sequences' last samples.
+        `slots` are the places of the sequences' last samples. Returns what `PackedStep.sampled` is
+        of any step.
         """
         self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
         host = self._host[self._turn][: self._rows.numel()].view(_ROW_ARRAYS, -1)
@@ -153,7 +153,7 @@ class InputStaging:
         rows[4, :count] = positions + 1
         self._rows.copy_(host, non_blocking=True)
         self._send_tables(slices)
-        return PackedStep(self.decode_inputs(num_rows), list(range(count)))
+        return list(range(count))
 
     def pack(self, slices: SequenceOf[SequenceSlice], slots: SequenceOf[int]) -> PackedStep:
         """Any step: single tokens first, then chunks."""

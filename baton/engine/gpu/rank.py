@@ -66,28 +66,26 @@ class GpuRank:
     def prepare_decode(
         self, buckets: Sequence[int], *, is_graphed: bool, on_progress: Progress
     ) -> None:
-        """Make decode steps of these batch sizes ready; see `graphs.decode_buckets`."""
+        """Make decode steps of these batch sizes ready (see `graphs.decode_buckets`), in inference
+        mode."""
         # One for all sizes: logits of a graph's own would stay allocated beside all others'.
         self._logits = self._model.logits_buffer(max(buckets, default=0))
         if is_graphed:
-            with torch.inference_mode():
-                self._decode = GraphedDecode(self._decode_step, buckets, self._device, on_progress)
+            self._decode = GraphedDecode(self._decode_step, buckets, self._device, on_progress)
         else:
             self._decode = EagerDecode(buckets)
 
     def run(self, slices: Sequence[SequenceSlice]) -> RankStep:
-        """Launch a non-empty step; the caller is inside `ComputeDevice.stream()`."""
+        """Launch a non-empty step; called inside `ComputeDevice.stream()` and inference mode."""
         assignment = self._slots.assign([s.request_id for s in slices])
         is_decode = all(len(s.token_ids) == 1 and s.samples for s in slices)
         bucket = self._decode.bucket_for(len(slices)) if is_decode else None
-        with torch.inference_mode():
-            if bucket is not None:
-                packed = self._staging.pack_decode(slices, assignment.slots, bucket)
-                return RankStep(
-                    self._decode.run(bucket, self._decode_step), packed.sampled, assignment
-                )
-            packed = self._staging.pack(slices, assignment.slots)
-            chosen = self._model.forward(packed.inputs, self.last_tokens)
+        if bucket is not None:
+            sampled = self._staging.pack_decode(slices, assignment.slots, bucket)
+            logits = self._decode.run(bucket, self._decode_step)
+            return RankStep(logits, sampled, assignment)
+        packed = self._staging.pack(slices, assignment.slots)
+        chosen = self._model.forward(packed.inputs, self.last_tokens)
         return RankStep(chosen, packed.sampled, assignment)
 
     def _decode_step(self, num_rows: int) -> Tensor:

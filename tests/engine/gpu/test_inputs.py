@@ -63,9 +63,10 @@ def test_decode_rows_keep_order_and_are_padded() -> None:
         make_slice("b", 0, 1, rng=rng, is_pending=True),
         make_slice("c", 31, 1, rng=rng, is_pending=True),
     ]
-    packed = staging().pack_decode(entries, [4, 5, 2], 6)
-    inputs = packed.inputs
-    assert packed.sampled == [0, 1, 2]
+    stage = staging()
+    sampled = stage.pack_decode(entries, [4, 5, 2], 6)
+    inputs = stage.decode_inputs(6)
+    assert sampled == [0, 1, 2]
     assert inputs.token_ids.tolist()[:3] == [e.token_ids[0] for e in entries]
     assert inputs.pending_index.tolist() == [-1, 5, 2, -1, -1, -1]
     assert inputs.positions.tolist()[:3] == [9, 0, 31]
@@ -88,7 +89,8 @@ def test_decode_inputs_lie_at_fixed_addresses() -> None:
     ]
     assert captured.slot_mapping.tolist() == [-1] * 4
     for length in (3, 8, 20):
-        inputs = stage.pack_decode([make_slice("a", length, 1, rng=rng)], [0], 4).inputs
+        stage.pack_decode([make_slice("a", length, 1, rng=rng)], [0], 4)
+        inputs = stage.decode_inputs(4)
         assert addresses == [
             t.data_ptr()
             for t in (inputs.token_ids, inputs.positions, inputs.seq_lens, inputs.block_tables)
@@ -153,7 +155,8 @@ def test_block_tables_on_the_device_follow_random_steps() -> None:
             continue
         slots = list(range(len(alive)))
         if all(len(e.token_ids) == 1 for e in alive):
-            inputs, order = stage.pack_decode(alive, slots, 6).inputs, alive
+            stage.pack_decode(alive, slots, 6)
+            inputs, order = stage.decode_inputs(6), alive
         else:
             inputs = stage.pack(alive, slots).inputs
             order = sorted(alive, key=lambda e: len(e.token_ids) > 1)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
 from baton.engine.batch import SampledToken
 from baton.engine.gpu.sampler import MAX_EDITS, GpuSampler, SamplingRow
 from baton.engine.gpu.sampling_state import mixed_seed, random_words
 from baton.engine.sampler import Sampler, uniform
 from baton.engine.sequence import Sequence
 from kernels.sampling_rows import SamplingPath
+from sampling_sequences import make_sequence
 
 NUM_ROWS = 8
 # A masked stop token times a repetition penalty is beyond float32 before it is clamped.
@@ -25,27 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 @pytest.fixture(scope="module")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def make_sequence(
-    request_id: str = "r",
-    *,
-    prompt: tuple[int, ...] = (1, 2, 3),
-    output: tuple[int, ...] = (),
-    eos: tuple[int, ...] = (),
-    **sampling: Any,
-) -> Sequence:
-    params = SamplingParams(**({"max_tokens": 100, "temperature": 0.0} | sampling))
-    return Sequence(
-        GenerateRequest(
-            RequestId(request_id),
-            Work.GENERATE,
-            prompt,
-            params,
-            output_token_ids=output,
-            eos_token_ids=eos,
-        )
-    )
 
 
 def random_sequence(rng: random.Random, request_id: str, vocab_size: int) -> Sequence:
