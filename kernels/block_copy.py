@@ -48,7 +48,7 @@ def copy_blocks_reference(
     dst.view(torch.uint8)[targets[is_moved].to(dst.device)] = as_bytes.to(dst.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _copy_blocks_kernel(
     src_ptr,  # [num_src_blocks, NUM_WORDS]
     dst_ptr,  # [num_dst_blocks, NUM_WORDS]

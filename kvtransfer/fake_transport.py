@@ -5,8 +5,9 @@
     reader.is_held = True            reads wait in `reader.open_reads` until finish() or expire()
     fabric.kill("prefill-0")         every read of it fails with PeerGone
 
-A read that was given up on stays in `open_reads` and settles only when it is finished by hand or
-its peer is killed, as a read over a real link would. Blocks are copied where regions have memory.
+A held read has no deadline but `expire`. A read that was given up on stays in `open_reads` and
+settles only when it is finished by hand or its peer is killed, as a read over a real link would.
+Where regions have memory, units are copied by the same plans as over a real link.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.core.block import BlockId
-from baton.core.errors import PeerGone, TransferTimeout
+from baton.core.errors import IncompatiblePeer, PeerGone, TransferTimeout
+from baton.core.fabric import LinkReport
 from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.metadata import (
-    CANARY_BYTES,
     CARD_LIFETIME_S,
     PeerCard,
     PeerIdentity,
@@ -29,22 +30,31 @@ from kvtransfer.metadata import (
     open_card,
     seal_card,
 )
-from kvtransfer.plan import checked_ids, checked_pair, merge_runs
-from kvtransfer.transport import PoolRegion, ReadStats
+from kvtransfer.plan import Copy, PairPlan, checked_pair, plan_pair
+from kvtransfer.transport import PoolRegion, ReadStats, UnitsPerBlock
 
 NAME = "fake"
 
 
 @dataclass(slots=True, eq=False)
 class FakeRead:
-    """One read as the test sees it."""
+    """One read as the test sees it; ids are units."""
 
     peer: WorkerId
     remote: tuple[BlockId, ...]
     local: tuple[BlockId, ...]
+    local_blocks: tuple[BlockId, ...]
+    """The blocks that `local` are in, each once."""
+    copies: list[Copy]
     started_at_s: float
     landed: asyncio.Future[ReadStats] = field(repr=False)
     is_given_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    card: PeerCard
+    plan: PairPlan
 
 
 class FakeFabric:
@@ -79,39 +89,70 @@ class FakeTransport:
         """How long a read takes when it is not held."""
         self.is_held = False
         self.open_reads: list[FakeRead] = []
+        self.bytes_per_second = 0.0
+        """What `link` and `measure` claim."""
+        self.latency_s = 0.0
         self._fabric = fabric
-        self._peers: dict[WorkerId, PeerCard] = {}
+        self._peers: dict[WorkerId, _Peer] = {}
         self._settled: list[BlockId] = []
 
     @property
     def name(self) -> str:
         return NAME
 
-    def card(self) -> bytes:
+    def card(self, nonce: bytes) -> bytes:
         now_s = time.time()
+        region = self.region
         card = PeerCard(
             worker_id=self.identity.worker_id,
             epoch=self.identity.epoch,
-            transport=NAME,
-            layout=self.region.layout,
-            num_blocks=self.region.num_blocks,
+            layout=region.layout,
+            num_blocks=region.num_blocks,
+            num_scratch_blocks=region.num_scratch_blocks,
+            tp_rank=region.tp_rank,
+            tp_size=region.tp_size,
             host_id="",
             pid_namespace="",
             pid=1,
-            canary_address=0,
-            canary=bytes(CANARY_BYTES),
-            endpoint=None,
+            endpoints=(),
+            nonce=nonce,
             issued_at_s=now_s,
             expires_at_s=now_s + CARD_LIFETIME_S,
         )
         return seal_card(card, self._fabric.secret)
 
-    async def connect(self, card: bytes) -> tuple[WorkerId, Epoch]:
-        peer = open_card(card, self._fabric.secret, now_s=time.time())
-        check_compatible(peer, layout=self.region.layout, transport=NAME)
+    async def connect(self, card: bytes, *, nonce: bytes) -> tuple[WorkerId, Epoch]:
+        peer = open_card(card, self._fabric.secret, now_s=time.time(), nonce=nonce)
+        check_compatible(peer, layout=self.region.layout)
+        plan = plan_pair(peer.pool, self.region.rank_pool)
+        if plan is None:
+            raise IncompatiblePeer(f"rank {peer.tp_rank} of {peer.worker_id} has none of our heads")
         self._live(peer)
-        self._peers[peer.worker_id] = peer
+        self._peers[peer.worker_id] = _Peer(peer, plan)
         return peer.worker_id, peer.epoch
+
+    def link(self, peer: WorkerId) -> LinkReport | None:
+        known = self._peers.get(peer)
+        if known is None:
+            return None
+        return LinkReport(
+            peer,
+            known.card.epoch,
+            NAME,
+            lane="one process",
+            bytes_per_second=self.bytes_per_second,
+            latency_s=self.latency_s,
+        )
+
+    def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
+        plan = self._connected(peer).plan
+        return UnitsPerBlock(plan.remote.units_per_block, plan.local.units_per_block)
+
+    async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
+        self._live(self._connected(peer).card)
+        report = self.link(peer)
+        assert report is not None
+        return report
 
     async def read(
         self,
@@ -121,22 +162,12 @@ class FakeTransport:
         *,
         timeout_s: float,
     ) -> ReadStats:
-        card = self._peers.get(peer)
-        if card is None:
-            raise PeerGone(f"{peer} is not connected")
-        checked_pair(
-            remote,
-            local,
-            peer=peer,
-            num_remote_blocks=card.num_blocks,
-            num_local_blocks=self.region.num_blocks,
-        )
-        self._live(card)
-        loop = asyncio.get_running_loop()
-        read = FakeRead(peer, tuple(remote), tuple(local), time.monotonic(), loop.create_future())
+        known = self._connected(peer)
+        read = self._new_read(known, peer, remote, local)
+        self._live(known.card)
         self.open_reads.append(read)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(None if self.is_held else timeout_s):
                 if not self.is_held:
                     await asyncio.sleep(self.delay_s)
                     self.finish(read)
@@ -155,14 +186,11 @@ class FakeTransport:
         self.open_reads.remove(read)
         self._copy(read)
         if read.is_given_up:
-            self._settled += read.local
+            self._settled += read.local_blocks
             return
-        size = self.region.layout.block_bytes
-        runs = merge_runs(
-            checked_ids(read.remote, 1 << 31, ""), checked_ids(read.local, 1 << 31, "")
-        )
+        num_bytes = sum(copy.num_bytes for copy in read.copies)
         seconds = time.monotonic() - read.started_at_s
-        read.landed.set_result(ReadStats(len(read.local) * size, len(runs), seconds))
+        read.landed.set_result(ReadStats(num_bytes, len(read.copies), seconds))
 
     def expire(self, read: FakeRead) -> None:
         """The deadline passes now; the data has not landed yet."""
@@ -177,7 +205,7 @@ class FakeTransport:
         for read in [r for r in self.open_reads if r.peer == peer]:
             self.open_reads.remove(read)
             if read.is_given_up:
-                self._settled += read.local
+                self._settled += read.local_blocks
             else:
                 read.landed.set_exception(PeerGone(f"{peer}: its process has ended"))
 
@@ -195,7 +223,34 @@ class FakeTransport:
             await self.disconnect(peer)
         for read in list(self.open_reads):
             self.open_reads.remove(read)
-            self._settled += read.local
+            self._settled += read.local_blocks
+
+    def _connected(self, peer: WorkerId) -> _Peer:
+        known = self._peers.get(peer)
+        if known is None:
+            raise PeerGone(f"{peer} is not connected")
+        return known
+
+    def _new_read(
+        self, known: _Peer, peer: WorkerId, remote: Sequence[BlockId], local: Sequence[BlockId]
+    ) -> FakeRead:
+        plan = known.plan
+        sources, targets = checked_pair(
+            remote,
+            local,
+            peer=peer,
+            num_remote_blocks=plan.remote.num_units,
+            num_local_blocks=plan.local.num_units,
+        )
+        return FakeRead(
+            peer,
+            tuple(remote),
+            tuple(local),
+            tuple(dict.fromkeys(BlockId(u // plan.local.units_per_block) for u in local)),
+            plan.copies(sources, targets),
+            time.monotonic(),
+            asyncio.get_running_loop().create_future(),
+        )
 
     def _live(self, card: PeerCard) -> FakeTransport:
         peer = self._fabric.transports.get(card.worker_id)
@@ -208,14 +263,12 @@ class FakeTransport:
             read.is_given_up = True
         elif not read.is_given_up:
             # It had ended in the very instant in which it was cancelled.
-            self._settled += read.local
+            self._settled += read.local_blocks
 
     def _copy(self, read: FakeRead) -> None:
         peer = self._fabric.transports.get(read.peer)
         if peer is None or not peer.region.address or not self.region.address:
             return
-        size = self.region.layout.block_bytes
-        for remote, local in zip(read.remote, read.local, strict=True):
-            ctypes.memmove(
-                self.region.address + local * size, peer.region.address + remote * size, size
-            )
+        for copy in read.copies:
+            target, source = self.region.address + copy.local, peer.region.address + copy.remote
+            ctypes.memmove(target, source, copy.num_bytes)

@@ -1,6 +1,6 @@
-"""Fetches prompts' KV for a decode worker: drives the `fetch_state` machines over a transport.
+"""Fetches KV from other workers: drives a `FetchMachine` per request over the transport.
 
-    shell ── expect, reserved, cancel, receive, ... ──► Fetcher ── read ──► Transport
+    shell ── expect, reserved, fetch_prefix, cancel, receive, ... ──► Fetcher ── read ──► Transport
     shell ◄─ OwnerLink.send ────────────────────────────   │
     shell ◄─ TransferSink: finished | failed, then blocks_settled
 
@@ -14,81 +14,52 @@ Not known here: gRPC, the engine, how a peer was connected (`Transport.connect` 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from baton.core.block import BlockId
+from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
-from baton.core.errors import PeerGone, TransferError, TransferTimeout
+from baton.core.errors import IncompatiblePeer, PeerGone, TransferError, TransferTimeout
 from baton.core.request import RequestId
 from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.fetch_machine import FetchMachine
 from kvtransfer.fetch_state import (
     Expected,
+    FetchCounters,
     FetchEffect,
-    FetchMachine,
+    FetchKind,
+    FetchLimits,
     FetchState,
     Finish,
+    OwnerLink,
     StartRead,
     StopRead,
     ToOwner,
     TransferFailure,
     TransferResult,
+    TransferSink,
 )
-from kvtransfer.messages import ChunkReady, Completed, LeaseId, OwnerMessage, ReaderMessage, Refused
+from kvtransfer.messages import ChunkReady, Completed, LeaseId, OwnerMessage, Refused
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transport import Transport
 
+__all__ = ["FetchCounters", "FetchKind", "FetchLimits", "Fetcher", "OwnerLink", "TransferSink"]
+
 logger = logging.getLogger(__name__)
-
-
-class OwnerLink(Protocol):
-    """The reader's outgoing half of the streams to the owners."""
-
-    def send(self, peer: WorkerId, message: ReaderMessage) -> None:
-        """Queue a message, in order, without blocking; a broken stream drops it silently."""
-        ...
-
-
-class TransferSink(Protocol):
-    """Who wants to know. Called on the event loop; must not block or raise."""
-
-    def transfer_finished(self, result: TransferResult) -> None:
-        """All blocks of the request are valid."""
-        ...
-
-    def transfer_failed(self, failure: TransferFailure) -> None:
-        """`failure.unsettled` must be withheld until `blocks_settled` names them."""
-        ...
-
-    def blocks_settled(self, block_ids: list[BlockId]) -> None:
-        """Withheld blocks that nothing can write to any more; each named once."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FetchLimits:
-    """Time limits of the reader."""
-
-    read_timeout_s: float = 10.0
-    """Of one read. A healthy read of a long prompt takes well under a second on one host."""
-    link_grace_s: float = 2.0
-    """How long a broken stream to the owner may take to come back."""
-    tick_s: float = 0.05
-    """Resolution of all deadlines here; costs nothing while nothing is fetched."""
 
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
     machine: FetchMachine
     read: asyncio.Task[None] | None = None
-    unstarted: tuple[BlockId, ...] = ()
-    """Blocks of `read` while its task has not run yet: the transport does not know of them."""
+    is_read_started: bool = False
+    """False while the task of `read` has not run yet: the transport does not know of it."""
 
 
 class Fetcher:
-    """All hand-offs of one decode worker."""
+    """All fetches of one worker."""
 
     def __init__(
         self,
@@ -108,6 +79,7 @@ class Fetcher:
         self._quarantine = Quarantine()
         self._reads: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
+        self.counters = FetchCounters()
 
     @property
     def num_fetches(self) -> int:
@@ -130,17 +102,69 @@ class Fetcher:
         peer: WorkerId,
         epoch: Epoch,
         timeout_s: float,
+        kind: FetchKind = FetchKind.PROMPT,
+        num_known_tokens: int = 0,
     ) -> None:
-        """Watch a request's prompt KV at a connected peer; `reserved` follows, or `cancel`.
+        """Ask a connected peer for a prompt's KV, or for a request it generates (TAKEOVER).
 
-        Ends with exactly one call of the sink. Raises ValueError when the request is being
-        fetched already.
+        `reserved` follows, or `cancel`. Ends with exactly one call of the sink. Raises ValueError
+        when the request is being fetched already, PeerGone when the peer is not connected.
         """
-        if request_id in self._fetches:
-            raise ValueError(f"request {request_id} is being fetched already")
-        expected = Expected(request_id, peer, epoch, self._clock.now() + timeout_s)
+        self._start(
+            Expected(
+                request_id,
+                peer,
+                epoch,
+                self._clock.now() + timeout_s,
+                kind=kind,
+                num_known_tokens=num_known_tokens,
+                units_per_block=self._transport.units_per_block(peer),
+            )
+        )
+
+    def fetch_prefix(
+        self,
+        fetch_id: RequestId,
+        *,
+        peer: WorkerId,
+        epoch: Epoch,
+        block_hashes: Sequence[BlockHash],
+        local: Sequence[BlockId],
+        timeout_s: float,
+    ) -> None:
+        """Read the leading blocks of a hash chain that the peer caches into `local`.
+
+        `TransferResult.num_blocks` says how many of them came. `fetch_id` is no request's id here.
+        Ends and raises as `expect` does, and raises IncompatiblePeer when the hashes of the two
+        workers cannot be equal.
+        """
+        if len(block_hashes) != len(local) or not local:
+            raise ValueError(f"{len(local)} blocks to read {len(block_hashes)} hashes into")
+        units = self._transport.units_per_block(peer)
+        if units.remote != units.local:
+            raise IncompatiblePeer(
+                f"no prefixes from {peer}: its blocks are {units.remote} units long, ours "
+                f"{units.local}, so their hashes differ; give both workers one block_size"
+            )
+        deadline_s = self._clock.now() + timeout_s
+        self._start(
+            Expected(
+                fetch_id,
+                peer,
+                epoch,
+                deadline_s,
+                kind=FetchKind.PREFIX,
+                block_hashes=tuple(block_hashes),
+                units_per_block=units,
+            )
+        )
+        self.reserved(fetch_id, local, num_cached_blocks=0)
+
+    def _start(self, expected: Expected) -> None:
+        if expected.request_id in self._fetches:
+            raise ValueError(f"request {expected.request_id} is being fetched already")
         fetch = _Fetch(FetchMachine(expected, self._limits.link_grace_s))
-        self._fetches[request_id] = fetch
+        self._fetches[expected.request_id] = fetch
         self._apply(fetch, fetch.machine.start())
         if self._ticker is None:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_while_busy())
@@ -148,7 +172,7 @@ class Fetcher:
     def reserved(
         self, request_id: RequestId, local: Sequence[BlockId], *, num_cached_blocks: int
     ) -> None:
-        """Read an expected request into `local`, by block position.
+        """Read an expected request into the blocks `local`, by position.
 
         The first `num_cached_blocks` are valid already and not read. A fetch that has ended
         meanwhile has told the sink; nothing is read for it.
@@ -234,34 +258,47 @@ class Fetcher:
                 case StartRead():
                     task = asyncio.get_running_loop().create_task(self._read(fetch, effect))
                     fetch.read = task
-                    fetch.unstarted = effect.local
+                    fetch.is_read_started = False
                     self._reads.add(task)
                     task.add_done_callback(self._reads.discard)
                 case StopRead():
                     assert fetch.read is not None
                     fetch.read.cancel()
-                    self._quarantine.settle(fetch.unstarted)
-                case Finish(outcome):
-                    self._finish(outcome)
+                    self.counters.failed_reads += 1
+                case Finish(TransferResult() as result):
+                    self._succeed(result)
+                case Finish(TransferFailure() as failure):
+                    self._fail(fetch, failure)
 
-    def _finish(self, outcome: TransferResult | TransferFailure) -> None:
-        del self._fetches[outcome.request_id]
-        if isinstance(outcome, TransferResult):
-            self._sink.transfer_finished(outcome)
-            return
-        unsettled = tuple(self._quarantine.hold(outcome.unsettled))
+    def _succeed(self, result: TransferResult) -> None:
+        del self._fetches[result.request_id]
+        if result.kind is FetchKind.PREFIX:
+            self.counters.fetched_blocks += result.num_blocks
+        if result.kind is FetchKind.TAKEOVER:
+            self.counters.takeovers += 1
+            self.counters.takeover_pause_seconds += result.pause_s
+        self._sink.transfer_finished(result)
+
+    def _fail(self, fetch: _Fetch, failure: TransferFailure) -> None:
+        del self._fetches[failure.request_id]
+        if failure.kind is FetchKind.TAKEOVER:
+            self.counters.failed_takeovers += 1
+        # Cancelled before its task ran, a read is unknown to the transport.
+        was_never_started = fetch.read is not None and not fetch.is_read_started
+        held = () if was_never_started else self._quarantine.hold(failure.unsettled)
+        unsettled = tuple(held)
         logger.info(
             "transfer of %s failed: %s (%d blocks withheld)",
-            outcome.request_id,
-            outcome.error,
+            failure.request_id,
+            failure.error,
             len(unsettled),
         )
-        self._sink.transfer_failed(TransferFailure(outcome.request_id, outcome.error, unsettled))
+        self._sink.transfer_failed(dataclasses.replace(failure, unsettled=unsettled))
 
     async def _read(self, fetch: _Fetch, wanted: StartRead) -> None:
         expected = fetch.machine.expected
         left_s = expected.deadline_s - self._clock.now()
-        fetch.unstarted = ()
+        fetch.is_read_started = True
         try:
             read = await self._transport.read(
                 expected.peer,
@@ -271,15 +308,19 @@ class Fetcher:
             )
         except TransferError as error:
             fetch.read = None
+            self.counters.failed_reads += 1
             self._apply(fetch, fetch.machine.read_failed(error, self._clock.now()))
         except Exception:
             # A defect: nobody knows what was moved, so the blocks stay withheld.
             logger.exception("read for %s failed unexpectedly", expected.request_id)
             fetch.read = None
+            self.counters.failed_reads += 1
             defect = TransferTimeout(f"internal error while reading from {expected.peer}")
             self._apply(fetch, fetch.machine.read_failed(defect, self._clock.now()))
         else:
             fetch.read = None
+            self.counters.reads += 1
+            self.counters.read_bytes += read.num_bytes
             self._apply(fetch, fetch.machine.read_done(read, self._clock.now()))
 
     def _complete(self, peer: WorkerId, lease_id: LeaseId, valid: bool, now_s: float) -> None:

@@ -9,6 +9,7 @@ transport. One lease per request; a block may be under several leases (a shared 
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ class LeaseTable:
         self._lease_s = lease_s
         self._leases: dict[LeaseId, Lease] = {}
         self._by_request: dict[RequestId, LeaseId] = {}
+        self.num_expired = 0
+        """Since the start."""
         # A reader whose stream broke asks again; the same question must get the same answer.
         self._verdicts: OrderedDict[LeaseId, bool] = OrderedDict()
 
@@ -52,6 +55,16 @@ class LeaseTable:
     @property
     def lease_s(self) -> float:
         return self._lease_s
+
+    @property
+    def requests(self) -> list[RequestId]:
+        """Those that have a live lease."""
+        return list(self._by_request)
+
+    @property
+    def next_expiry_s(self) -> float:
+        """When the first lease expires unless it is renewed; infinite without leases."""
+        return min((lease.expires_at_s for lease in self._leases.values()), default=math.inf)
 
     def get(self, lease_id: LeaseId) -> Lease | None:
         return self._leases.get(lease_id)
@@ -108,6 +121,7 @@ class LeaseTable:
         over = [lease for lease in self._leases.values() if lease.expires_at_s <= now_s]
         for lease in over:
             self.revoke(lease.lease_id)
+        self.num_expired += len(over)
         return over
 
     def check_integrity(self) -> None:

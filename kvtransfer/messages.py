@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NewType
 
-from baton.core.block import BlockId
+from baton.core.block import BlockHash, BlockId
 from baton.core.request import RequestId, TokenDelta
 from baton.core.worker_info import Epoch
 
@@ -20,6 +20,32 @@ LeaseId = NewType("LeaseId", str)
 @dataclass(frozen=True, slots=True)
 class Watch:
     """Reader: send me the chunks of this request. May be repeated after a broken stream."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPrefix:
+    """Reader: lease the leading blocks of this hash chain that you cache now."""
+
+    request_id: RequestId
+    """Of the fetch: no request of either worker has this id."""
+    block_hashes: tuple[BlockHash, ...]
+    """The first of them need not be the first of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """Reader: I am to go on with this request of yours. May be repeated after a broken stream."""
+
+    request_id: RequestId
+    num_known_tokens: int
+    """Output tokens the reader has; those from here on come with the last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """Reader: I have read all that is announced and have room for the rest; stop now."""
 
     request_id: RequestId
 
@@ -62,7 +88,8 @@ class ChunkReady:
     block_ids: tuple[BlockId, ...]
     is_last: bool = False
     first_token: TokenDelta | None = None
-    """With `is_last`; handed through unread."""
+    """With `is_last`; handed through unread. After Watch the first token; after Takeover all
+    tokens from `num_known_tokens` on; after FetchPrefix None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +108,5 @@ class Refused:
     reason: str
 
 
-ReaderMessage = Watch | Renew | Complete | GiveUp
+ReaderMessage = Watch | FetchPrefix | Takeover | Freeze | Renew | Complete | GiveUp
 OwnerMessage = ChunkReady | Completed | Refused

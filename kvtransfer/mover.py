@@ -21,18 +21,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from baton.core.block import BlockId
 from baton.core.clock import Clock, MonotonicClock
-from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTimeout
+from baton.core.errors import PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
-from kvtransfer.link import Link, LinkBroken, Posted
+from kvtransfer.block_read import BlockRead, MoverCounters, MoverLimits, Piece
+from kvtransfer.link import ConnectionLost, Link, LinkBroken
 from kvtransfer.plan import BlockIds, merge_runs
 from kvtransfer.transport import ReadStats
 
@@ -44,56 +45,6 @@ POLL_S = 0.0001
 QUARANTINE_POLL_S = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class MoverLimits:
-    """Bounds of one mover."""
-
-    max_bytes_in_flight: int = 64 << 20
-    """Of healthy reads; more is queued."""
-    max_piece_bytes: int = 8 << 20
-    """A piece is moved in one call on host memory: it bounds how late a cancel is noticed."""
-    max_quarantined_ratio: float = 0.05
-    """Share of the pool in quarantine above which the link is recycled."""
-    max_quarantine_s: float = 60.0
-    """Age of a quarantined piece at which the link is recycled."""
-    recycle_pause_s: float = 5.0
-    """Between two recycles, so that a hopeless link does not keep the thread busy."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.max_piece_bytes <= self.max_bytes_in_flight:
-            raise ConfigError(
-                f"max_piece_bytes {self.max_piece_bytes} must be between 1 and "
-                f"max_bytes_in_flight {self.max_bytes_in_flight}"
-            )
-        if not 0 <= self.max_quarantined_ratio <= 1 or self.max_quarantine_s < 0:
-            raise ConfigError("max_quarantined_ratio must be 0..1, max_quarantine_s not negative")
-
-
-@dataclass(slots=True, eq=False)
-class BlockRead:
-    """One read; changed on the mover's thread only."""
-
-    peer: WorkerId
-    remote: BlockIds
-    local: BlockIds
-    deadline_s: float
-    """On the mover's clock."""
-    future: Future[ReadStats] = field(default_factory=Future)
-    num_posted: int = 0
-    num_in_flight: int = 0
-    num_descriptors: int = 0
-    started_at_s: float = 0.0
-    is_over: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    read: BlockRead
-    local: BlockIds
-    posted: Posted
-    given_up_at_s: float | None = None
-
-
 class Mover:
     """Reads blocks over one link. Methods may be called from any thread unless marked `_`."""
 
@@ -101,29 +52,25 @@ class Mover:
         self,
         link: Link,
         *,
-        block_bytes: int,
-        num_blocks: int,
+        pool_bytes: int,
         limits: MoverLimits,
         name: str,
         clock: Clock | None = None,
     ) -> None:
         self._link = link
-        self._block_bytes = block_bytes
         self._clock = clock or MonotonicClock()
         self._limits = limits
-        self._piece_blocks = max(1, limits.max_piece_bytes // block_bytes)
-        self._max_in_flight_blocks = max(1, limits.max_bytes_in_flight // block_bytes)
-        self._max_quarantined_blocks = int(num_blocks * limits.max_quarantined_ratio)
+        self._max_quarantined_bytes = int(pool_bytes * limits.max_quarantined_ratio)
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._queued: deque[BlockRead] = deque()
-        self._pieces: list[_Piece] = []
+        self._pieces: list[Piece] = []
         self._settled: SimpleQueue[BlockId] = SimpleQueue()
         self._is_broken = False
         self._recycles: list[Future[None]] = []
         self._no_recycle_before_s = 0.0
         self._has_moved = False
         self._is_stopping = False
-        self.num_recycles = 0
+        self.counters = MoverCounters()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, *, timeout_s: float) -> None:
@@ -186,19 +133,28 @@ class Mover:
     # Everything below runs on the mover's thread.
 
     def fail_peer(self, peer: WorkerId, error: PeerGone) -> None:
-        """The peer's process is dead: nothing of it is written any more. Mover's thread only."""
+        """Nothing of the peer is written any more: its process is dead, or its connection, after
+        which the next read may open another. Mover's thread only.
+
+        Pieces in quarantine speak for themselves: they may be of an earlier process of that name.
+        """
         reads = self._reads_of(peer)
-        for piece in [p for p in self._pieces if p.read.peer == peer]:
+        for piece in [p for p in self._pieces if p.is_healthy and p.read.peer == peer]:
+            # Some may already be on the way over the next connection.
+            piece.posted.cancel()
             self._land(piece)
-        self._link.drop_peer(peer)
+        if not isinstance(error, ConnectionLost):
+            self._link.drop_peer(peer)
         for read in reads:
             self._end(read, PeerGone(str(error)))
 
     def leave_peer(self, peer: WorkerId, reason: str) -> None:
         """Give up the peer's reads although it may live. Mover's thread only."""
         for read in self._reads_of(peer):
-            if read.num_in_flight:
-                self._abandon(read, TransferTimeout(f"{peer}: {reason}; blocks are quarantined"))
+            held = self._let_go(read)
+            if held:
+                self._settle(read, read.blocks_of(read.local) - held)
+                self._end(read, TransferTimeout(f"{peer}: {reason}; blocks are quarantined"))
             else:
                 self._end(read, PeerGone(f"{peer}: {reason}"))
         self._link.drop_peer(peer)
@@ -217,22 +173,23 @@ class Mover:
         self._drain_commands()
         self._expire()
         self._has_moved = self._poll_pieces()
-        if self._wants_recycle():
+        wants_recycle = self._wants_recycle()
+        if wants_recycle:
             self._try_recycle()
-        else:
-            self._has_moved |= self._post_next()
+        self._has_moved |= self._post_next(spares_recycled=wants_recycle)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when reads and pieces disagree. Mover's thread only."""
         in_flight = Counter(piece.read for piece in self._pieces)
         for piece in self._pieces:
-            assert piece.read.is_over == (piece.given_up_at_s is not None)
+            assert piece.read.is_over != piece.is_healthy
         for read in in_flight.keys() | set(self._queued):
             assert read.num_in_flight == in_flight[read]
         for read in self._queued:
             assert not read.is_over and read.num_posted < len(read.local)
-        limit = self._max_in_flight_blocks + self._piece_blocks
-        assert sum(len(p.local) for p in self._pieces if p.given_up_at_s is None) <= limit
+        limit = self._limits.max_bytes_in_flight + self._limits.max_piece_bytes
+        largest = max((p.num_bytes for p in self._pieces), default=0)
+        assert self._bytes_in_flight() <= max(limit, largest)
 
     def _wait(self) -> None:
         """Until there is a command, or as long as the state allows."""
@@ -247,35 +204,50 @@ class Mover:
             self._commands.get_nowait()()
 
     def _idle_s(self) -> float | None:
-        if self._queued or any(p.given_up_at_s is None for p in self._pieces):
+        if self._queued or any(p.is_healthy for p in self._pieces):
             return POLL_S
         return QUARANTINE_POLL_S if self._pieces or self._recycles else None
 
-    def _post_next(self) -> bool:
+    def _bytes_in_flight(self) -> int:
+        return sum(p.num_bytes for p in self._pieces if p.is_healthy)
+
+    def _post_next(self, *, spares_recycled: bool) -> bool:
         """Post one piece of the next read whose turn it is."""
-        in_flight = sum(len(p.local) for p in self._pieces if p.given_up_at_s is None)
-        if not self._queued or (in_flight and in_flight >= self._max_in_flight_blocks):
+        if self._bytes_in_flight() >= self._limits.max_bytes_in_flight:
             return False
-        read = self._queued.popleft()
+        for _ in range(len(self._queued)):
+            read = self._queued.popleft()
+            if spares_recycled and self._link.needs_recycle(read.peer):
+                self._queued.append(read)
+                continue
+            self._post_piece(read)
+            return True
+        return False
+
+    def _post_piece(self, read: BlockRead) -> None:
+        """Of a read that was taken from the queue; goes to its end while something is left."""
         read.started_at_s = read.started_at_s or self._clock.now()
-        part = slice(read.num_posted, read.num_posted + self._piece_blocks)
+        num_units = max(1, self._limits.max_piece_bytes // read.plan.local.unit_bytes)
+        part = slice(read.num_posted, read.num_posted + num_units)
         remote, local = read.remote[part], read.local[part]
         try:
             posted = self._link.post(read.peer, remote, local)
         except TransferError as error:
             self._queued.appendleft(read)
             self._fail(read.peer, error)
-            return True
+            return
+        except Exception as error:
+            # Nobody knows what it has begun: the piece counts as moving until a recycle.
+            posted = _Unknown(_named(error))
         read.num_posted += len(local)
-        read.num_descriptors += len(merge_runs(remote, local))
+        read.num_descriptors += _num_descriptors(read, remote, local)
         if posted is not None:
             read.num_in_flight += 1
-            self._pieces.append(_Piece(read, local, posted))
+            self._pieces.append(Piece(read, local, posted))
         if read.num_posted < len(read.local):
             self._queued.append(read)
         else:
             self._finish_if_complete(read)
-        return True
 
     def _poll_pieces(self) -> bool:
         moved = False
@@ -285,32 +257,36 @@ class Mover:
             try:
                 if not piece.posted.is_done():
                     continue
-            except TransferError as error:
-                if not (piece.given_up_at_s is not None and isinstance(error, LinkBroken)):
-                    self._fail(piece.read.peer, error)
+            except Exception as error:
+                failure = _named(error)
+                if piece.is_healthy:
+                    self._fail(piece.read.peer, failure)
                     moved = True
-                continue
+                    continue
+                if isinstance(failure, LinkBroken):
+                    continue
             self._land(piece)
             self._finish_if_complete(piece.read)
             moved = True
         return moved
 
-    def _land(self, piece: _Piece) -> None:
+    def _land(self, piece: Piece) -> None:
         """Nothing of this piece is written any more."""
         piece.posted.release()
         self._pieces.remove(piece)
         piece.read.num_in_flight -= 1
-        if piece.given_up_at_s is not None:
-            self._settle(piece.local)
+        if not piece.is_healthy:
+            read = piece.read
+            self._settle(read, read.blocks_of(piece.local) - self._held_blocks(read))
 
     def _finish_if_complete(self, read: BlockRead) -> None:
         if read.is_over or read.num_in_flight or read.num_posted < len(read.local):
             return
         seconds = self._clock.now() - read.started_at_s
         read.is_over = True
-        read.future.set_result(
-            ReadStats(len(read.local) * self._block_bytes, read.num_descriptors, seconds)
-        )
+        self.counters.reads += 1
+        self.counters.read_bytes += read.num_bytes
+        read.future.set_result(ReadStats(read.num_bytes, read.num_descriptors, seconds))
 
     def _fail(self, peer: WorkerId, error: TransferError) -> None:
         if isinstance(error, PeerGone):
@@ -324,37 +300,52 @@ class Mover:
     def _expire(self) -> None:
         now_s = self._clock.now()
         for read in [r for r in self._open_reads() if r.deadline_s <= now_s]:
-            late = f"read of {len(read.local)} blocks from {read.peer} passed its deadline"
+            late = f"read of {read.num_bytes} bytes from {read.peer} passed its deadline"
             self._abandon(read, TransferTimeout(late))
 
     def _abandon(self, read: BlockRead, error: TransferError | None = None) -> None:
-        """Give up: pieces in flight go to quarantine, everything else is settled now."""
+        """Give up: what cannot be cancelled goes to quarantine, everything else is settled now."""
         if read.is_over:
             if error is None and read.future.done() and not _is_given_up(read.future):
                 # Cancelled in the instant in which it had ended.
-                self._settle(read.local)
+                self._settle(read, read.blocks_of(read.local))
             return
-        in_flight = [p for p in self._pieces if p.read is read]
-        now_s = self._clock.now()
-        held: set[int] = set()
-        for piece in in_flight:
-            piece.given_up_at_s = now_s
-            held.update(piece.local.tolist())
-        self._settle_ids([i for i in read.local.tolist() if i not in held])
-        self._end(read, error or TransferTimeout("the caller gave up"))
+        held = self._let_go(read)
+        self._settle(read, read.blocks_of(read.local) - held)
+        if error is None:
+            self._end(read, TransferTimeout("the caller gave up"), is_failure=False)
+        else:
+            self._end(read, error)
 
-    def _end(self, read: BlockRead, error: TransferError) -> None:
+    def _let_go(self, read: BlockRead) -> set[int]:
+        """Cancel the pieces of a read; returns the blocks that may still be written to."""
+        now_s = self._clock.now()
+        for piece in [p for p in self._pieces if p.read is read]:
+            if piece.posted.cancel():
+                self._land(piece)
+            else:
+                piece.given_up_at_s = now_s
+        return self._held_blocks(read)
+
+    def _held_blocks(self, read: BlockRead) -> set[int]:
+        """Blocks that pieces of the read in flight may write to."""
+        held: set[int] = set()
+        for piece in self._pieces:
+            if piece.read is read:
+                held |= read.blocks_of(piece.local)
+        return held
+
+    def _end(self, read: BlockRead, error: TransferError, *, is_failure: bool = True) -> None:
         read.is_over = True
         if read in self._queued:
             self._queued.remove(read)
+        self.counters.failed_reads += is_failure
         read.future.set_exception(_bare(error))
 
-    def _settle(self, block_ids: BlockIds) -> None:
-        self._settle_ids(block_ids.tolist())
-
-    def _settle_ids(self, block_ids: list[int]) -> None:
-        for block_id in block_ids:
-            self._settled.put(BlockId(block_id))
+    def _settle(self, read: BlockRead, block_ids: set[int]) -> None:
+        if not read.is_scratch:
+            for block_id in sorted(block_ids):
+                self._settled.put(BlockId(block_id))
 
     def _wants_recycle(self) -> bool:
         if self._recycles:
@@ -362,21 +353,22 @@ class Mover:
         now_s = self._clock.now()
         if now_s < self._no_recycle_before_s:
             return False
-        held = [p for p in self._pieces if p.given_up_at_s is not None]
+        held = [p for p in self._pieces if not p.is_healthy]
         ages = [now_s - p.given_up_at_s for p in held if p.given_up_at_s is not None]
         return (
             self._is_broken
-            or sum(len(p.local) for p in held) > self._max_quarantined_blocks
+            or sum(p.num_bytes for p in held) > self._max_quarantined_bytes
             or max(ages, default=0.0) > self._limits.max_quarantine_s
         )
 
     def _try_recycle(self) -> None:
-        """Healthy pieces land first or pass their deadline; new ones wait meanwhile."""
-        if any(p.given_up_at_s is None for p in self._pieces):
+        """Healthy pieces that it would break land first or pass their deadline."""
+        if any(p.is_healthy and self._link.needs_recycle(p.read.peer) for p in self._pieces):
             return
         self._no_recycle_before_s = self._clock.now() + self._limits.recycle_pause_s
         waiting, self._recycles = self._recycles, []
-        for piece in self._pieces:
+        held = [p for p in self._pieces if not p.is_healthy]
+        for piece in held:
             piece.posted.release()
         try:
             self._link.recycle()
@@ -386,11 +378,11 @@ class Mover:
             for future in waiting:
                 future.set_exception(_bare(error))
             return
-        logger.warning("KV link rebuilt; %d quarantined pieces settled", len(self._pieces))
-        for piece in list(self._pieces):
+        logger.warning("KV link rebuilt; %d quarantined pieces settled", len(held))
+        for piece in held:
             self._land(piece)
         self._is_broken = False
-        self.num_recycles += 1
+        self.counters.recycles += 1
         for future in waiting:
             future.set_result(None)
 
@@ -416,6 +408,37 @@ class Mover:
 
     def _reads_of(self, peer: WorkerId) -> list[BlockRead]:
         return [r for r in self._open_reads() if r.peer == peer]
+
+
+class _Unknown:
+    """A piece that the link may or may not have begun to move."""
+
+    def __init__(self, error: TransferError) -> None:
+        self._error = error
+
+    def is_done(self) -> bool:
+        raise self._error
+
+    def cancel(self) -> bool:
+        return False
+
+    def release(self) -> None:
+        """The link has handed out nothing."""
+
+
+def _named(error: Exception) -> TransferError:
+    """A defect of a link ends the reads over it, not the thread that all links share."""
+    if isinstance(error, TransferError):
+        return error
+    # The text only: a kept exception keeps frames, and with them the link's objects.
+    logger.error("KV link failed unexpectedly: %s", "".join(traceback.format_exception(error)))
+    return LinkBroken(f"the link failed unexpectedly ({type(error).__name__}: {error})")
+
+
+def _num_descriptors(read: BlockRead, remote: BlockIds, local: BlockIds) -> int:
+    if read.plan.is_whole_blocks:
+        return len(merge_runs(remote, local))
+    return len(local) * int(read.plan.local.offsets.shape[1])
 
 
 def _is_given_up(future: Future[ReadStats]) -> bool:

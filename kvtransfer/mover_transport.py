@@ -1,30 +1,42 @@
-"""A transport whose blocks are moved by a `Mover`: cards and the event loop on top of a link.
+"""A transport whose blocks are moved by a `Mover`: cards, the choice of a link, the event loop.
 
-This is where a peer is accepted or refused. Order of the checks on a card: signature, expiry,
-version, layout, transport (`metadata`); same host, same pid namespace, not ourselves, not older
-than the epoch we know; and then the link opens it and proves with the canary that it reaches the
-process that made the card.
+    card ─► verified ─► for each link, best first: opened ─► added ─► timed ─► in use
+                                                     │          │        │
+                                                     └──────────┴────────┴─► the next one
+
+Order of the checks on a card: signature, version, nonce, expiry, shape, layout (`metadata`), not
+ourselves; then a link opens its part and proves that it reaches the process that made the card.
+The first link that also reads into our scratch blocks is taken; why the others were not is kept.
+
+Not known here: how a link moves bytes (`link`), when (`mover`), and what for (`transport`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from baton.core.block import BlockId
 from baton.core.errors import (
-    BadPeerCard,
     IncompatiblePeer,
     PeerGone,
     TransferError,
     TransferTimeout,
 )
+from baton.core.fabric import LinkReport
+from baton.core.logging import log_fields
 from baton.core.worker_info import Epoch, WorkerId
-from kvtransfer.link import PeerLink
+from kvtransfer.block_read import BlockRead, MoverCounters, MoverLimits
+from kvtransfer.link import OpenedPeer, PeerLink
+from kvtransfer.link_set import LinkSet
+from kvtransfer.link_timing import LinkTiming, time_link
 from kvtransfer.metadata import (
     CARD_LIFETIME_S,
     PeerCard,
@@ -33,100 +45,141 @@ from kvtransfer.metadata import (
     open_card,
     seal_card,
 )
-from kvtransfer.mover import BlockRead, Mover, MoverLimits
+from kvtransfer.mover import Mover
 from kvtransfer.peer_process import host_id, pid_namespace
-from kvtransfer.plan import checked_pair
-from kvtransfer.transport import PoolRegion, ReadStats
+from kvtransfer.plan import BlockIds, PairPlan, RankPool, checked_pair, plan_pair
+from kvtransfer.transport import PoolRegion, ReadStats, UnitsPerBlock
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
 OPEN_TIMEOUT_S = 60.0
 """Opening a link loads libraries and takes half a second on a quiet machine."""
 PEER_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 20.0
+TIMED_ROUNDS = 3
+TIMED_READ_TIMEOUT_S = 2.0
+"""A link that does not answer one small read within this time is not taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    card: PeerCard
+    plan: PairPlan
+    report: LinkReport
 
 
 class MoverTransport:
-    """Implements `Transport` over any `PeerLink`."""
+    """Implements `Transport` over `PeerLink`s, best first."""
 
     def __init__(
         self,
         *,
-        link: PeerLink,
+        links: Sequence[PeerLink],
         region: PoolRegion,
         identity: PeerIdentity,
         secret: bytes,
         limits: MoverLimits | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Opens the link; takes half a second with NIXL. Raises TransferError when it cannot."""
-        self._link = link
+        """Opens the links; takes half a second with NIXL. Raises TransferError when none can."""
         self._region = region
+        self._pool = RankPool(region.layout, region.tp_rank, region.tp_size, region.num_blocks)
         self._identity = identity
         self._secret = secret
         self._wall_clock = wall_clock
-        self._peers: dict[WorkerId, PeerCard] = {}
+        self._peers: dict[WorkerId, _Peer] = {}
+        self._connecting: WeakValueDictionary[WorkerId, asyncio.Lock] = WeakValueDictionary()
         self._is_closed = False
+        self._links = LinkSet(links)
         self._mover = Mover(
-            link,
-            block_bytes=region.layout.block_bytes,
-            num_blocks=region.num_blocks,
+            self._links,
+            pool_bytes=region.num_bytes,
             limits=limits or MoverLimits(),
-            name=f"kv-mover-{link.name}",
+            name="kv-mover",
         )
         self._mover.start(timeout_s=OPEN_TIMEOUT_S)
 
     @property
     def name(self) -> str:
-        return self._link.name
+        return self._links.links[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that are offered, the preferred one first."""
+        return tuple(link.name for link in self._links.links)
+
+    @property
+    def obstacles(self) -> dict[str, str]:
+        """Why transports that were wanted are not offered."""
+        return self._links.obstacles
+
+    @property
+    def counters(self) -> MoverCounters:
+        return self._mover.counters
 
     @property
     def num_recycles(self) -> int:
-        """How often the link had to be rebuilt."""
-        return self._mover.num_recycles
+        """How often a link had to be rebuilt."""
+        return self._mover.counters.recycles
 
-    def card(self) -> bytes:
+    def card(self, nonce: bytes) -> bytes:
+        return seal_card(self.unsigned_card(nonce), self._secret)
+
+    def unsigned_card(self, nonce: bytes) -> PeerCard:
+        """What `card` signs."""
         now_s = self._wall_clock()
-        canary_address, canary = self._link.canary
-        card = PeerCard(
+        return PeerCard(
             worker_id=self._identity.worker_id,
             epoch=self._identity.epoch,
-            transport=self._link.name,
             layout=self._region.layout,
             num_blocks=self._region.num_blocks,
+            num_scratch_blocks=self._region.num_scratch_blocks,
+            tp_rank=self._region.tp_rank,
+            tp_size=self._region.tp_size,
             host_id=host_id(),
             pid_namespace=pid_namespace(),
             pid=os.getpid(),
-            canary_address=canary_address,
-            canary=canary,
-            endpoint=self._link.endpoint,
+            endpoints=self._links.endpoints,
+            nonce=nonce,
             issued_at_s=now_s,
             expires_at_s=now_s + CARD_LIFETIME_S,
         )
-        return seal_card(card, self._secret)
 
-    def verify(self, card: bytes) -> PeerCard:
+    def verify(self, card: bytes, *, nonce: bytes) -> PeerCard:
         """All checks of a card that need no contact to the peer. Raises as `connect` does."""
-        peer = open_card(card, self._secret, now_s=self._wall_clock())
-        check_compatible(peer, layout=self._region.layout, transport=self._link.name)
-        if peer.host_id != host_id():
-            raise IncompatiblePeer(
-                f"{peer.worker_id} runs on another host; transport {self._link.name} reads host "
-                "memory within one host only, so place both workers on the same one"
-            )
-        if peer.pid_namespace != pid_namespace():
-            raise IncompatiblePeer(
-                f"{peer.worker_id} runs in another pid namespace; start both workers in one "
-                "container or let the containers share their process namespace"
-            )
-        return peer
-
-    async def connect(self, card: bytes) -> tuple[WorkerId, Epoch]:
-        self._check_open()
-        peer = self.verify(card)
+        peer = open_card(card, self._secret, now_s=self._wall_clock(), nonce=nonce)
+        check_compatible(peer, layout=self._region.layout)
         if peer.worker_id == self._identity.worker_id:
             raise IncompatiblePeer(f"{peer.worker_id} is this worker's own name; choose another")
-        await self._call(lambda: self._add(peer))
-        return peer.worker_id, peer.epoch
+        return peer
+
+    async def connect(self, card: bytes, *, nonce: bytes) -> tuple[WorkerId, Epoch]:
+        self._check_open()
+        peer = self.verify(card, nonce=nonce)
+        plan = plan_pair(peer.pool, self._pool)
+        if plan is None:
+            raise IncompatiblePeer(f"rank {peer.tp_rank} of {peer.worker_id} has no heads for us")
+        lock = self._connecting.setdefault(peer.name, asyncio.Lock())
+        async with lock:
+            if not await self._is_in_use(peer):
+                await self._choose_link(peer, plan)
+        return peer.name, peer.epoch
+
+    def link(self, peer: WorkerId) -> LinkReport | None:
+        known = self._peers.get(peer)
+        return known.report if known is not None else None
+
+    def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
+        plan = self._connected(peer).plan
+        return UnitsPerBlock(plan.remote.units_per_block, plan.local.units_per_block)
+
+    async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
+        known = self._connected(peer)
+        timing = await self._time(known.card, known.plan, num_rounds, timeout_s)
+        known = replace(self._connected(peer), report=_timed(known.report, timing))
+        self._peers[peer] = known
+        return known.report
 
     async def read(
         self,
@@ -136,42 +189,30 @@ class MoverTransport:
         *,
         timeout_s: float,
     ) -> ReadStats:
-        self._check_open()
-        card = self._peers.get(peer)
-        if card is None:
-            raise PeerGone(f"{peer} is not connected")
+        known = self._connected(peer)
+        there, here = known.plan.remote, known.plan.local
+        num_scratch_there = known.card.num_scratch_blocks * there.units_per_block
+        num_scratch_here = self._region.num_scratch_blocks * here.units_per_block
         remote_ids, local_ids = checked_pair(
             remote,
             local,
             peer=peer,
-            num_remote_blocks=card.num_blocks,
-            num_local_blocks=self._region.num_blocks,
+            num_remote_blocks=there.num_units - num_scratch_there,
+            num_local_blocks=here.num_units - num_scratch_here,
         )
-        read = BlockRead(
-            peer=peer,
-            remote=remote_ids,
-            local=local_ids,
-            deadline_s=time.monotonic() + timeout_s,
-        )
-        if not len(read.local):
-            return ReadStats(0, 0, 0.0)
-        self._mover.read(read)
-        try:
-            return await asyncio.wrap_future(read.future)
-        except asyncio.CancelledError:
-            self._mover.give_up(read)
-            raise
+        return await self._move(peer, known.plan, remote_ids, local_ids, timeout_s)
 
     def settled(self) -> list[BlockId]:
         return self._mover.settled()
 
     async def recycle(self) -> None:
-        """Rebuild the link: the one hard cancel. All given-up blocks are settled afterwards."""
+        """Rebuild the links: the one hard cancel. All given-up blocks are settled afterwards."""
         self._check_open()
         await asyncio.wrap_future(self._mover.recycle())
 
     async def disconnect(self, peer: WorkerId) -> None:
         self._check_open()
+        self._peers.pop(peer, None)
         await self._call(lambda: self._remove(peer, "disconnected"))
 
     async def close(self) -> None:
@@ -184,6 +225,94 @@ class MoverTransport:
         if self._is_closed:
             raise TransferError("the transport is closed")
 
+    def _connected(self, peer: WorkerId) -> _Peer:
+        self._check_open()
+        known = self._peers.get(peer)
+        if known is None:
+            raise PeerGone(f"{peer} is not connected")
+        return known
+
+    async def _is_in_use(self, card: PeerCard) -> bool:
+        """The same process, reached in the same ways, is connected and alive."""
+        known = self._peers.get(card.name)
+        if known is None:
+            return False
+        anew = replace(
+            known.card,
+            nonce=card.nonce,
+            issued_at_s=card.issued_at_s,
+            expires_at_s=card.expires_at_s,
+        )
+        if anew != card:
+            return False
+        return not await self._call(lambda: self._links.is_peer_dead(card.name))
+
+    async def _choose_link(self, card: PeerCard, plan: PairPlan) -> None:
+        """Raises PeerGone when trying again may help, IncompatiblePeer otherwise."""
+        refused = [f"{name}: {reason}" for name, reason in self.obstacles.items()]
+        may_recover = False
+        for link in self._links.links:
+            try:
+                timing = await self._try_link(link, card, plan)
+            except (IncompatiblePeer, PeerGone, TransferTimeout) as error:
+                refused.append(f"{link.name}: {error}")
+                may_recover |= not isinstance(error, IncompatiblePeer)
+                continue
+            report = LinkReport(
+                card.name, card.epoch, link.name, link.lane, reason="; ".join(refused)
+            )
+            self._peers[card.name] = _Peer(card, plan, _timed(report, timing))
+            _log_link(self._peers[card.name].report)
+            return
+        kind = PeerGone if may_recover else IncompatiblePeer
+        raise kind(f"no KV transport reaches {card.name}: {'; '.join(refused)}")
+
+    async def _try_link(self, link: PeerLink, card: PeerCard, plan: PairPlan) -> LinkTiming | None:
+        """Add the peer by this link, in place of the former one; None: there is no scratch block
+        to read into."""
+        peer = card.name
+        opened = await _open_peer(link, card, plan)
+        self._peers.pop(peer, None)
+        try:
+            await self._call(lambda: self._add(peer, link, opened))
+            if not self._region.num_scratch_blocks:
+                return None
+            return await self._time(card, plan, TIMED_ROUNDS, TIMED_READ_TIMEOUT_S)
+        except BaseException:
+            self._mover.call(lambda: self._remove(peer, "its timed reads failed"))
+            raise
+
+    async def _time(
+        self, card: PeerCard, plan: PairPlan, num_rounds: int, timeout_s: float
+    ) -> LinkTiming:
+        async def read(remote: BlockIds, local: BlockIds) -> ReadStats:
+            return await self._move(card.name, plan, remote, local, timeout_s, is_scratch=True)
+
+        return await time_link(
+            read, plan, num_scratch_blocks=self._region.num_scratch_blocks, num_rounds=num_rounds
+        )
+
+    async def _move(
+        self,
+        peer: WorkerId,
+        plan: PairPlan,
+        remote: BlockIds,
+        local: BlockIds,
+        timeout_s: float,
+        *,
+        is_scratch: bool = False,
+    ) -> ReadStats:
+        if not len(local):
+            return ReadStats(0, 0, 0.0)
+        deadline_s = time.monotonic() + timeout_s
+        read = BlockRead(peer, plan, remote, local, deadline_s, is_scratch=is_scratch)
+        self._mover.read(read)
+        try:
+            return await asyncio.wrap_future(read.future)
+        except asyncio.CancelledError:
+            self._mover.give_up(read)
+            raise
+
     async def _call(self, function: Callable[[], T]) -> T:
         future: Future[T] = self._mover.call(function)
         try:
@@ -191,26 +320,48 @@ class MoverTransport:
         except TimeoutError:
             raise TransferTimeout(f"the KV mover is busy for {PEER_TIMEOUT_S:g} s") from None
 
-    def _add(self, card: PeerCard) -> None:
+    def _add(self, peer: WorkerId, link: PeerLink, opened: OpenedPeer) -> None:
         """On the mover's thread."""
-        known = self._peers.get(card.worker_id)
-        if known is not None:
-            if known.epoch != card.epoch and known.issued_at_s > card.issued_at_s:
-                raise BadPeerCard(f"card of {card.worker_id} is older than the epoch in use")
-            is_same = (known.epoch, known.endpoint) == (card.epoch, card.endpoint)
-            if is_same and not self._link.is_peer_dead(card.worker_id):
-                return
-        # Before the known peer is dropped: a useless card must not cost us a good peer.
-        self._link.check_peer(card)
-        self._remove(card.worker_id, "replaced by a new epoch")
-        self._link.add_peer(card)
-        self._peers[card.worker_id] = card
+        self._remove(peer, "replaced by a new connection")
+        self._links.add_peer(peer, link, opened)
 
     def _remove(self, peer: WorkerId, reason: str) -> None:
         """On the mover's thread."""
-        if self._peers.pop(peer, None) is None:
-            return
-        if self._link.is_peer_dead(peer):
+        if self._links.is_peer_dead(peer):
             self._mover.fail_peer(peer, PeerGone(f"{peer}: its process has ended"))
         else:
             self._mover.leave_peer(peer, reason)
+
+
+async def _open_peer(link: PeerLink, card: PeerCard, plan: PairPlan) -> OpenedPeer:
+    """Off the event loop; what is opened for a caller that has gone away is closed again."""
+    opening = asyncio.get_running_loop().run_in_executor(None, link.open_peer, card, plan)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(opening: asyncio.Future[OpenedPeer]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+def _timed(report: LinkReport, timing: LinkTiming | None) -> LinkReport:
+    if timing is None:
+        return report
+    return replace(report, bytes_per_second=timing.bytes_per_second, latency_s=timing.latency_s)
+
+
+def _log_link(report: LinkReport) -> None:
+    log_fields(
+        logger,
+        f"{report.peer_id} is read by {report.transport} ({report.lane})",
+        peer=report.peer_id,
+        transport=report.transport,
+        lane=report.lane,
+        bytes_per_second=round(report.bytes_per_second),
+        latency_s=round(report.latency_s, 6),
+        reason=report.reason,
+    )

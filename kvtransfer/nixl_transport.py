@@ -1,13 +1,15 @@
-"""Reading blocks with NIXL (UCX). The only file that imports it.
+"""Reading blocks with NIXL (UCX).
 
 What shapes this file, all measured with NIXL 1.5.1:
 
 * No cancel and no time-out: deadlines and quarantine are the mover's; `recycle` destroys the agent,
   which alone stops what is in flight, and only once no object of it is referenced any more.
-* On host memory UCX reads by process_vm_readv (CMA), inside the posting call. Where that is not
-  permitted UCX would emulate reads over TCP, and such a read can kill the process it reads from.
-  Hence two guards: UCX may not emulate, and a peer whose canary we cannot read is refused.
-* The Python API starts a spinning progress thread; the delay below lets it sleep.
+* A destroyed agent breaks the reads of all who read from it. So there are two: one that others
+  read from, which lives as long as the link, and one that reads, which a recycle may destroy.
+* On host memory UCX reads by process_vm_readv (CMA), inside the posting call. A peer whose canary
+  we cannot read in this way is refused, since UCX could not read it either.
+* A peer's agent that is removed makes its transfers look failed while they may still land. So a
+  peer that is dropped stays attached until the last of its transfers is over.
 * Adjacent descriptors with adjacent ids are merged by NIXL, strided lists make preparing free.
 """
 
@@ -15,12 +17,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import importlib.util
 import logging
-import os
 import secrets
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,65 +28,55 @@ import numpy as np
 
 from baton.core.errors import IncompatiblePeer, PeerGone, TransferError
 from baton.core.worker_info import WorkerId
-from kvtransfer.link import LinkBroken, Posted
+from kvtransfer.block_read import MoverLimits
+from kvtransfer.cuda_driver import CudaDriver
+from kvtransfer.link import LinkBroken, OpenedPeer, Posted
 from kvtransfer.metadata import CANARY_BYTES, NixlEndpoint, PeerCard, PeerIdentity
-from kvtransfer.mover import MoverLimits
 from kvtransfer.mover_transport import MoverTransport
+from kvtransfer.nixl_library import check_network_devices, errors_of, load, make_agent
+from kvtransfer.nixl_read import DEATH_CONFIRMED_S, NixlPeer, NixlRead
 from kvtransfer.peer_process import PeerProcess, allow_reads_by_siblings, read_memory
-from kvtransfer.plan import BlockIds
+from kvtransfer.plan import BlockIds, PairPlan, SidePlan
+from kvtransfer.same_host import check_same_host
 from kvtransfer.transport import PoolRegion
 
 logger = logging.getLogger(__name__)
 
-NAME = "nixl"
-PROGRESS_DELAY_US = 1000
-"""Pause of UCX's progress thread. 0 spins on a core; reads of host memory do not wait for it."""
-DEATH_CONFIRMED_S = 0.5
-"""A read fails a little before the kernel reports the peer's exit."""
-_MODULES = ("nixl_cu13._api", "nixl._api")
-_UCX_DEFAULTS = {
-    # Bookkeeping traffic only; UCX would open a listener on every interface.
-    "UCX_NET_DEVICES": "lo",
-    # Without a bound the registration cache keeps what it released.
-    "UCX_RCACHE_MAX_UNRELEASED": "1024",
-}
-_UCX_REQUIRED = {
-    # A read that UCX cannot do in one step must fail instead of becoming a message exchange.
-    "UCX_PROTO_EMULATION_ENABLE": "n",
-}
-
-
-def is_installed() -> bool:
-    """True when a NIXL package can be found; does not import it."""
-    return any(importlib.util.find_spec(name.partition(".")[0]) for name in _MODULES)
+HOST_MEMORY, GPU_MEMORY = "DRAM", "VRAM"
 
 
 @dataclass(slots=True, eq=False)
-class _Peer:
-    card: PeerCard
-    endpoint: NixlEndpoint
-    process: PeerProcess
-    agent_name: bytes = b""
-    blocks: Any = None
-    """Prepared descriptor list: one descriptor per block of the peer's pool."""
+class _Agent:
+    """A NIXL agent with the local pool registered."""
+
+    core: Any
+    registered: Any
+
+    def close(self) -> None:
+        """The registration before the agent; prepared lists go before both."""
+        self.core.deregister_memory(self.registered)
+        self.core.agent = None
 
 
 class NixlLink:
-    """One agent over the local pool. Everything but the constructor runs on the mover's thread."""
+    """Two agents over the local pool. Everything but the constructor and `open_peer` runs on the
+    mover's thread."""
 
-    name = NAME
+    name = NixlEndpoint.transport
 
     def __init__(self, region: PoolRegion, identity: PeerIdentity) -> None:
         self._region = region
         self._identity = identity
-        self._memory_type = "DRAM" if region.device_id is None else "VRAM"
+        self._memory_type = HOST_MEMORY if region.device_id is None else GPU_MEMORY
         self._canary = ctypes.create_string_buffer(secrets.token_bytes(CANARY_BYTES), CANARY_BYTES)
-        self._peers: dict[WorkerId, _Peer] = {}
+        self._peers: dict[WorkerId, NixlPeer] = {}
+        self._attached: Counter[bytes] = Counter()
+        """Peers by name of their agent: one of them may be dropped and not over yet."""
         self._generation = 0
         self._api: Any = None
-        self._agent: Any = None
-        self._blocks: Any = None
-        self._registered: Any = None
+        self._owner: _Agent | None = None
+        """Others read from it."""
+        self._reader: _Agent | None = None
         self._condemned: list[weakref.ref[Any]] = []
         self._endpoint: NixlEndpoint | None = None
 
@@ -95,48 +85,73 @@ class NixlLink:
         return self._endpoint
 
     @property
-    def canary(self) -> tuple[int, bytes]:
-        return ctypes.addressof(self._canary), self._canary.raw
+    def lane(self) -> str:
+        """UCX may not emulate, so whatever it reads by copies nothing on the way."""
+        return "cma" if self._memory_type == HOST_MEMORY else "cuda_ipc"
 
     def open(self) -> None:
         """Raises TransferError when no agent can be made on this machine."""
         allow_reads_by_siblings()
-        self._api = self._api or _load()
+        check_network_devices()
+        if self._region.device_id is not None:
+            # UCX leaves GPUs out on a thread that has no context of one.
+            CudaDriver(self._region.device_id).use()
+        self._api = self._api or load()
+        region, identity = self._region, self._identity
+        name = f"{identity.worker_id}#{region.tp_rank}:{identity.epoch}"
+        self._owner = self._open_agent(name)
+        self._open_reader()
+        self._endpoint = NixlEndpoint(
+            agent_name=name,
+            agent_blob=self._owner.core.get_agent_metadata(),
+            pool_address=region.address,
+            device_id=region.device_id or 0,
+            memory_type=self._memory_type,
+            canary_address=ctypes.addressof(self._canary),
+            canary=self._canary.raw,
+        )
+
+    def _open_reader(self) -> None:
+        identity = self._identity
         self._generation += 1
+        self._reader = self._open_agent(
+            f"{identity.worker_id}#{self._region.tp_rank}:{identity.epoch}:r{self._generation}"
+        )
+
+    def _open_agent(self, name: str) -> _Agent:
         region = self._region
-        name = f"{self._identity.worker_id}:{self._identity.epoch}:{self._generation}"
+        pool = (region.address, region.num_bytes, region.device_id or 0, "")
         try:
-            self._agent = _make_agent(self._api, name)
-            device = region.device_id or 0
-            self._registered = self._agent.register_memory(
-                [(region.address, region.num_bytes, device, "")], self._memory_type
-            )
-            self._blocks = self._describe("", region.address, device, region.num_blocks)
-            blob = self._agent.get_agent_metadata()
+            core = make_agent(self._api, name)
+            return _Agent(core, core.register_memory([pool], self._memory_type))
         except self._api.nixlBind.nixlBackendError as error:
             kind = type(error).__name__
             raise TransferError(
                 f"no NIXL agent here ({kind}); set the KV transport to shm"
             ) from None
-        self._endpoint = NixlEndpoint(name, blob, region.address, device)
 
-    def check_peer(self, card: PeerCard) -> None:
-        check_readable(card)
-
-    def add_peer(self, card: PeerCard) -> None:
-        endpoint = card.endpoint
-        if not isinstance(endpoint, NixlEndpoint):
-            raise IncompatiblePeer(f"card of {card.worker_id} names no NIXL agent")
+    def open_peer(self, card: PeerCard, plan: PairPlan) -> NixlPeer:
+        endpoint = card.endpoint(NixlEndpoint)
+        if endpoint is None:
+            raise IncompatiblePeer(f"{card.worker_id} does not offer it")
+        check_same_host(card)
         process = PeerProcess(card.pid)
-        peer = _Peer(card, endpoint, process)
         try:
-            # Once more: now the process is held, it cannot be exchanged under us.
-            check_readable(card)
-            self._attach(peer)
+            # Now that the process is held it cannot be exchanged under us.
+            check_readable(card, endpoint)
         except BaseException:
             process.close()
             raise
-        self._peers[card.worker_id] = peer
+        return NixlPeer(card.worker_id, endpoint, plan, process)
+
+    def add_peer(self, peer: WorkerId, opened: OpenedPeer) -> None:
+        assert isinstance(opened, NixlPeer)
+        try:
+            self._attach(opened)
+        except BaseException:
+            opened.close()
+            raise
+        self._peers[peer] = opened
 
     def is_peer_dead(self, peer: WorkerId) -> bool:
         known = self._peers.get(peer)
@@ -145,30 +160,42 @@ class NixlLink:
     def drop_peer(self, peer: WorkerId) -> None:
         known = self._peers.pop(peer, None)
         if known is not None:
-            self._detach(known)
-            known.process.close()
+            known.is_dropped = True
+            self._retire(known)
+
+    def _retire(self, peer: NixlPeer) -> None:
+        """Once a dropped peer has nothing in flight."""
+        if peer.is_dropped and not peer.num_posted:
+            self._detach(peer)
+            peer.close()
 
     def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
         known = self._peers.get(peer)
         if known is None or known.process.is_dead():
             raise PeerGone(f"{peer}: its process has ended")
-        posted = _NixlPosted(self._agent, known)
-        failure = posted.start(self._blocks, local, remote)
-        if failure:
-            posted.release()
-            raise _diagnose(known, failure)
+        if self._reader is None:
+            raise LinkBroken("the NIXL agent is being rebuilt")
+        posted = NixlRead(self._reader.core, known, self._retire)
+        posted.start(local, remote)
         if posted.is_complete:
             posted.release()
             return None
+        if posted.has_failed and known.process.is_dead(wait_s=DEATH_CONFIRMED_S):
+            posted.release()
+            raise PeerGone(f"{peer}: its process has ended")
+        # A failed one too: parts of it may have been posted, so its blocks are not free.
         return posted
+
+    def needs_recycle(self, peer: WorkerId) -> bool:
+        return peer in self._peers
 
     def recycle(self) -> None:
         """An agent whose end is not certain stays condemned; the next call asks again."""
-        if self._agent is not None:
+        if self._reader is not None:
             for peer in self._peers.values():
                 self._detach(peer)
-            self._condemned.append(weakref.ref(self._agent.agent))
-            self._close_agent()
+            self._condemned.append(weakref.ref(self._reader.core.agent))
+            self._close_reader()
         gc.collect()
         self._condemned = [core for core in self._condemned if core() is not None]
         if self._condemned:
@@ -178,11 +205,19 @@ class NixlLink:
     def close(self) -> None:
         for peer in list(self._peers):
             self.drop_peer(peer)
-        self._close_agent()
+        self._close_reader()
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.close()
         gc.collect()
 
+    def _close_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
     def _reopen(self) -> None:
-        self.open()
+        self._open_reader()
         for worker_id, peer in list(self._peers.items()):
             try:
                 self._attach(peer)
@@ -190,104 +225,56 @@ class NixlLink:
                 logger.warning("%s is not connected any more: %s", worker_id, str(error))
                 self.drop_peer(worker_id)
 
-    def _attach(self, peer: _Peer) -> None:
-        """Raises IncompatiblePeer when the agent does not take the peer."""
-        endpoint = peer.endpoint
+    def _attach(self, peer: NixlPeer) -> None:
+        """Raises IncompatiblePeer when the agent does not take the peer, PeerGone for now."""
+        endpoint, region = peer.endpoint, self._region
+        if self._reader is None:
+            raise PeerGone(f"{peer.worker_id}: the NIXL agent here is being rebuilt")
         failure = ""
         try:
-            peer.agent_name = self._agent.add_remote_agent(endpoint.agent_blob)
-            peer.blocks = self._describe(
+            peer.agent_name = self._reader.core.add_remote_agent(endpoint.agent_blob)
+            self._attached[peer.agent_name] += 1
+            peer.remote = self._describe(
                 peer.agent_name.decode(),
-                endpoint.pool_address,
-                endpoint.device_id,
-                peer.card.num_blocks,
+                peer.plan.remote,
+                (endpoint.pool_address, endpoint.device_id, endpoint.memory_type),
             )
+            here = (region.address, region.device_id or 0, self._memory_type)
+            peer.local = self._describe("", peer.plan.local, here)
         except self._errors as error:
             failure = type(error).__name__
         if failure:
             self._detach(peer)
             raise IncompatiblePeer(
-                f"NIXL does not accept the agent of {peer.card.worker_id} ({failure})"
+                f"NIXL does not accept the agent of {peer.worker_id} ({failure})"
             )
 
-    def _detach(self, peer: _Peer) -> None:
-        blocks, peer.blocks = peer.blocks, None
-        if blocks is not None:
-            blocks.release()
-        if peer.agent_name and self._agent is not None:
-            try:
-                self._agent.remove_remote_agent(peer.agent_name.decode())
-            except self._errors as error:
-                logger.debug("removing agent failed: %s", type(error).__name__)
-        peer.agent_name = b""
-
-    def _describe(self, agent_name: str, address: int, device: int, num_blocks: int) -> Any:
-        """One strided row stands for one descriptor per block."""
-        size = self._region.layout.block_bytes
-        row = np.array([(address, size, device, size, num_blocks)], dtype=np.uint64)
-        return self._agent.prep_xfer_dlist(agent_name, row, self._memory_type)
-
-    def _close_agent(self) -> None:
-        """Lists before the registration, the registration before the agent."""
-        agent, self._agent = self._agent, None
-        if agent is None:
+    def _detach(self, peer: NixlPeer) -> None:
+        lists, peer.remote, peer.local = (peer.remote, peer.local), None, None
+        for prepared in lists:
+            if prepared is not None:
+                prepared.release()
+        name, peer.agent_name = peer.agent_name, b""
+        self._attached[name] -= 1
+        if not name or self._attached[name] or self._reader is None:
             return
-        blocks, self._blocks = self._blocks, None
-        if blocks is not None:
-            blocks.release()
-        registered, self._registered = self._registered, None
-        if registered is not None:
-            agent.deregister_memory(registered)
-        agent.agent = None
+        try:
+            self._reader.core.remove_remote_agent(name.decode())
+        except self._errors as error:
+            logger.debug("removing agent failed: %s", type(error).__name__)
+
+    def _describe(self, agent_name: str, side: SidePlan, memory: tuple[int, int, str]) -> Any:
+        """One strided row stands for one piece of every block: see `descriptor_ids`."""
+        address, device, memory_type = memory
+        rows = np.empty((side.offsets.size, 5), dtype=np.uint64)
+        rows[:, 0] = side.offsets.ravel() + address
+        rows[:, 1:] = (side.piece_bytes, device, side.block_bytes, side.num_blocks)
+        assert self._reader is not None
+        return self._reader.core.prep_xfer_dlist(agent_name, rows, memory_type)
 
     @property
     def _errors(self) -> tuple[type[Exception], ...]:
-        return _errors_of(self._api)
-
-
-class _NixlPosted:
-    """One transfer handle. The only object that keeps it, so that a recycle can let it go."""
-
-    def __init__(self, agent: Any, peer: _Peer) -> None:
-        self._agent = agent
-        self._peer = peer
-        self._handle: Any = None
-        self.is_complete = False
-
-    def start(self, blocks: Any, local: BlockIds, remote: BlockIds) -> str:
-        """Post the read; returns the name of the error, empty when there is none."""
-        try:
-            self._handle = self._agent.make_prepped_xfer(
-                "READ", blocks, local, self._peer.blocks, remote, b""
-            )
-            self.is_complete = self._agent.transfer(self._handle) == "DONE"
-        except Exception as error:
-            return type(error).__name__
-        return ""
-
-    def is_done(self) -> bool:
-        failure = ""
-        if self._handle is None:
-            raise LinkBroken("the transfer was released")
-        try:
-            state = self._agent.check_xfer_state(self._handle)
-        except Exception as error:
-            failure = type(error).__name__
-        else:
-            if state == "ERR":
-                failure = state
-            self.is_complete = state == "DONE"
-        if failure:
-            raise _diagnose(self._peer, failure)
-        return self.is_complete
-
-    def release(self) -> None:
-        handle, self._handle, self._agent = self._handle, None, None
-        if handle is not None:
-            try:
-                handle.release()
-            except Exception as error:
-                logger.debug("releasing a transfer failed: %s", type(error).__name__)
+        return errors_of(self._api)
 
 
 def nixl_transport(
@@ -299,16 +286,21 @@ def nixl_transport(
 ) -> MoverTransport:
     """A transport with one NIXL agent over `region`. Raises TransferError when none is made."""
     link = NixlLink(region, identity)
-    return MoverTransport(link=link, region=region, identity=identity, secret=secret, limits=limits)
+    return MoverTransport(
+        links=[link], region=region, identity=identity, secret=secret, limits=limits
+    )
 
 
-def check_readable(card: PeerCard) -> None:
+def check_readable(card: PeerCard, endpoint: NixlEndpoint) -> None:
     """Read the peer's canary as UCX would. Raises PeerGone or IncompatiblePeer (reason and fix)."""
     try:
-        content = read_memory(card.pid, card.canary_address, CANARY_BYTES)
+        content = read_memory(card.pid, endpoint.canary_address, CANARY_BYTES)
     except ProcessLookupError:
         raise PeerGone(f"{card.worker_id}: its process has ended") from None
     except PermissionError:
+        if endpoint.memory_type == GPU_MEMORY:
+            # UCX maps it by a handle, for which no such right is needed.
+            return
         raise IncompatiblePeer(
             f"memory of {card.worker_id} may not be read (process_vm_readv: EPERM); set the KV "
             "transport to shm, or run both workers as one user with kernel.yama.ptrace_scope "
@@ -316,59 +308,5 @@ def check_readable(card: PeerCard) -> None:
         ) from None
     except OSError as error:
         raise PeerGone(f"{card.worker_id}: its memory is gone ({error.strerror})") from None
-    if content != card.canary:
+    if content != endpoint.canary:
         raise PeerGone(f"process {card.pid} is not {card.worker_id} any more")
-
-
-def _diagnose(peer: _Peer, failure: str) -> TransferError:
-    """A failed read of a dead process is over; one of a living process may still land."""
-    who = peer.card.worker_id
-    if peer.process.is_dead(wait_s=DEATH_CONFIRMED_S):
-        return PeerGone(f"{who}: its process has ended")
-    return LinkBroken(f"NIXL failed with {failure} while the process lives")
-
-
-def _errors_of(api: Any) -> tuple[type[Exception], ...]:
-    bindings = vars(api.nixlBind)
-    return tuple(
-        value
-        for name, value in bindings.items()
-        if name.startswith("nixl") and name.endswith("Error")
-    )
-
-
-def _load() -> Any:
-    """The NIXL module, imported under the environment it needs."""
-    for name, value in _UCX_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    os.environ.update(_UCX_REQUIRED)
-    raise_exceptions = logging.raiseExceptions
-    for name in _MODULES:
-        if importlib.util.find_spec(name.partition(".")[0]) is None:
-            continue
-        api = importlib.import_module(name)
-        # Importing NIXL sends its log lines to standard output and silences logging's errors.
-        logging.raiseExceptions = raise_exceptions
-        nixl_logger = logging.getLogger("nixl")
-        nixl_logger.handlers.clear()
-        nixl_logger.propagate = True
-        nixl_logger.setLevel(logging.WARNING)
-        return api
-    raise TransferError("NIXL is not installed; install nixl-cu13 or set the KV transport to shm")
-
-
-def _make_agent(api: Any, name: str) -> Any:
-    """An agent with a sleeping progress thread, whose delay the Python API fixes to 0."""
-    bindings = api.nixlBind
-    real = bindings.nixlAgent
-
-    def make(agent_name: str, config: Any) -> Any:
-        config.pthrDelay = PROGRESS_DELAY_US
-        return real(agent_name, config)
-
-    config = api.nixl_agent_config(sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_RW)
-    bindings.nixlAgent = make
-    try:
-        return api.nixl_agent(name, config)
-    finally:
-        bindings.nixlAgent = real

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from baton.core.block import BlockId
 from baton.core.errors import IncompatiblePeer, PeerGone
+from baton.core.fabric import LinkReport
 from baton.core.worker_info import Epoch, WorkerId
-from kvtransfer.transport import ReadStats
+from kvtransfer.transport import ReadStats, UnitsPerBlock
 
 NAME = "none"
 
@@ -27,12 +28,21 @@ class NoTransport:
     def name(self) -> str:
         return NAME
 
-    def card(self) -> bytes:
+    def card(self, nonce: bytes) -> bytes:
         """Empty, which every transport refuses as no valid card."""
         return b""
 
-    async def connect(self, card: bytes) -> tuple[WorkerId, Epoch]:
+    async def connect(self, card: bytes, *, nonce: bytes) -> tuple[WorkerId, Epoch]:
         raise IncompatiblePeer(f"this worker exchanges no KV: {self._reason}")
+
+    def link(self, peer: WorkerId) -> LinkReport | None:
+        return None
+
+    def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
+        raise self._gone(peer)
+
+    async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
+        raise self._gone(peer)
 
     async def read(
         self,
@@ -42,7 +52,7 @@ class NoTransport:
         *,
         timeout_s: float,
     ) -> ReadStats:
-        raise PeerGone(f"{peer} is not connected: this worker exchanges no KV ({self._reason})")
+        raise self._gone(peer)
 
     def settled(self) -> list[BlockId]:
         return []
@@ -52,3 +62,6 @@ class NoTransport:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+    def _gone(self, peer: WorkerId) -> PeerGone:
+        return PeerGone(f"{peer} is not connected: this worker exchanges no KV ({self._reason})")

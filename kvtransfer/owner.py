@@ -1,128 +1,122 @@
-"""The owner's side of the hand-off: announces finished chunks under a lease, and takes it back.
+"""The owner's side of every movement of KV: puts blocks under leases, and takes them back.
 
-Life cycle of one request here (the reader's side is `fetch_state`):
+Life cycle of one request here (the reader's side is `fetch_state`, the values are in `owned`):
 
- 1. WATCHED  a reader asked for the request, nothing is computed yet
- 2. LEASED   first chunk done: its blocks go under a lease; every further chunk extends it.
-             Entered without a reader too: the watch may come later and gets all chunks at once
- 3. FILLED   the last chunk is announced, the reader has what is left of the lease
- 4. the reader completes: the lease was valid until now, the blocks go back to the engine, gone
- x. ENDED    the lease is over (gave up, expired, failed, completed early) while the engine may
-             still compute: later chunks are given back the moment they are done
+ 1. WATCHED  a reader asked, nothing is announced yet
+               Watch        the engine will compute the prompt, or does already
+               FetchPrefix  LeasePrefix went to the engine
+               Takeover     StartHandover went to the engine
+ 2. LEASED   the engine's first blocks are under a lease; every further announcement extends it.
+             A prompt comes here without a reader too: its watch gets all chunks at once
+ 3. FILLED   everything is announced, the reader has what is left of the lease. A takeover comes
+             here by Freeze -> FreezeRequest; its sequence stands still from now on
+ 4. the reader completes: the lease was valid until now. The blocks go back to the engine, a
+    sequence that was taken over ends there (FinishHandover), gone
+ x. ENDED    the lease is over in any other way (given up, expired, refused, too late, failed): a
+             takeover makes the engine go on (ReleaseLease, then ResumeRequest, once). Remembered
+             while the engine may still announce: what comes late is given back at once
 
 Pure state machine: events in, effects out, the clock passed in. Does no I/O, knows neither gRPC
-nor the engine; the shell sends and calls `release_lease`. A lost stream alone takes nothing away:
-the leases of that reader run until they expire. Everything kept here has a time limit.
+nor the engine; the shell sends and calls the engine, in the order of the effects. A lost stream
+takes a lease away at once where a client waits: a sequence that stands still resumes. The others
+wait a moment for the reader to come back. Everything kept here has a time and a number limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import NewType
 
-from baton.core.block import BlockId
+from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
 from baton.core.request import RequestId, TokenDelta
 from baton.core.worker_info import Epoch
-from kvtransfer.lease import Lease, LeaseTable
 from kvtransfer.messages import (
-    ChunkReady,
     Complete,
     Completed,
+    FetchPrefix,
+    Freeze,
     GiveUp,
     LeaseId,
-    OwnerMessage,
     ReaderMessage,
     Refused,
     Renew,
+    Takeover,
     Watch,
 )
+from kvtransfer.owned import (
+    FinishHandover,
+    FreezeRequest,
+    LeasePrefix,
+    Owned,
+    OwnedKind,
+    OwnedState,
+    OwnerEffect,
+    OwnerLimits,
+    ReaderId,
+    ReleaseLease,
+    ResumeRequest,
+    Send,
+    StartHandover,
+)
+from kvtransfer.owned_table import OwnedTable
 
-ReaderId = NewType("ReaderId", str)
-"""One stream of one reader, named by the shell; a reconnected stream may use the same name."""
+__all__ = [
+    "COMPLETED",
+    "FinishHandover",
+    "FreezeRequest",
+    "LeaseOwner",
+    "LeasePrefix",
+    "OwnerEffect",
+    "OwnerLimits",
+    "ReaderId",
+    "ReleaseLease",
+    "ResumeRequest",
+    "Send",
+    "StartHandover",
+]
 
+COMPLETED = "completed"
+"""The reason of a ReleaseLease in good order."""
 
-@dataclass(frozen=True, slots=True)
-class OwnerLimits:
-    """How long and how much an owner keeps for readers."""
-
-    lease_s: float = 30.0
-    """Term of a lease. Renewed by the reader at a third of it, so two lost renewals are fine."""
-    watch_s: float = 120.0
-    """A watch for a request of which nothing is computed is refused after this; it bounds
-    the time a prompt may queue here, while its reader may hold blocks."""
-    ended_s: float = 120.0
-    """How long an ended request's late chunks are still recognised."""
-    max_watches: int = 4096
-    max_ended: int = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Effect: hand `message` to the reader's stream, dropping it when the stream is gone."""
-
-    reader: ReaderId
-    message: OwnerMessage
-
-
-@dataclass(frozen=True, slots=True)
-class ReleaseLease:
-    """Effect: the engine may reuse all blocks announced so far. Safe to apply twice."""
-
-    request_id: RequestId
-    reason: str
-
-
-OwnerEffect = Send | ReleaseLease
-
-
-class OwnedState(Enum):
-    WATCHED = "watched"
-    LEASED = "leased"
-    FILLED = "filled"
-    ENDED = "ended"
-
-
-@dataclass(slots=True, eq=False)
-class _Owned:
-    request_id: RequestId
-    state: OwnedState
-    since_s: float
-    reader: ReaderId | None = None
-    lease_id: LeaseId | None = None
-    block_ids: list[BlockId] = field(default_factory=list)
-    first_token: TokenDelta | None = None
-    reason: str = ""
-    is_computed: bool = False
-    """The engine announces nothing more for this request."""
-    is_told: bool = False
-    """Only ENDED: the reader knows. With `is_computed` too there is nothing left to remember."""
+Effects = list[OwnerEffect]
 
 
 class LeaseOwner:
-    """All hand-offs of one prefill worker. Every method returns the effects to apply, in order."""
+    """All leases of one worker. Every method returns the effects to apply, in order."""
 
     def __init__(self, *, epoch: Epoch, clock: Clock, limits: OwnerLimits | None = None) -> None:
-        self._epoch = epoch
-        self._clock = clock
         self._limits = limits or OwnerLimits()
-        self._leases = LeaseTable(clock=clock, epoch=epoch, lease_s=self._limits.lease_s)
-        self._requests: dict[RequestId, _Owned] = {}
+        self._table = OwnedTable(epoch=epoch, clock=clock, limits=self._limits)
 
     @property
     def num_leases(self) -> int:
-        return len(self._leases)
+        return len(self._table.leases)
+
+    @property
+    def leased_requests(self) -> list[RequestId]:
+        """As the engine calls them."""
+        return self._table.leases.requests
+
+    @property
+    def num_expired_leases(self) -> int:
+        """Since the start; unrenewed ones, and those whose reader lost its stream for good."""
+        return self._table.leases.num_expired + self._table.num_orphaned
 
     @property
     def num_watches(self) -> int:
-        return len(self._in_state(OwnedState.WATCHED))
+        """Readers that wait for a prompt of which nothing is computed."""
+        return self._table.num_live(OwnedKind.PROMPT, OwnedState.WATCHED)
+
+    @property
+    def num_takeovers(self) -> int:
+        return self._table.num_live(OwnedKind.TAKEOVER)
 
     @property
     def is_empty(self) -> bool:
         """No lease is live and no reader waits."""
-        return not self._leases and not self.num_watches
+        return not len(self._table)
+
+    # From the engine.
 
     def chunk_done(
         self,
@@ -132,33 +126,102 @@ class LeaseOwner:
         block_ids: Sequence[BlockId],
         is_last: bool,
         first_token: TokenDelta | None,
-    ) -> list[OwnerEffect]:
-        """The engine finished a chunk and counts a lease on each of its blocks."""
+    ) -> Effects:
+        """The engine finished blocks of a prompt or a takeover and counts a lease on each."""
         effects = self.tick()
-        owned = self._requests.get(request_id)
-        if owned is not None and owned.is_computed and first_block_index == 0:
+        owned = self._table.get(request_id)
+        if owned is not None and owned.engine_is_done and first_block_index == 0:
             # The same request was submitted again; what is left of its first life is over.
-            effects += self._end(owned, "computed again", is_told=True)
+            effects += self._table.end(owned, "computed again", is_told=True)
             owned = None
         if owned is None and first_block_index == 0:
-            owned = self._add(request_id, OwnedState.LEASED)
+            owned = self._table.add(request_id, OwnedKind.PROMPT, OwnedState.LEASED)
         if owned is None or owned.state is OwnedState.ENDED:
             effects.append(ReleaseLease(request_id, owned.reason if owned else "unknown request"))
-            if owned is not None:
-                owned.is_computed |= is_last
-                self._forget_if_over(owned)
+            if owned is not None and owned.kind is OwnedKind.PROMPT:
+                owned.engine_is_done |= is_last
+                self._table.forget_if_over(owned)
             return effects
         if first_block_index != len(owned.block_ids):
             gap = f"chunk starts at block {first_block_index}, expected {len(owned.block_ids)}"
-            effects += self._refuse(owned, gap)
-            return [*effects, ReleaseLease(request_id, gap)]
-        return effects + self._announce(owned, block_ids, is_last, first_token)
+            return [*effects, ReleaseLease(request_id, gap), *self._table.refuse(owned, gap)]
+        return effects + self._table.announce(owned, block_ids, is_last, first_token)
 
-    def receive(self, reader: ReaderId, message: ReaderMessage) -> list[OwnerEffect]:
+    def prefix_leased(
+        self, reader: ReaderId, request_id: RequestId, block_ids: Sequence[BlockId]
+    ) -> Effects:
+        """The answer to LeasePrefix; no blocks when the engine caches none of them."""
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is None or owned.state is not OwnedState.WATCHED or owned.claimant != reader:
+            effects.append(ReleaseLease(request_id, "nobody waits for this prefix"))
+            if owned is not None:
+                owned.engine_is_done = True
+                self._table.forget_if_over(owned)
+            return effects
+        owned.engine_is_done = True
+        if not block_ids:
+            return effects + self._table.refuse(owned, "none of these blocks is cached here")
+        return effects + self._table.announce(owned, block_ids, True, None)
+
+    def handover_failed(self, request_id: RequestId, reason: str) -> Effects:
+        """The engine refused StartHandover or FreezeRequest; the sequence stays as it is."""
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is None or owned.kind is not OwnedKind.TAKEOVER:
+            return effects
+        if owned.state is OwnedState.ENDED:
+            return effects
+        # Before the first chunk there is no handover to take back.
+        owned.engine_is_done |= owned.state is OwnedState.WATCHED
+        return effects + self._table.refuse(owned, reason)
+
+    def handover_ended(self, request_id: RequestId) -> Effects:
+        """The engine has done as ResumeRequest said: no chunk of that handover follows."""
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is not None and owned.is_resuming:
+            self._table.engine_has_resumed(owned)
+        return effects
+
+    def request_ended(self, request_id: RequestId, reason: str) -> Effects:
+        """A sequence is over (last token, cancel, error), so nobody can take it over any more.
+
+        Only takeovers care; leases of its prompt live on, so this may be said of every request.
+        """
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is None or owned.kind is not OwnedKind.TAKEOVER:
+            return effects
+        return effects + self._table.engine_is_over(owned, reason)
+
+    def request_failed(self, request_id: RequestId, reason: str) -> Effects:
+        """The engine ended the request (error or cancel), or nobody wants its KV any more.
+
+        Unknown requests are ignored: a reader that asks later waits for its own router's cancel.
+        """
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is None:
+            return effects
+        if owned.kind is OwnedKind.TAKEOVER and owned.state is not OwnedState.ENDED:
+            # Its sequence may well be there, and must not stand still for nobody.
+            return effects + self._table.refuse(owned, reason)
+        return effects + self._table.engine_is_over(owned, reason)
+
+    # From the readers.
+
+    def receive(self, reader: ReaderId, message: ReaderMessage) -> Effects:
         """A message of a reader's stream."""
         match message:
             case Watch(request_id):
                 return self.watch(request_id, reader)
+            case FetchPrefix(request_id, block_hashes):
+                return self.fetch_prefix(request_id, reader, block_hashes)
+            case Takeover(request_id, num_known_tokens):
+                return self.take_over(request_id, reader, num_known_tokens)
+            case Freeze(request_id):
+                return self.freeze(request_id, reader)
             case Renew(lease_id):
                 return self.renew(reader, lease_id)
             case Complete(lease_id, epoch):
@@ -166,190 +229,140 @@ class LeaseOwner:
             case GiveUp(request_id, reason):
                 return self.give_up(reader, request_id, reason)
 
-    def watch(self, request_id: RequestId, reader: ReaderId) -> list[OwnerEffect]:
-        """A reader asks for a request; repeated by the same reader it gets every chunk again."""
+    def watch(self, request_id: RequestId, reader: ReaderId) -> Effects:
+        """A reader asks for a prompt; repeated by the same reader it gets every chunk again."""
         effects = self.tick()
-        owned = self._requests.get(request_id)
+        owned = self._table.get(request_id)
         if owned is None:
-            if self.num_watches >= self._limits.max_watches:
-                busy = f"{self.num_watches} requests are watched already, limit"
+            num_watches = self._table.num_over(
+                self._limits.max_watches, OwnedKind.PROMPT, OwnedState.WATCHED
+            )
+            if num_watches:
+                busy = f"{num_watches} requests are watched already, limit"
                 return [*effects, Send(reader, Refused(request_id, busy))]
-            self._add(request_id, OwnedState.WATCHED).reader = reader
+            self._table.add(request_id, OwnedKind.PROMPT, OwnedState.WATCHED).reader = reader
             return effects
-        if owned.state is OwnedState.ENDED:
-            owned.is_told = True
-            self._forget_if_over(owned)
-            return [*effects, Send(reader, Refused(request_id, owned.reason))]
-        if owned.reader not in (None, reader):
-            taken = "another reader has this request"
-            return [*effects, Send(reader, Refused(request_id, taken))]
-        owned.reader = reader
-        if owned.lease_id is not None:
-            self._leases.renew(owned.lease_id)
-            effects.append(self._chunk_message(owned, 0))
-        return effects
+        return effects + self._table.ask_again(owned, OwnedKind.PROMPT, reader)
 
-    def renew(self, reader: ReaderId, lease_id: LeaseId) -> list[OwnerEffect]:
+    def fetch_prefix(
+        self, request_id: RequestId, reader: ReaderId, block_hashes: tuple[BlockHash, ...]
+    ) -> Effects:
+        """A reader asks for cached blocks; `request_id` is its own name for the question."""
+        effects = self.tick()
+        lease_name = _prefix_id(reader, request_id)
+        owned = self._table.get(lease_name)
+        if owned is not None:
+            return effects + self._table.ask_again(owned, OwnedKind.PREFIX, reader)
+        if not block_hashes:
+            return [*effects, Send(reader, Refused(request_id, "no block hashes were sent"))]
+        num_fetches = self._table.num_over(self._limits.max_prefix_fetches, OwnedKind.PREFIX)
+        if num_fetches:
+            busy = f"{num_fetches} prefixes are being fetched already, limit"
+            return [*effects, Send(reader, Refused(request_id, busy))]
+        owned = self._table.add(lease_name, OwnedKind.PREFIX, OwnedState.WATCHED, name=request_id)
+        owned.reader = owned.claimant = reader
+        return [*effects, LeasePrefix(reader, lease_name, block_hashes)]
+
+    def take_over(self, request_id: RequestId, reader: ReaderId, num_known_tokens: int) -> Effects:
+        """A reader is to go on with a request; repeated by it, it gets every chunk again."""
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is not None and _may_begin_again(owned, reader):
+            self._table.remove(owned)
+            owned = None
+        if owned is not None:
+            known = owned.num_known_tokens
+            if owned.claimant == reader and owned.is_open_to(reader) and known != num_known_tokens:
+                changed = f"takeover from token {num_known_tokens}, it began with {known}"
+                return effects + self._table.refuse(owned, changed)
+            return effects + self._table.ask_again(owned, OwnedKind.TAKEOVER, reader)
+        num_takeovers = self._table.num_over(self._limits.max_takeovers, OwnedKind.TAKEOVER)
+        if num_takeovers:
+            busy = f"{num_takeovers} requests are being taken over already, limit"
+            return [*effects, Send(reader, Refused(request_id, busy))]
+        owned = self._table.add(request_id, OwnedKind.TAKEOVER, OwnedState.WATCHED)
+        owned.reader = owned.claimant = reader
+        owned.num_known_tokens = num_known_tokens
+        return [*effects, StartHandover(request_id, num_known_tokens)]
+
+    def freeze(self, request_id: RequestId, reader: ReaderId) -> Effects:
+        """The reader has all that is announced; the engine is told once."""
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is None or owned.kind is not OwnedKind.TAKEOVER or not owned.is_open_to(reader):
+            unknown = "this reader takes no such request over"
+            return [*effects, Send(reader, Refused(request_id, unknown))]
+        if owned.state is OwnedState.ENDED:
+            return effects + self._table.ask_again(owned, OwnedKind.TAKEOVER, reader)
+        if owned.is_freezing:
+            return effects
+        owned.is_freezing = True
+        return [*effects, FreezeRequest(request_id)]
+
+    def renew(self, reader: ReaderId, lease_id: LeaseId) -> Effects:
         """A lease that is over stays over; the reader learns it when it completes."""
         effects = self.tick()
-        if self._owned_by(reader, lease_id) is not None:
-            self._leases.renew(lease_id)
+        if self._table.owned_by(reader, lease_id) is not None:
+            self._table.leases.renew(lease_id)
         return effects
 
-    def complete(self, reader: ReaderId, lease_id: LeaseId, epoch: Epoch) -> list[OwnerEffect]:
+    def complete(self, reader: ReaderId, lease_id: LeaseId, epoch: Epoch) -> Effects:
         """The reader has read everything; the answer says whether it may trust it."""
         effects = self.tick()
-        owned = self._owned_by(reader, lease_id)
-        is_live = self._leases.get(lease_id) is not None
+        owned = self._table.owned_by(reader, lease_id)
+        is_live = self._table.leases.get(lease_id) is not None
         may_ask = not is_live or (owned is not None and owned.state is OwnedState.FILLED)
-        valid = may_ask and self._leases.complete(lease_id, epoch)
+        valid = may_ask and self._table.leases.complete(lease_id, epoch)
         effects.append(Send(reader, Completed(lease_id, valid)))
         if valid and owned is not None:
-            del self._requests[owned.request_id]
-            effects.append(ReleaseLease(owned.request_id, "completed"))
+            self._table.remove(owned)
+            effects.append(ReleaseLease(owned.request_id, COMPLETED))
+            if owned.kind is OwnedKind.TAKEOVER:
+                effects.append(FinishHandover(owned.request_id))
         return effects
 
-    def give_up(self, reader: ReaderId, request_id: RequestId, reason: str) -> list[OwnerEffect]:
+    def give_up(self, reader: ReaderId, request_id: RequestId, reason: str) -> Effects:
         """The reader will not read this request; its blocks go back now."""
         effects = self.tick()
-        owned = self._requests.get(request_id)
-        if owned is None or owned.reader not in (None, reader):
+        owned = self._table.get(_prefix_id(reader, request_id)) or self._table.get(request_id)
+        if owned is None or not owned.is_open_to(reader):
             return effects
-        return effects + self._end(owned, f"reader gave up: {reason}", is_told=True)
+        return effects + self._table.end(owned, f"reader gave up: {reason}", is_told=True)
 
-    def reader_gone(self, reader: ReaderId) -> list[OwnerEffect]:
-        """The stream broke. Leases stay until they expire; the reader may come back and watch."""
-        effects = self.tick()
-        for owned in [o for o in self._requests.values() if o.reader == reader]:
-            owned.reader = None
-            if owned.state is OwnedState.WATCHED:
-                del self._requests[owned.request_id]
-        return effects
+    def reader_gone(self, reader: ReaderId) -> Effects:
+        """The stream broke, or another has taken its place.
 
-    def request_failed(self, request_id: RequestId, reason: str) -> list[OwnerEffect]:
-        """The engine ended the request (error or cancel), or nobody wants its KV any more.
-
-        Unknown requests are ignored: a reader that asks later waits for its own router's cancel.
+        The reader may come back within `orphan_s` and ask. A sequence that was told to freeze does
+        not wait for it: should all have been read, `complete` still says no.
         """
         effects = self.tick()
-        owned = self._requests.get(request_id)
-        if owned is None:
-            return effects
-        owned.is_computed = True
-        return effects + self._refuse(owned, reason)
-
-    def tick(self) -> list[OwnerEffect]:
-        """Let time pass: expire leases, refuse old watches, forget old ended requests."""
-        effects: list[OwnerEffect] = []
-        for lease in self._leases.expire():
-            effects += self._lease_expired(lease)
-        now_s = self._clock.now()
-        for owned in self._in_state(OwnedState.WATCHED):
-            if now_s - owned.since_s >= self._limits.watch_s:
-                late = f"nothing was computed within {self._limits.watch_s:g} s of the watch"
-                effects += self._refuse(owned, late)
-        ended = self._in_state(OwnedState.ENDED)
-        num_over = len(ended) - self._limits.max_ended
-        for position, owned in enumerate(ended):
-            if position < num_over or now_s - owned.since_s >= self._limits.ended_s:
-                del self._requests[owned.request_id]
+        for owned in self._table.live_of(reader):
+            if owned.is_freezing:
+                broke = "the reader's stream broke while the request stood still"
+                effects += self._table.end(owned, broke, is_told=False)
+            elif owned.kind is OwnedKind.PROMPT and owned.state is OwnedState.WATCHED:
+                self._table.remove(owned)
+            else:
+                self._table.orphan(owned)
         return effects
+
+    # Time.
+
+    def tick(self) -> Effects:
+        """Let time pass: expire leases, end what takes too long, forget old ended requests."""
+        return self._table.tick()
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when leases and requests disagree."""
-        self._leases.check_integrity()
-        leased = 0
-        for owned in self._requests.values():
-            if owned.state in (OwnedState.LEASED, OwnedState.FILLED):
-                assert owned.lease_id is not None
-                lease = self._leases.get(owned.lease_id)
-                assert lease is not None and lease.request_id == owned.request_id
-                assert list(lease.block_ids) == owned.block_ids
-                leased += 1
-            else:
-                assert owned.lease_id is None and not owned.block_ids
-            if owned.state is OwnedState.WATCHED:
-                assert owned.reader is not None
-            if owned.state is OwnedState.ENDED:
-                assert owned.reader is None
-        assert leased == len(self._leases), "a lease without a request"
-        assert self.num_watches <= self._limits.max_watches
+        """Raises AssertionError when leases and requests disagree, or a limit is passed."""
+        self._table.check_integrity()
 
-    def _announce(
-        self,
-        owned: _Owned,
-        block_ids: Sequence[BlockId],
-        is_last: bool,
-        first_token: TokenDelta | None,
-    ) -> list[OwnerEffect]:
-        first = len(owned.block_ids)
-        if owned.lease_id is None:
-            owned.lease_id = self._leases.grant(owned.request_id, block_ids).lease_id
-        else:
-            self._leases.extend(owned.lease_id, block_ids)
-        owned.block_ids += block_ids
-        owned.state = OwnedState.FILLED if is_last else OwnedState.LEASED
-        owned.is_computed = is_last
-        owned.first_token = first_token
-        return [self._chunk_message(owned, first)] if owned.reader is not None else []
 
-    def _chunk_message(self, owned: _Owned, first: int) -> Send:
-        assert owned.reader is not None and owned.lease_id is not None
-        return Send(
-            owned.reader,
-            ChunkReady(
-                request_id=owned.request_id,
-                lease_id=owned.lease_id,
-                epoch=self._epoch,
-                lease_s=self._leases.lease_s,
-                first_block_index=first,
-                block_ids=tuple(owned.block_ids[first:]),
-                is_last=owned.state is OwnedState.FILLED,
-                first_token=owned.first_token,
-            ),
-        )
+def _prefix_id(reader: ReaderId, request_id: RequestId) -> RequestId:
+    """A reader chooses the name of a fetch; it must meet no other reader's, and no request."""
+    return RequestId(f"prefix of {reader}: {request_id}")
 
-    def _lease_expired(self, lease: Lease) -> list[OwnerEffect]:
-        owned = self._requests[lease.request_id]
-        return self._refuse(owned, f"lease expired after {self._leases.lease_s:g} s unrenewed")
 
-    def _refuse(self, owned: _Owned, reason: str) -> list[OwnerEffect]:
-        """End the request and say so to its reader."""
-        reader = owned.reader
-        effects = self._end(owned, reason, is_told=reader is not None)
-        if reader is not None:
-            effects.append(Send(reader, Refused(owned.request_id, reason)))
-        return effects
-
-    def _end(self, owned: _Owned, reason: str, *, is_told: bool) -> list[OwnerEffect]:
-        effects: list[OwnerEffect] = []
-        if owned.lease_id is not None:
-            self._leases.revoke(owned.lease_id)
-            effects.append(ReleaseLease(owned.request_id, reason))
-        if owned.state is not OwnedState.ENDED:
-            # Inserted anew: the order of ended requests is the order of their ending.
-            del self._requests[owned.request_id]
-            ended = self._add(owned.request_id, OwnedState.ENDED)
-            ended.reason, ended.is_computed = reason, owned.is_computed
-            owned = ended
-        owned.is_told |= is_told
-        self._forget_if_over(owned)
-        return effects
-
-    def _forget_if_over(self, owned: _Owned) -> None:
-        """Nothing is left to say about it, and the same id may be submitted again."""
-        if owned.is_computed and owned.is_told:
-            del self._requests[owned.request_id]
-
-    def _add(self, request_id: RequestId, state: OwnedState) -> _Owned:
-        owned = _Owned(request_id, state, self._clock.now())
-        self._requests[request_id] = owned
-        return owned
-
-    def _owned_by(self, reader: ReaderId, lease_id: LeaseId) -> _Owned | None:
-        lease = self._leases.get(lease_id)
-        owned = self._requests.get(lease.request_id) if lease is not None else None
-        return owned if owned is not None and owned.reader in (None, reader) else None
-
-    def _in_state(self, state: OwnedState) -> list[_Owned]:
-        return [o for o in self._requests.values() if o.state is state]
+def _may_begin_again(owned: Owned, reader: ReaderId) -> bool:
+    """A reader that was away when its takeover ended is told so first."""
+    is_its_own = owned.kind is OwnedKind.TAKEOVER and owned.claimant == reader
+    return owned.state is OwnedState.ENDED and not owned.is_resuming and not is_its_own

@@ -23,15 +23,14 @@ from numpy.typing import NDArray
 
 from baton.core.errors import ConfigError, IncompatiblePeer, PeerGone
 from baton.core.worker_info import WorkerId
-from kvtransfer.link import Posted
+from kvtransfer.block_read import MoverLimits
+from kvtransfer.link import OpenedPeer, Posted
 from kvtransfer.metadata import CANARY_BYTES, PeerCard, PeerIdentity, ShmEndpoint
-from kvtransfer.mover import MoverLimits
 from kvtransfer.mover_transport import MoverTransport
 from kvtransfer.peer_process import PeerProcess
-from kvtransfer.plan import BlockIds, merge_runs
+from kvtransfer.plan import BlockIds, PairPlan
+from kvtransfer.same_host import check_same_host
 from kvtransfer.transport import PoolRegion
-
-NAME = "shm"
 
 
 class ShmPool:
@@ -77,57 +76,63 @@ class ShmPool:
 @dataclass(slots=True, eq=False)
 class _Peer:
     process: PeerProcess
-    blocks: NDArray[np.uint8]
-    """[num_blocks, block_bytes], read-only; keeps the mapping alive."""
+    pool: NDArray[np.uint8]
+    """[num_bytes], read-only; keeps the mapping alive."""
+    plan: PairPlan
+
+    def close(self) -> None:
+        self.process.close()
 
 
 class ShmLink:
     """Copies on the mover's thread; every piece is done when `post` returns."""
 
-    name = NAME
+    name = ShmEndpoint.transport
+    lane = "mapped memory"
 
     def __init__(self, region: PoolRegion, pool: ShmPool) -> None:
-        self._pool = pool
-        self._region = region
         offset = region.address - pool.address
         if not 0 <= offset <= pool.num_bytes - region.num_bytes:
             raise ConfigError("the KV pool does not lie in the shared memory made for it")
-        self.endpoint = ShmEndpoint(pool.path, pool.file_bytes, offset)
-        self.canary = (pool.canary_offset, pool.canary)
-        self._peers: dict[WorkerId, _Peer] = {}
-        self._blocks = _as_blocks(
-            np.frombuffer(pool.memory, dtype=np.uint8),
-            offset,
-            region.num_blocks,
-            region.layout.block_bytes,
+        self.endpoint = ShmEndpoint(
+            path=pool.path,
+            file_bytes=pool.file_bytes,
+            pool_offset=offset,
+            canary_offset=pool.canary_offset,
+            canary=pool.canary,
         )
+        self._peers: dict[WorkerId, _Peer] = {}
+        content = np.frombuffer(pool.memory, dtype=np.uint8)
+        self._pool = content[offset : offset + region.num_bytes]
 
     def open(self) -> None:
         """Nothing to set up."""
 
-    def check_peer(self, card: PeerCard) -> None:
-        self._open_peer(card).process.close()
-
-    def add_peer(self, card: PeerCard) -> None:
-        self._peers[card.worker_id] = self._open_peer(card)
-
-    def _open_peer(self, card: PeerCard) -> _Peer:
-        endpoint = card.endpoint
-        if not isinstance(endpoint, ShmEndpoint):
-            raise IncompatiblePeer(f"card of {card.worker_id} names no shared memory")
+    def open_peer(self, card: PeerCard, plan: PairPlan) -> _Peer:
+        endpoint = card.endpoint(ShmEndpoint)
+        if endpoint is None:
+            raise IncompatiblePeer(f"{card.worker_id} does not offer it")
+        check_same_host(card)
         process = PeerProcess(card.pid)
         try:
             content = _map_readonly(card, endpoint)
-            at = card.canary_address
-            if content[at : at + CANARY_BYTES].tobytes() != card.canary:
+            at = endpoint.canary_offset
+            if content[at : at + CANARY_BYTES].tobytes() != endpoint.canary:
                 raise PeerGone(f"process {card.pid} is not {card.worker_id} any more")
-            blocks = _as_blocks(
-                content, endpoint.pool_offset, card.num_blocks, card.layout.block_bytes
-            )
+            num_bytes = card.pool.num_bytes
+            if endpoint.pool_offset + num_bytes > len(content):
+                raise IncompatiblePeer(
+                    f"the pool of {card.worker_id} has {num_bytes} bytes, its file {len(content)}"
+                )
         except BaseException:
             process.close()
             raise
-        return _Peer(process, blocks)
+        pool = content[endpoint.pool_offset : endpoint.pool_offset + num_bytes]
+        return _Peer(process, pool, plan)
+
+    def add_peer(self, peer: WorkerId, opened: OpenedPeer) -> None:
+        assert isinstance(opened, _Peer)
+        self._peers[peer] = opened
 
     def is_peer_dead(self, peer: WorkerId) -> bool:
         known = self._peers.get(peer)
@@ -136,16 +141,19 @@ class ShmLink:
     def drop_peer(self, peer: WorkerId) -> None:
         known = self._peers.pop(peer, None)
         if known is not None:
-            known.process.close()
+            known.close()
 
     def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
         known = self._peers.get(peer)
         if known is None or known.process.is_dead():
             raise PeerGone(f"{peer}: its process has ended")
-        for run in merge_runs(remote, local):
-            source = known.blocks[run.remote : run.remote + run.num_blocks]
-            np.copyto(self._blocks[run.local : run.local + run.num_blocks], source)
+        source, target = known.pool, self._pool
+        for there, here, num_bytes in known.plan.copies(remote, local):
+            np.copyto(target[here : here + num_bytes], source[there : there + num_bytes])
         return None
+
+    def needs_recycle(self, peer: WorkerId) -> bool:
+        return False
 
     def recycle(self) -> None:
         """Nothing of ours is ever in flight between two calls."""
@@ -164,8 +172,9 @@ def shm_transport(
     limits: MoverLimits | None = None,
 ) -> MoverTransport:
     """A transport over the shared memory `pool` in which `region` lies."""
+    link = ShmLink(region, pool)
     return MoverTransport(
-        link=ShmLink(region, pool), region=region, identity=identity, secret=secret, limits=limits
+        links=[link], region=region, identity=identity, secret=secret, limits=limits
     )
 
 
@@ -195,16 +204,6 @@ def _is_fixed_size(fd: int) -> bool:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:
         return False
-
-
-def _as_blocks(
-    content: NDArray[np.uint8], offset: int, num_blocks: int, block_bytes: int
-) -> NDArray[np.uint8]:
-    """[num_blocks, block_bytes] of a file's bytes. Raises IncompatiblePeer when too short."""
-    end = offset + num_blocks * block_bytes
-    if offset < 0 or end > len(content):
-        raise IncompatiblePeer(f"{num_blocks} blocks need {end} bytes, there are {len(content)}")
-    return content[offset:end].reshape(num_blocks, block_bytes)
 
 
 def _address_of(buffer: mmap.mmap) -> int:

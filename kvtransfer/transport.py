@@ -2,7 +2,11 @@
 
 A worker has one `Transport` over its one KV pool. Peers are known by their cards (see
 `metadata`), exchanged over the control plane and verified before `connect`. Movement is always a
-read by the receiver: `read(peer, remote_block_ids, local_block_ids)`.
+read by the receiver: `read(peer, remote_ids, local_ids)`.
+
+Ids are units: the tokens of one unit are the smaller block of the two pools, so between equal
+block sizes a unit is a block. In a pool whose blocks are r times as long, block b is the units
+r*b .. r*b + r-1 (`units_per_block` of each side, see `plan`).
 
 Not known here: which request a read belongs to, leases, when to read. `fetcher` decides that.
 """
@@ -14,8 +18,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from baton.core.block import BlockId
+from baton.core.fabric import LinkReport
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.plan import RankPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +31,21 @@ class PoolRegion:
     address: int
     num_bytes: int
     num_blocks: int
+    """All of them, with the scratch blocks at the end."""
     layout: KvLayout
+    """Of the whole model, whatever part of its heads lies here."""
     device_id: int | None = None
     """CUDA ordinal, None for host memory."""
+    num_scratch_blocks: int = 0
+    """The last blocks of the pool, which hold no KV: timed reads of a link write there."""
+    tp_rank: int = 0
+    """Of the pool: 0 of 1 where it holds all heads of the model."""
+    tp_size: int = 1
+
+    @property
+    def rank_pool(self) -> RankPool:
+        """What plans with peers are made of."""
+        return RankPool(self.layout, self.tp_rank, self.tp_size, self.num_blocks)
 
 
 class ReadStats(NamedTuple):
@@ -39,23 +57,44 @@ class ReadStats(NamedTuple):
     seconds: float
 
 
+class UnitsPerBlock(NamedTuple):
+    """At least one of the two is 1."""
+
+    remote: int
+    local: int
+
+
 class Transport(Protocol):
     """All methods are called on the event loop's thread; reads run elsewhere."""
 
     @property
     def name(self) -> str:
-        """nixl, shm or fake; said in the log, in WorkerInfo and in metrics."""
+        """The preferred one: nixl, shm, socket, none or fake; `link` says what serves a peer."""
         ...
 
-    def card(self) -> bytes:
-        """This process's signed card, to be handed to peers over the control plane."""
+    def card(self, nonce: bytes) -> bytes:
+        """This process's card, signed over the nonce of the peer that asked for it."""
         ...
 
-    async def connect(self, card: bytes) -> tuple[WorkerId, Epoch]:
-        """Verify a peer's card and make the peer readable; replaces an older epoch of it.
+    async def connect(self, card: bytes, *, nonce: bytes) -> tuple[WorkerId, Epoch]:
+        """Verify a peer's card, made for our `nonce`, choose and time the link to it.
+
+        Replaces an older epoch of the peer.
 
         Raises BadPeerCard, IncompatiblePeer (readable reason) or PeerGone.
         """
+        ...
+
+    def link(self, peer: WorkerId) -> LinkReport | None:
+        """What was found and measured when the peer was connected; None for unknown peers."""
+        ...
+
+    def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
+        """How ids of the two pools count for this peer. Raises PeerGone when not connected."""
+        ...
+
+    async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
+        """Time reads into the scratch blocks again. Raises as `read` does."""
         ...
 
     async def read(
@@ -66,17 +105,21 @@ class Transport(Protocol):
         *,
         timeout_s: float,
     ) -> ReadStats:
-        """Copy the peer's blocks `remote[i]` into our blocks `local[i]`.
+        """Copy the peer's units `remote[i]` into our units `local[i]`.
 
         Raises PeerGone (nothing will be written any more), or TransferTimeout: the read was given
-        up on but may still land, so the caller quarantines `local` until `settled` names them.
+        up on but may still land, so the caller quarantines the blocks of `local` until `settled`
+        names them.
         A cancelled call counts as given up, whatever had become of the read by then. Any other
         TransferError: refused before anything was moved.
         """
         ...
 
     def settled(self) -> list[BlockId]:
-        """Blocks of given-up reads that can no longer be written to, each reported once."""
+        """Our blocks (not units) of given-up reads that nothing writes to any more.
+
+        Each is named once per read, when the last of its units is safe.
+        """
         ...
 
     async def disconnect(self, peer: WorkerId) -> None:

@@ -24,6 +24,8 @@ from baton.core.errors import BatonError
 COMMANDS = {
     "serve": "start router, prefill and decode workers on this machine",
     "chat": "talk to a served model in the terminal",
+    "doctor": "measure the links between running workers and say what is wrong",
+    "certs": "make TLS certificates for a deployment's router and workers",
     "model": "import a model, or show what it costs to run one",
 }
 EXIT_ERROR = 2

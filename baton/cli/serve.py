@@ -49,7 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16")
     parser.add_argument(
-        "--transport", choices=("auto", "nixl", "shm"), help="KV link between workers (auto)"
+        "--transport",
+        choices=("auto", "nixl", "mapped", "shm", "socket"),
+        help="KV link between workers (auto)",
+    )
+    parser.add_argument(
+        "--tls-dir",
+        type=Path,
+        metavar="DIR",
+        help="TLS between router and workers with the files that `baton certs DIR` made",
     )
     _add_mode_arguments(parser)
 
@@ -86,11 +94,13 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from services.launch.pools import check_pools
     from services.launch.readiness import check_model_folder, check_ports_free
     from services.launch.run_directory import RunDirectory
+    from services.launch.tls import check_tls
 
     setup_logging("serve", level="WARNING", as_json=False)
     system = _system_config(args, environ)
     check_model_folder(system.model_path)
     check_pools(system, environ, use_ray=args.use_ray)
+    check_tls(system)
     ready_timeout_s = _ready_timeout_s(system, args.ready_timeout)
     check_ports_free(
         system.host, {"--http-port": system.http_port, "--grpc-port": system.grpc_port}
@@ -103,6 +113,7 @@ def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Syst
     from baton.core.config import build, merge
     from baton.settings import merge_layers, parse_override
     from services.launch.config import SystemConfig
+    from services.launch.tls import tls_values
 
     both = {
         "engine": {"dtype": args.dtype},
@@ -119,7 +130,9 @@ def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Syst
         "prefill": merge(both, {"engine": {"tp_size": args.prefill_tp}}),
         "decode": merge(both, {"engine": {"tp_size": args.decode_tp}}),
     }
-    overrides = merge(flags, *(parse_override(text) for text in args.overrides))
+    overrides = merge(
+        flags, tls_values(args.tls_dir), *(parse_override(text) for text in args.overrides)
+    )
     values = merge_layers(SystemConfig, file=args.config, environ=environ, overrides=overrides)
     if "model_path" not in values:
         values["model_path"] = _default_model(args, environ)

@@ -44,6 +44,14 @@ class TransferStats:
     exposed_seconds: float = 0.0
     """Part of it after the prefill worker had finished: what the transfer added to the latency."""
 
+    @property
+    def hidden_share(self) -> float | None:
+        """Part of the transfer during which the prefill worker still computed, 0 to 1; None when
+        nothing was read."""
+        if not self.num_reads or self.seconds <= 0:
+            return None
+        return min(1.0, max(0.0, 1.0 - self.exposed_seconds / self.seconds))
+
 
 @dataclass(slots=True)
 class Timeline:

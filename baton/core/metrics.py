@@ -18,6 +18,7 @@ ITL_BUCKETS_S = (
     0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0,
 )  # fmt: skip
 TOKEN_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+RATIO_BUCKETS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 BYTES_BUCKETS = tuple(4**n * 1024 for n in range(12))
 
 
@@ -62,6 +63,29 @@ TRANSFER_BYTES = Series(
     "baton_kv_transfer_bytes", Kind.HISTOGRAM, "KV bytes read for one request.", ("model",),
     BYTES_BUCKETS,
 )  # fmt: skip
+TRANSFER_HIDDEN = Series(
+    "baton_kv_transfer_hidden_ratio", Kind.HISTOGRAM,
+    "Share of a request's KV transfer during which its prompt was still computed, 0 to 1.",
+    ("model",), RATIO_BUCKETS,
+)  # fmt: skip
+MIGRATION_PAUSE = _seconds(
+    "baton_migration_pause_seconds",
+    "Gap between a request's last token from its old worker and its first from the new one.",
+    buckets=ITL_BUCKETS_S,
+)
+MIGRATIONS = Series(
+    "baton_migrations_total",
+    Kind.COUNTER,
+    "Moves of running requests by reason (drain, pressure) and result: moved, failed, or void "
+    "when the request ended meanwhile.",
+    ("reason", "result"),
+)
+PREFIX_OFFERS = Series(
+    "baton_prefix_offers_total",
+    Kind.COUNTER,
+    "Prompts sent with the name of another worker that caches more of them.",
+    ("role",),
+)
 PROMPT_TOKENS = Series(
     "baton_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of finished requests.", ("model",)
 )
@@ -119,6 +143,67 @@ WORKER_PREEMPTIONS = Series(
     Kind.COUNTER,
     "Sequences preempted for lack of KV blocks.",
     ("role", "worker"),
+)
+
+
+def _of_worker(name: str, kind: Kind, help: str, *labels: str) -> Series:
+    return Series(name, kind, help, ("role", "worker", *labels))
+
+
+LINK_INFO = _of_worker(
+    "baton_kv_link_info",
+    Kind.GAUGE,
+    "1 for each peer a worker reads KV from, with the transport taken and what the link really "
+    'does. transport="none": there is no link.',
+    "peer", "transport", "lane",
+)  # fmt: skip
+LINK_RATE = _of_worker(
+    "baton_kv_link_bytes_per_second", Kind.GAUGE, "Of the last timed reads from a peer.", "peer"
+)
+LINK_LATENCY = _of_worker(
+    "baton_kv_link_latency_seconds", Kind.GAUGE, "Median read of one block from a peer.", "peer"
+)
+TIER_BLOCKS = _of_worker(
+    "baton_kv_tier_blocks", Kind.GAUGE, "Blocks kept outside the pool, by tier.", "tier"
+)
+TIER_BYTES = _of_worker("baton_kv_tier_bytes", Kind.GAUGE, "Bytes in use of a tier.", "tier")
+TIER_MAX_BYTES = _of_worker("baton_kv_tier_max_bytes", Kind.GAUGE, "Size of a tier.", "tier")
+KV_READS = _of_worker("baton_kv_reads_total", Kind.COUNTER, "Reads from peers.")
+KV_READ_BYTES = _of_worker("baton_kv_read_bytes_total", Kind.COUNTER, "Bytes read from peers.")
+KV_FAILED_READS = _of_worker(
+    "baton_kv_failed_reads_total", Kind.COUNTER, "Reads that failed or were given up."
+)
+KV_EXPIRED_LEASES = _of_worker(
+    "baton_kv_expired_leases_total", Kind.COUNTER, "Leases whose reader went silent."
+)
+KV_RECYCLES = _of_worker(
+    "baton_kv_recycles_total", Kind.COUNTER, "Times a transport was restarted to end lost reads."
+)
+KV_REFUSED_PEERS = _of_worker(
+    "baton_kv_refused_peers_total", Kind.COUNTER, "Connections refused to other workers."
+)
+KV_FETCHED_BLOCKS = _of_worker(
+    "baton_kv_fetched_blocks_total", Kind.COUNTER, "Blocks read from peers' prefix caches."
+)
+KV_SAVED_BLOCKS = _of_worker(
+    "baton_kv_saved_blocks_total", Kind.COUNTER, "Blocks written to tiers."
+)
+KV_RESTORED_BLOCKS = _of_worker(
+    "baton_kv_restored_blocks_total", Kind.COUNTER, "Blocks read back from tiers."
+)
+KV_CORRUPT_BLOCKS = _of_worker(
+    "baton_kv_corrupt_blocks_total", Kind.COUNTER, "Tier entries dropped for a wrong checksum."
+)
+KV_TAKEOVERS = _of_worker(
+    "baton_kv_takeovers_total", Kind.COUNTER, "Running requests a worker took over from others."
+)
+KV_FAILED_TAKEOVERS = _of_worker(
+    "baton_kv_failed_takeovers_total", Kind.COUNTER, "Takeovers after which the old worker went on."
+)
+KV_TAKEOVER_PAUSE = _of_worker(
+    "baton_kv_takeover_pause_seconds_total",
+    Kind.COUNTER,
+    "Sum over takeovers, from asking the old worker to stop until its KV was here and valid.",
 )
 WORKERS = Series("baton_workers", Kind.GAUGE, "Live workers seen by this router.", ("role",))
 PREFIX_HIT_TOKENS = Series(

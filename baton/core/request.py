@@ -45,7 +45,15 @@ class Work(Enum):
     PREFILL = "prefill"
     """Compute the prompt, sample the first token, keep the KV under a lease for a reader."""
     DECODE = "decode"
-    """Read the prompt's KV from the prefill peer, then generate from the second token on."""
+    """Read the prompt's KV from the prefill worker, then generate from the second token on."""
+    TAKEOVER = "takeover"
+    """Take a request over from the worker that is generating it: read its KV while it goes on,
+    let it stop, generate from its last token on."""
+
+    @property
+    def reads_all_kv(self) -> bool:
+        """All KV comes from another worker; nothing of the prompt is computed here."""
+        return self in (Work.DECODE, Work.TAKEOVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,7 @@ def check_num_entries(name: str, num_entries: int, limit: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PeerRef:
-    """Where a decode worker finds the prefill worker of a request."""
+    """Where a worker finds another one, whose KV it is to read."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -152,16 +160,18 @@ class GenerateRequest:
     output_token_ids: tuple[int, ...] = ()
     """Tokens already sent to the client when a lost worker's request is replayed elsewhere."""
     eos_token_ids: tuple[int, ...] = ()
-    prefill_peer: PeerRef | None = None
-    """Set exactly when `work` is DECODE."""
+    kv_source: PeerRef | None = None
+    """The worker to read KV from. DECODE: it computes the prompt; TAKEOVER: it generates the
+    request now. PREFILL and GENERATE may name a worker that caches more of the prompt than this
+    one: fetched when that is cheaper than computing."""
     deadline_s: float = 600.0
     """Seconds from arrival at the worker until it must give up."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequest("prompt is empty; send at least one token", param="prompt")
-        if (self.prefill_peer is not None) != (self.work is Work.DECODE):
-            raise InvalidRequest(f"work {self.work.value} and prefill_peer contradict each other")
+        if self.kv_source is None and self.work.reads_all_kv:
+            raise InvalidRequest(f"work {self.work.value} needs a kv_source")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ WorkerId = NewType("WorkerId", str)
 Epoch = NewType("Epoch", str)
 """Random per process start: a restarted worker is another worker to everyone who held its ids."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Version of the worker session and of the transfer protocol; peers of another are refused."""
 
 
@@ -39,7 +39,7 @@ class WorkerInfo:
     """Tokens of prompt and output together."""
     max_num_seqs: int
     transport: str
-    """Name of the KV transport in use: nixl, shm or fake."""
+    """Name of the preferred KV transport: nixl, shm, socket, none or fake."""
     pid: int
 
 

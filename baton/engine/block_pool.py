@@ -3,12 +3,14 @@
     FREE ──► FILLING ──► ACTIVE ──► CACHED ──► FREE        computed here
       └────► RESERVED ──► FILLING                          read from another worker
                 └──► QUARANTINED ──► FREE                  the read was given up but may still land
-             ACTIVE ──► LEASED ──► CACHED or FREE          no holder left, but a reader
+    ACTIVE, CACHED ──► LEASED ──► CACHED or FREE           no holder left, but a reader
+             ACTIVE ──► FILLING                            a frozen sequence goes on writing
 
 A block is FILLING while its one holder writes it, ACTIVE once complete (ref_count >= 1, shareable
 when hashed), CACHED at ref_count 0 under its hash. The lease count stands beside the state: a
-leased block is never freed, evicted or written. Cached blocks leave in the order they were
-released, and a table is released from its end, so a prefix outlives what follows it.
+leased block is never freed, evicted or written, and stays matchable. Cached blocks leave in the
+order they were released (`eviction`), and a table is released from its end, so a prefix outlives
+what follows it.
 
 Laws: only this file frees blocks; every block is in exactly one state; free + cached + active +
 leased-only + quarantined == total. A broken law raises InternalError at the call that breaks it.
@@ -19,13 +21,13 @@ except the two that say so.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.errors import InternalError
 from baton.engine.block_state import Block, BlockState, broken
+from baton.engine.eviction import EvictionOrder
 from baton.engine.free_runs import FreeRuns
 from baton.engine.integrity import check_block
 
@@ -54,8 +56,7 @@ class BlockPool:
             raise InternalError(f"a pool needs at least one block, got {num_blocks}")
         self._blocks = [Block(BlockId(i)) for i in range(num_blocks)]
         self._free = FreeRuns(num_blocks)
-        self._lru: OrderedDict[BlockId, None] = OrderedDict()
-        """CACHED blocks, next to be evicted first."""
+        self._cached = EvictionOrder()
         self._by_hash: dict[BlockHash, BlockId] = {}
         self._num_leased_only = 0
         self._num_quarantined = 0
@@ -69,7 +70,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can hand out: free ones and cached ones."""
-        return len(self._free) + len(self._lru)
+        return len(self._free) + len(self._cached)
 
     @property
     def has_events(self) -> bool:
@@ -77,7 +78,7 @@ class BlockPool:
 
     @property
     def counts(self) -> PoolCounts:
-        free, cached = len(self._free), len(self._lru)
+        free, cached = len(self._free), len(self._cached)
         held = self._num_leased_only + self._num_quarantined
         active = self.num_blocks - free - cached - held
         return PoolCounts(free, cached, active, self._num_leased_only, self._num_quarantined)
@@ -107,9 +108,12 @@ class BlockPool:
             if block.block_hash is None:
                 raise broken("acquire", block, "only hashed blocks are shared")
             if block.state is BlockState.CACHED:
-                del self._lru[block_id]
+                self._cached.discard(block_id)
             elif block.state is BlockState.LEASED:
                 self._num_leased_only -= 1
+            # A tier keeps what it was last given: by the time this block is cold again, its copy,
+            # which nobody used, may be gone.
+            block.is_cold = block.is_saved = False
             block.state = BlockState.ACTIVE
             block.ref_count += 1
 
@@ -155,6 +159,14 @@ class BlockPool:
             self._by_hash[block_hash] = block_id
             _record(block_hash, into=self._stored, cancels=self._removed)
 
+    def reopen(self, block_id: BlockId) -> None:
+        """The one holder of this complete block goes on writing it: ACTIVE → FILLING."""
+        block = self._blocks[block_id]
+        is_shared = block.ref_count != 1 or block.lease_count or block.block_hash is not None
+        if block.state is not BlockState.ACTIVE or is_shared:
+            raise broken("reopen", block, "others may read it")
+        block.state = BlockState.FILLING
+
     def release(self, block_ids: Sequence[BlockId]) -> None:
         """Drop one holder of each block of a table, last block first."""
         for block_id in reversed(block_ids):
@@ -169,8 +181,13 @@ class BlockPool:
         """Keep these complete blocks as they are until `unlease`, whoever else lets go."""
         for block_id in block_ids:
             block = self._blocks[block_id]
-            if block.state is not BlockState.ACTIVE:
-                raise broken("lease", block, "only complete, held blocks are leased")
+            if block.state is BlockState.CACHED:
+                self._cached.discard(block_id)
+                block.state = BlockState.LEASED
+                self._num_leased_only += 1
+            elif block.state not in (BlockState.ACTIVE, BlockState.LEASED):
+                raise broken("lease", block, "only complete blocks are leased")
+            block.is_cold = False
             block.lease_count += 1
 
     def unlease(self, block_ids: Sequence[BlockId]) -> None:
@@ -183,6 +200,32 @@ class BlockPool:
             if block.state is BlockState.LEASED and block.lease_count == 0:
                 self._num_leased_only -= 1
                 self._retire(block)
+
+    def lease_unsaved(self, max_blocks: int) -> list[tuple[BlockHash, BlockId]]:
+        """Lease the coldest cached blocks that no tier has, coldest first."""
+        leased: list[tuple[BlockHash, BlockId]] = []
+        while len(leased) < max_blocks and self._cached.num_unsaved:
+            block = self._blocks[self._cached.coldest_unsaved()]
+            if block.block_hash is None:
+                raise broken("lease_unsaved", block, "a cached block has a hash")
+            self.lease([block.block_id])
+            block.is_cold = True
+            leased.append((block.block_hash, block.block_id))
+        return leased
+
+    def unlease_saved(self, block_ids: Sequence[BlockId], *, is_saved: bool) -> None:
+        """End the leases of `lease_unsaved`, in the order of taking.
+
+        Unused blocks go back to the cold end as they lay there, used ones to the warm end.
+        """
+        cold: list[BlockId] = []
+        warm: list[BlockId] = []
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            block.is_saved = is_saved
+            (cold if block.is_cold else warm).append(block_id)
+        self.unlease(cold)
+        self.unlease(warm[::-1])
 
     def quarantine(self, block_ids: Iterable[BlockId]) -> None:
         """Take reserved blocks out of use: a read that was given up may still write to them.
@@ -230,11 +273,13 @@ class BlockPool:
                 raise broken("check_integrity", block, "the cache names another block")
         free_ids = {i for start, n in self._free.runs() for i in range(start, start + n)}
         expected_ids = {b.block_id for b in self._blocks if b.state is BlockState.FREE}
-        cached_ids = {b.block_id for b in self._blocks if b.state is BlockState.CACHED}
+        cached = [b for b in self._blocks if b.state is BlockState.CACHED]
         laws = {
             "free blocks are the free runs": free_ids == expected_ids,
             "free runs are counted": len(self._free) == len(free_ids),
-            "cached blocks are the LRU": cached_ids == set(self._lru),
+            "cached blocks have an order of eviction": self._cached.has_laws(
+                [b.block_id for b in cached], [b.block_id for b in cached if not b.is_saved]
+            ),
             "every hash has its block": len(self._by_hash)
             == sum(b.block_hash is not None for b in self._blocks),
             "leased-only is counted": self._num_leased_only == in_state[BlockState.LEASED],
@@ -253,19 +298,21 @@ class BlockPool:
             self._num_leased_only += 1
         elif block.block_hash is not None:
             block.state = BlockState.CACHED
-            self._lru[block.block_id] = None
+            self._cached.add(block.block_id, is_saved=block.is_saved, is_cold=block.is_cold)
+            block.is_cold = False
         else:
             block.state = BlockState.FREE
             self._free.add(block.block_id)
 
     def _evict_oldest(self) -> None:
-        block_id, _ = self._lru.popitem(last=False)
-        block = self._blocks[block_id]
+        block = self._blocks[self._cached.coldest()]
+        self._cached.discard(block.block_id)
         if block.block_hash is None:
             raise broken("evict", block, "a cached block has a hash")
         del self._by_hash[block.block_hash]
         _record(block.block_hash, into=self._removed, cancels=self._stored)
         block.block_hash = None
+        block.is_saved = False
         self._retire(block)
 
 

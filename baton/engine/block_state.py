@@ -32,6 +32,10 @@ class Block:
     lease_count: int = 0
     block_hash: BlockHash | None = None
     """Set while this block is the cache's entry for the hash."""
+    is_saved: bool = False
+    """A tier was given a copy under `block_hash`, and the block has not been used since."""
+    is_cold: bool = False
+    """Leased from the cold end to be saved, and not used since: it goes back there."""
 
 
 def broken(operation: str, block: Block, law: str) -> InternalError:

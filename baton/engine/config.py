@@ -45,6 +45,9 @@ class EngineConfig:
     device: Device = Device.CPU
     tp_size: int = 1
     """Processes that share the model, one GPU each; heads and MLP columns are divided."""
+    pool_per_rank: bool = False
+    """A KV pool of its own for each rank of a CPU's group, with its KV heads alone, as GPUs always
+    have. False lets the ranks of a CPU share one pool, which peers read with fewer copies."""
     rank_timeout_s: float = 30.0
     """With several ranks: a step that takes longer is taken for a rank that hangs, and the whole
     group ends, to be started again. Below the worker's health.step_timeout_s."""

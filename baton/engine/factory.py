@@ -4,7 +4,10 @@
     tensor_parallel.rank, 1...           connect ─► build_rank ─► ready
 
 The pool's memory may come from outside, because only shared memory can be offered to a peer that
-reads through the file system. Not known here: who drives the engine.
+reads through the file system. Scratch blocks lie behind the engine's own: the engine never names
+them, so whoever times a link may read and write there.
+
+Not known here: who drives the engine.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from baton.engine.host_memory import (
     release_freed_memory,
 )
 from baton.engine.model_config import load_model_config
-from baton.engine.parallel import Parallel
+from baton.engine.parallel import SINGLE, Parallel
 from baton.engine.tensor_parallel.environment import turn_multicast_off
 from baton.engine.tensor_parallel.group import RankGroup
 from baton.engine.tensor_parallel.limits import check_tp_size
 from baton.engine.tensor_parallel.rank_runner import BuiltRank
+from baton.engine.tensor_parallel.rank_service import RankKv, RankServiceSpec
 from baton.engine.tensor_parallel.rendezvous import Rendezvous
 from baton.engine.tensor_parallel.runner import TensorParallelRunner
 from baton.engine.thread_policy import limit_spinning
@@ -56,12 +60,18 @@ class BuiltEngine:
     engine: Engine
     layout: KvLayout
     num_blocks: int
+    """Of the engine; the scratch blocks follow them in memory."""
     max_model_len: int
     """Tokens of prompt and output together that one sequence can have here."""
     pool_address: int
     pool_bytes: int
+    """With the scratch blocks."""
+    num_scratch_blocks: int
     ranks: RankGroup | None
     """The other ranks; to be closed after the last step. None: there is one rank."""
+    kv: RankKv
+    """The pool of rank 0. Where it holds a part of the heads, the other ranks' services have the
+    others'."""
 
 
 def build_engine(
@@ -69,25 +79,32 @@ def build_engine(
     *,
     clock: Clock,
     pool_memory_factory: PoolMemoryFactory | None = None,
+    rank_service: RankServiceSpec | None = None,
+    num_scratch_blocks: int = 0,
 ) -> BuiltEngine:
     """Load `config.model_path` and build the engine, with the processes of its other ranks.
 
-    Raises ConfigError, or Unavailable when a rank is lost. Sets the thread count and the allocator
-    of the whole process, and imports torch only now.
+    `rank_service` runs in each of those, see `rank_service`. `num_scratch_blocks` more blocks are
+    allocated than the configuration asks for. Raises ConfigError, or Unavailable when a rank is
+    lost. Sets the thread count and the allocator of the whole process, and imports
+    torch only now.
     """
     if config.tp_size == 1:
         set_threads(config)
         from baton.engine.communicator import SingleCommunicator
 
         rank = build_rank(
-            config, communicator=SingleCommunicator(), pool_memory_factory=pool_memory_factory
+            config,
+            communicator=SingleCommunicator(),
+            pool_memory_factory=pool_memory_factory,
+            num_scratch_blocks=num_scratch_blocks,
         )
         return _built(config, clock, rank, rank.runner, None)
     check_tp_size(load_model_config(config.model_path), config.tp_size)
     if config.device is Device.CUDA:
         set_threads(config)
         _check_gpus(config.tp_size)
-    group = RankGroup(config)
+    group = RankGroup(config, rank_service, num_scratch_blocks=num_scratch_blocks)
     try:
         group.start()
         rank = build_root(config, group, pool_memory_factory)
@@ -115,6 +132,7 @@ def build_rank(
     *,
     communicator: Communicator,
     pool_memory_factory: PoolMemoryFactory | None,
+    num_scratch_blocks: int = 0,
 ) -> BuiltRank:
     """Load the weights of the communicator's rank and make its KV pool.
 
@@ -125,8 +143,10 @@ def build_rank(
         # Only the GPU engine needs Triton at run time.
         from baton.engine.gpu.build import build_gpu_rank
 
-        return build_gpu_rank(config, communicator=communicator)
-    return _build_cpu_rank(config, communicator, pool_memory_factory)
+        return build_gpu_rank(
+            config, communicator=communicator, num_scratch_blocks=num_scratch_blocks
+        )
+    return _build_cpu_rank(config, communicator, pool_memory_factory, num_scratch_blocks)
 
 
 def connect_ranks(
@@ -207,7 +227,12 @@ def build_root(
     group.wait_until_started()
     communicator = _meet(config, group)
     group.on_failure(lambda reason: communicator.abort())
-    rank = build_rank(config, communicator=communicator, pool_memory_factory=make_pool)
+    rank = build_rank(
+        config,
+        communicator=communicator,
+        pool_memory_factory=pool_memory_factory if config.pool_per_rank else make_pool,
+        num_scratch_blocks=group.num_scratch_blocks,
+    )
     group.wait_until_ready()
     return rank
 
@@ -231,6 +256,7 @@ def _build_cpu_rank(
     config: EngineConfig,
     communicator: Communicator,
     pool_memory_factory: PoolMemoryFactory | None,
+    num_scratch_blocks: int,
 ) -> BuiltRank:
     from baton.engine.model_runner import ModelRunner
     from baton.engine.weights import load_model
@@ -238,22 +264,24 @@ def _build_cpu_rank(
     parallel = Parallel(communicator.rank, communicator.size)
     model = load_model(config, parallel=parallel)
     release_freed_memory()
-    layout = model.layout(config.block_size)
-    num_blocks = model.rank_layout(config.block_size).num_blocks_in(
-        config.kv_cache_bytes or DEFAULT_CPU_KV_CACHE_BYTES
-    )
+    rank_layout = model.rank_layout(config.block_size)
+    num_blocks = rank_layout.num_blocks_in(config.kv_cache_bytes or DEFAULT_CPU_KV_CACHE_BYTES)
+    layout = rank_layout if config.pool_per_rank else model.layout(config.block_size)
+    num_allocated = num_blocks + num_scratch_blocks
     memory = None
     if pool_memory_factory is not None:
-        memory = pool_memory_factory(num_blocks * layout.block_bytes).memory
-    runner = ModelRunner(model, config, layout, num_blocks, memory, communicator)
+        memory = pool_memory_factory(num_allocated * layout.block_bytes).memory
+    runner = ModelRunner(model, config, layout, num_allocated, memory, communicator)
     return BuiltRank(
         runner=runner,
-        layout=layout,
+        layout=model.layout(config.block_size),
         num_blocks=num_blocks,
         max_model_len=model.max_model_len,
         vocab_size=model.model_config.vocab_size,
         pool_address=runner.pool_address,
         pool_bytes=runner.pool_bytes,
+        num_scratch_blocks=num_scratch_blocks,
+        pool_parallel=parallel if config.pool_per_rank else SINGLE,
     )
 
 
@@ -276,7 +304,9 @@ def _built(
         max_model_len=engine.max_num_tokens,
         pool_address=rank.pool_address,
         pool_bytes=rank.pool_bytes,
+        num_scratch_blocks=rank.num_scratch_blocks,
         ranks=group,
+        kv=rank.kv,
     )
 
 

@@ -1,8 +1,10 @@
-"""The prefill side of the hand-off: which finished blocks to announce, and their leases.
+"""What other workers may read here: finished blocks of a sequence, or a cached prefix.
 
-1. once a chunk's step is over, the blocks it completed are leased and announced (`ChunkDone`)
-2. the last announcement also covers the partial last block and carries the first token
-3. the sequence is gone; its blocks stay leased until the reader is done with them
+PREFILL    1. once a chunk's step is over, the blocks it completed are leased and announced
+           2. the last announcement also covers the partial last block, with the first token
+           3. the sequence is gone; its blocks stay leased until the reader is done with them
+handover   the same of a sequence that generates, see `handover`
+prefix     the leading blocks of a hash chain that are cached now, leased at once
 
 A lease here is a count on blocks, kept per request until `release`. Expiry, epochs and readers
 belong to the transfer server.
@@ -11,9 +13,11 @@ belong to the transfer server.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from baton.core.block import BlockId
+from baton.core.block import BlockHash, BlockId
+from baton.core.errors import InvalidRequest
 from baton.core.request import RequestId, TokenDelta
 from baton.engine.block_pool import BlockPool
 from baton.engine.sequence import Sequence
@@ -21,7 +25,7 @@ from baton.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
-    """Blocks of a PREFILL request that are complete in memory and leased."""
+    """Blocks of one sequence that are complete in memory and leased."""
 
     request_id: RequestId
     first_block_index: int
@@ -29,16 +33,22 @@ class ChunkDone:
     block_ids: tuple[BlockId, ...]
     is_last: bool
     first_token: TokenDelta | None = None
-    """With is_last: the delta that also went to the router."""
+    """With is_last. Of PREFILL work: the delta that also went to the router; of a handover: all
+    output tokens from the first on that the reader does not know."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Blocks held for a DECODE request; answered by exactly one `activate` or `abandon`."""
+    """Blocks held for KV from elsewhere.
+
+    Of DECODE or TAKEOVER work: answered by exactly one `activate` or `abandon`. Of an import: by
+    exactly one `finish_import` or `abandon_import`.
+    """
 
     request_id: RequestId
     block_ids: tuple[BlockId, ...]
-    """Blocks of all tokens the request came with, in order."""
+    """Blocks of all tokens the request came with, in order; of TAKEOVER work those that its
+    owner may generate meanwhile too. Of an import: one for each hash, as far as they fit."""
     num_cached_blocks: int
     """Leading blocks that are valid already; the others must be read."""
 
@@ -61,31 +71,50 @@ class LeaseTable:
         for block_ids in self._leased.values():
             yield from block_ids
 
-    def announce(
-        self, sequence: Sequence, block_size: int, first_token: TokenDelta | None
-    ) -> ChunkDone | None:
-        """Lease what became complete since the last call; None when nothing did.
+    def lease_prefix(
+        self, lease_id: RequestId, hashes: SequenceOf[BlockHash]
+    ) -> tuple[BlockId, ...]:
+        """Lease the longest leading part of `hashes` in the pool; empty: nothing, and no lease.
 
-        With `first_token` all blocks of the sequence are complete. Call after the full blocks
-        are committed and before the sequence lets go of them.
+        Raises InvalidRequest for an id that holds a lease.
+        """
+        if lease_id in self._leased:
+            raise InvalidRequest(f"lease {lease_id} exists already; use a new id")
+        block_ids = self._pool.match(hashes)
+        if block_ids:
+            self._pool.lease(block_ids)
+            self._leased[lease_id] = block_ids
+        return tuple(block_ids)
+
+    def announce(
+        self, sequence: Sequence, num_blocks: int, last: TokenDelta | None = None
+    ) -> ChunkDone | None:
+        """Lease the first `num_blocks` blocks of a sequence, as far as they are not yet.
+
+        None when there is nothing new to tell; `last` makes it the last announcement. All of
+        these blocks are complete.
         """
         first = sequence.num_announced_blocks
-        if first_token is None:
-            end = sequence.num_settled_tokens // block_size
-            if end == first:
-                return None
-        else:
-            end = len(sequence.block_table)
-            if end > sequence.num_committed_blocks:
-                self._pool.commit(sequence.block_table[-1], None)
-        block_ids = tuple(sequence.block_table[first:end])
+        if last is None and num_blocks <= first:
+            return None
+        block_ids = tuple(sequence.block_table[first:num_blocks])
         self._pool.lease(block_ids)
         self._leased.setdefault(sequence.request_id, []).extend(block_ids)
-        sequence.num_announced_blocks = end
-        return ChunkDone(
-            sequence.request_id, first, block_ids, first_token is not None, first_token
-        )
+        sequence.num_announced_blocks = num_blocks
+        return ChunkDone(sequence.request_id, first, block_ids, last is not None, last)
 
     def release(self, request_id: RequestId) -> None:
         """End the leases of a request; unknown requests are ignored."""
         self._pool.unlease(self._leased.pop(request_id, []))
+
+
+def complete_partial_block(sequence: Sequence, pool: BlockPool, block_size: int) -> int:
+    """Declare the block complete that holds the last settled tokens, should it not be full.
+
+    Returns how many blocks hold KV. Nothing may be in flight. The block gets no hash: another
+    holder would write what follows.
+    """
+    num_blocks = -(-sequence.num_settled_tokens // block_size)
+    if num_blocks > sequence.num_committed_blocks:
+        pool.commit(sequence.block_table[num_blocks - 1], None)
+    return num_blocks

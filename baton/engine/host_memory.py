@@ -56,6 +56,11 @@ def map_pool(num_bytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, num_bytes))
 
 
+def map_own_pool(num_bytes: int) -> PoolMemory:
+    """`map_pool`, where memory with a descriptor is allowed too."""
+    return PoolMemory(map_pool(num_bytes), None)
+
+
 def map_shared_pool(num_bytes: int) -> PoolMemory:
     """Memory that other processes may map. Close the descriptor once they have; it stays ours."""
     fd = os.memfd_create("baton-kv-pool", os.MFD_CLOEXEC)

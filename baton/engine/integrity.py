@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 from baton.core.block import BlockId
 from baton.core.errors import InternalError
@@ -30,6 +31,8 @@ def check_block(block: Block) -> None:
             block.block_hash is None
             or state in (BlockState.ACTIVE, BlockState.CACHED, BlockState.LEASED),
         ),
+        ("is saved only under a hash", not block.is_saved or block.block_hash is not None),
+        ("is cold only while leased", not block.is_cold or block.lease_count > 0),
     )
     for law, holds in laws:
         if not holds:
@@ -37,10 +40,10 @@ def check_block(block: Block) -> None:
 
 
 def check_holders(
-    blocks: Iterable[Block], sequences: Iterable[Sequence], leased: Iterable[BlockId]
+    blocks: Iterable[Block], tables: Iterable[SequenceOf[BlockId]], leased: Iterable[BlockId]
 ) -> None:
     """Raises InternalError unless tables and leases name each block as often as it counts."""
-    holders = Counter(b for s in sequences for b in s.block_table)
+    holders = Counter(b for table in tables for b in table)
     leases = Counter(leased)
     for block in blocks:
         named = (holders[block.block_id], leases[block.block_id])

@@ -18,7 +18,7 @@ from baton.engine.communicator import Communicator, SingleCommunicator
 from baton.engine.config import EngineConfig
 from baton.engine.kv_cache import KvPool
 from baton.engine.models.llama import LlamaModel
-from baton.engine.parallel import Parallel
+from baton.engine.parallel import SINGLE, Parallel
 from baton.engine.sampler import Sampler
 from baton.engine.step_plan import StepPlan, build_plan
 from baton.engine.weights import LoadedModel
@@ -39,12 +39,16 @@ class ModelRunner:
         """`pool_memory` is zeroed and writable and outlives the runner; None allocates it.
 
         `model` holds the weights of the communicator's rank, the only one when None is given.
-        Raises ConfigError when `layout` is not the model's or the memory is too small.
+        `layout` is the whole model's, for a pool that the ranks share, or the rank's own. Raises
+        ConfigError when it is neither or the memory is too small.
         """
-        difference = layout.difference(model.layout(config.block_size))
-        if difference:
-            raise ConfigError(f"KV layout given and KV layout of the model differ: {difference}")
         communicator = communicator or SingleCommunicator()
+        # Which part of the layout's heads the rank works on: its own pool has no others.
+        parallel = Parallel(communicator.rank, communicator.size)
+        if layout == model.rank_layout(config.block_size):
+            parallel = SINGLE
+        elif difference := layout.difference(model.layout(config.block_size)):
+            raise ConfigError(f"KV layout given and KV layout of the model differ: {difference}")
         self._block_size = layout.block_size
         with torch.inference_mode():
             self._pool = KvPool(
@@ -52,7 +56,7 @@ class ModelRunner:
                 num_blocks,
                 memory=pool_memory,
                 device=model.device,
-                parallel=Parallel(communicator.rank, communicator.size),
+                parallel=parallel,
                 scales=model.pool_scales(),
             )
             self._model = LlamaModel(

@@ -1,12 +1,14 @@
 """From a sampled token to what the client learns: appended, or the end of the sequence.
 
-Not known here: blocks, queues, time.
+Also what is refused before any token is sampled. Not known here: blocks, queues, time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 from baton.core.errors import BatonError, InvalidRequest, public_message
-from baton.core.request import FinishReason, GenerateRequest, TokenDelta
+from baton.core.request import FinishReason, GenerateRequest, TokenDelta, Work
 from baton.engine.batch import SampledToken
 from baton.engine.sequence import Sequence
 
@@ -47,6 +49,36 @@ def error_delta(sequence: Sequence, error: Exception) -> TokenDelta:
     return delta
 
 
+def check_arrived(
+    sequence: Sequence, arrived: TokenDelta, *, block_size: int, vocab_size: int | None
+) -> int:
+    """How many tokens of a reserved sequence have KV, once `arrived` says what its owner sampled.
+
+    DECODE: those the request came with; one token follows. TAKEOVER: all but the last. Raises
+    InvalidRequest, before anything has changed, for what cannot belong to the sequence.
+    """
+    request_id, token_ids = sequence.request_id, arrived.token_ids
+    _check_token_ids(token_ids, vocab_size, what=f"request {request_id}: a token that arrived")
+    if sequence.work is Work.DECODE:
+        has_ended = sequence.is_abandoned or arrived.finish_reason is not None
+        if not has_ended and len(token_ids) != 1:
+            raise InvalidRequest(f"request {request_id}: {len(token_ids)} first tokens, not 1")
+        return sequence.num_tokens
+    index = sequence.num_known_output_tokens
+    if arrived.first_index != index:
+        raise InvalidRequest(
+            f"request {request_id}: output {arrived.first_index} arrived where {index} is next"
+        )
+    num_kv_tokens = sequence.num_tokens + len(token_ids) - 1
+    num_held = len(sequence.block_table) * block_size
+    if num_kv_tokens > num_held or num_kv_tokens >= sequence.max_num_tokens:
+        raise InvalidRequest(
+            f"request {request_id}: {len(token_ids)} more tokens arrived, its blocks hold "
+            f"{num_held} tokens in all and {sequence.max_num_tokens} are its limit"
+        )
+    return num_kv_tokens
+
+
 def check_request(
     request: GenerateRequest, *, max_num_tokens: int, block_size: int, vocab_size: int | None
 ) -> None:
@@ -70,15 +102,18 @@ def check_request(
             f"{len(request.block_hashes)} block hashes for a prompt of {num_full_blocks} full "
             f"blocks of {block_size} tokens; hash with this worker's block_size"
         )
-    if vocab_size is not None:
-        _check_vocabulary(request, vocab_size)
-
-
-def _check_vocabulary(request: GenerateRequest, vocab_size: int) -> None:
     for token_ids in (request.prompt_token_ids, request.output_token_ids):
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
-            raise InvalidRequest(
-                f"token id {worst} is outside the vocabulary of 0 to {vocab_size - 1}",
-                param="prompt",
-            )
+        _check_token_ids(token_ids, vocab_size, what="token id", param="prompt")
+
+
+def _check_token_ids(
+    token_ids: SequenceOf[int], vocab_size: int | None, *, what: str, param: str | None = None
+) -> None:
+    if vocab_size is None or not token_ids:
+        return
+    smallest, largest = min(token_ids), max(token_ids)
+    if not 0 <= smallest <= largest < vocab_size:
+        worst = smallest if smallest < 0 else largest
+        raise InvalidRequest(
+            f"{what} {worst} is outside the vocabulary of 0 to {vocab_size - 1}", param=param
+        )

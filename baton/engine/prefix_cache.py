@@ -42,16 +42,17 @@ def extend_hashes(sequence: Sequence, num_blocks: int, block_size: int) -> None:
 def match_prefix(sequence: Sequence, pool: BlockPool, block_size: int) -> list[BlockId]:
     """Blocks in the pool that hold a prefix of the sequence.
 
-    Where this engine samples next, the last known token is always computed again, and in a block
-    of its own: complete blocks are never written. A reader of remote KV needs no such token.
+    Where this engine computes the last known token, it does so in a block of its own: complete
+    blocks are never written. After DECODE work's prompt comes one more token in any case.
     """
-    num_usable = sequence.num_tokens - (0 if is_read_remotely(sequence) else 1)
+    is_followed = sequence.work is Work.DECODE and is_read_remotely(sequence)
+    num_usable = sequence.num_tokens - (0 if is_followed else 1)
     return pool.match(sequence.block_hashes[: num_usable // block_size])
 
 
 def is_read_remotely(sequence: Sequence) -> bool:
-    """True while the prompt's KV is to come from a prefill worker."""
-    return sequence.work is Work.DECODE and sequence.num_preemptions == 0
+    """True while the KV is to come from another worker."""
+    return sequence.work.reads_all_kv and sequence.num_preemptions == 0
 
 
 def commit_computed(sequence: Sequence, pool: BlockPool, block_size: int) -> None:

@@ -16,7 +16,8 @@ Nothing may be in flight when a sequence is preempted: see `must_preempt`.
 
 A sequence short of blocks stops all later arrivals, so nobody starves; one that only lacks tokens
 or a place in this step lets reservations pass. PREFILL work holds all its blocks from admission
-and is never preempted (a reader depends on it), nor are reservations (a read may be in flight).
+and is never preempted (a reader depends on it), nor are reservations (a read may be in flight) or
+frozen sequences (another worker may be about to go on with them).
 
 Not known here: KV bytes, time, deltas, leases.
 """
@@ -35,6 +36,13 @@ from baton.engine.batch import Batch, ScheduledSequence
 from baton.engine.block_pool import BlockPool
 from baton.engine.prefix_cache import PrefixCacheStats, is_read_remotely, match_prefix
 from baton.engine.sequence import Sequence, SequenceStatus
+
+TAKEOVER_SLACK_TOKENS = 64
+"""A sequence that is taken over goes on growing at its owner; this much more than was known of it
+is provided for, at least a second of decoding."""
+KEPT_BACK_BLOCKS = 2
+"""For each sequence that grows: the block it takes next and one more, so that what is only of use
+later does not cause a preemption while it is on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,8 @@ class Schedule:
     """Sequences that compute for the first time; a preempted one has started already."""
     reserved: tuple[Sequence, ...]
     """Sequences whose blocks are held from now on, waiting for their KV."""
+    preempted: tuple[Sequence, ...] = ()
+    """Sequences that lost their blocks and wait again."""
 
 
 class Scheduler:
@@ -66,11 +76,14 @@ class Scheduler:
         """In the order they began to run. Only the first max_num_seqs compute; the rest arrived
         from other workers while all places were taken and wait with their KV in memory."""
         self.reserved: dict[RequestId, Sequence] = {}
+        self.frozen: dict[RequestId, Sequence] = {}
         self.retiring: list[Sequence] = []
         """Gone but for their blocks, to which a step in flight writes."""
         self._to_compute: OrderedDict[RequestId, Sequence] = OrderedDict()
         self._to_reserve: OrderedDict[RequestId, Sequence] = OrderedDict()
         self._preempted: dict[RequestId, Sequence] = {}
+        self._preempted_now: list[Sequence] = []
+        """In the decision being made."""
         self._num_arrived = 0
         self._num_queued_tokens = 0
         self._num_query_tokens = 0
@@ -91,10 +104,19 @@ class Scheduler:
     def prefix_cache_stats(self) -> PrefixCacheStats:
         return PrefixCacheStats(self._num_query_tokens, self._num_hit_tokens)
 
-    def waiting(self) -> Iterator[Sequence]:
-        """All waiting sequences, in no particular order."""
-        for queue in (self._preempted, self._to_compute, self._to_reserve):
-            yield from queue.values()
+    @property
+    def num_kept_back(self) -> int:
+        """Available blocks that only sequences may take: those that grow, and the first in line."""
+        first = self._first_waiting(can_compute=True)
+        num_wanted = self._num_wanted_blocks(first) if first is not None else 0
+        return KEPT_BACK_BLOCKS * self._num_growing() + num_wanted
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All but the retiring ones, in no particular order."""
+        yield from self.running
+        queues = (self._preempted, self._to_compute, self._to_reserve)
+        for others in (self.reserved, self.frozen, *queues):
+            yield from others.values()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. Raises Overloaded when the queue is full."""
@@ -117,6 +139,19 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
 
+    def freeze(self, sequence: Sequence) -> None:
+        """RUNNING → FROZEN, with nothing in flight."""
+        assert not sequence.num_in_flight_tokens, "a step in flight writes to its blocks"
+        self.running.remove(sequence)
+        sequence.status = SequenceStatus.FROZEN
+        self.frozen[sequence.request_id] = sequence
+
+    def resume(self, sequence: Sequence) -> None:
+        """FROZEN → RUNNING, whether there is a place or not, as with `join`."""
+        del self.frozen[sequence.request_id]
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, whatever its status, and release its blocks.
 
@@ -126,6 +161,8 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence.status is SequenceStatus.RESERVED:
             del self.reserved[sequence.request_id]
+        elif sequence.status is SequenceStatus.FROZEN:
+            del self.frozen[sequence.request_id]
         elif sequence.status is SequenceStatus.WAITING:
             self._dequeue(sequence)
         if sequence.num_in_flight_tokens:
@@ -160,6 +197,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Decide one step and take the blocks it needs. The batch may be empty."""
+        self._preempted_now = []
         active = self._active()
         for sequence in active:
             if sequence.status is SequenceStatus.RUNNING:
@@ -169,12 +207,18 @@ class Scheduler:
         started = tuple(s for s, _ in scheduled if not s.has_started)
         for sequence in started:
             sequence.has_started = True
-        return Schedule(Batch(tuple(scheduled)), started, tuple(reserved))
+        batch = Batch(tuple(scheduled))
+        return Schedule(batch, started, tuple(reserved), tuple(self._preempted_now))
 
     def _active(self) -> list[Sequence]:
         """Running sequences that may compute in this step."""
-        going_on = (s for s in self.running if not s.is_ending)
+        going_on = (s for s in self.running if s.may_go_on)
         return list(islice(going_on, self._limits.max_num_seqs))
+
+    def _num_growing(self) -> int:
+        """Sequences that hold blocks and will want more."""
+        growing = (s for s in self.running if not s.is_ending and s.work is not Work.PREFILL)
+        return len(self.reserved) + len(self.frozen) + sum(1 for _ in growing)
 
     def _needs_block(self, sequence: Sequence) -> bool:
         return sequence.num_computed_tokens >= len(sequence.block_table) * self._block_size
@@ -204,6 +248,7 @@ class Scheduler:
         sequence.num_committed_blocks = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
+        self._preempted_now.append(sequence)
         self._preempted[sequence.request_id] = sequence
         self._num_queued_tokens += sequence.num_tokens
 
@@ -230,9 +275,8 @@ class Scheduler:
         """Admit in order of arrival: appends to `scheduled`, returns those that are reserved."""
         budget = self._limits.max_num_batched_tokens - sum(n for _, n in scheduled)
         reserved: list[Sequence] = []
-        going_on = [s for s in self.running if not s.is_ending]
-        num_growing = len(self.reserved) + sum(s.work is not Work.PREFILL for s in going_on)
-        num_places = self._limits.max_num_seqs - len(going_on)
+        num_growing = self._num_growing()
+        num_places = self._limits.max_num_seqs - sum(s.may_go_on for s in self.running)
         while True:
             has_place = budget > 0 and num_places > 0
             sequence = self._first_waiting(can_compute=has_place)
@@ -269,7 +313,7 @@ class Scheduler:
         """
         pool = self._pool
         matched = match_prefix(sequence, pool, self._block_size)
-        num_missing = -(-sequence.num_tokens // self._block_size) - len(matched)
+        num_missing = self._num_wanted_blocks(sequence) - len(matched)
         num_available = pool.num_available - pool.num_cached_among(matched)
         if num_missing + num_growing > num_available:
             return False
@@ -281,6 +325,13 @@ class Scheduler:
         sequence.num_computed_tokens = len(matched) * self._block_size
         self._count_hits(sequence)
         return True
+
+    def _num_wanted_blocks(self, sequence: Sequence) -> int:
+        """Blocks to hold from admission on."""
+        num_tokens = sequence.num_tokens
+        if sequence.work is Work.TAKEOVER and is_read_remotely(sequence):
+            num_tokens = min(num_tokens + TAKEOVER_SLACK_TOKENS, sequence.max_num_tokens)
+        return -(-num_tokens // self._block_size)
 
     def _count_hits(self, sequence: Sequence) -> None:
         if sequence.num_preemptions:

@@ -3,7 +3,8 @@
 WAITING ──► RUNNING ──► [RETIRING ──►] FINISHED     work GENERATE, PREFILL
    ▲           │
    └─preempted─┘
-WAITING ──► RESERVED ──► RUNNING ──► ...            work DECODE: blocks held, KV on its way
+WAITING ──► RESERVED ──► RUNNING ──► ...            work DECODE, TAKEOVER: blocks held, KV comes
+                         RUNNING ◄──► FROZEN ──► FINISHED       being handed on, see `handover`
 
 Steps are launched ahead of their results, so progress has three marks. Here one step samples token
 8, another computes it and samples token 9; block_size is 4:
@@ -27,6 +28,8 @@ class SequenceStatus(Enum):
     WAITING = "waiting"
     RESERVED = "reserved"
     RUNNING = "running"
+    FROZEN = "frozen"
+    """Holds its KV and computes nothing: another worker may be about to go on with it."""
     RETIRING = "retiring"
     """Ended for everybody else; a step in flight still writes to its blocks."""
     FINISHED = "finished"
@@ -53,7 +56,7 @@ class Sequence:
     num_committed_blocks: int = 0
     """Leading blocks that are complete and, with caching on, in the prefix cache."""
     num_announced_blocks: int = 0
-    """PREFILL work: leading blocks that are leased and announced to the reader."""
+    """Leading blocks that are leased and announced to a reader of this sequence."""
     arrival_index: int = 0
     """Order of arrival at this engine; kept through preemption."""
     max_num_tokens: int = 0
@@ -63,6 +66,8 @@ class Sequence:
     """Has been in a batch since it arrived or since its KV arrived."""
     has_emitted: bool = False
     """A delta of this sequence has left the engine."""
+    is_freezing: bool = False
+    """It is to stand still once all its tokens but the last are computed."""
     is_abandoned: bool = False
     """RESERVED and already ended for the client; its blocks wait for `activate` or `abandon`."""
     stop_ids: frozenset[int] = frozenset()
@@ -104,6 +109,13 @@ class Sequence:
         if not self.num_pending_tokens:
             return False
         return self.request.work is Work.PREFILL or self.num_tokens >= self.max_num_tokens
+
+    @property
+    def may_go_on(self) -> bool:
+        """Further steps may be launched for it, as far as it alone decides."""
+        if self.is_freezing and self.num_computed_tokens >= self.num_tokens - 1:
+            return False
+        return not (self.num_pending_tokens and self.is_ending)
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,17 @@ class _Registration:
         return now_s - self.renewed_at_s < self.ttl_s and _process_exists(self.info.pid)
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryEntry:
+    """One registration as it lies there, live or not."""
+
+    info: WorkerInfo
+    ttl_s: float
+    age_s: float
+    """Since it was renewed."""
+    has_process: bool
+
+
 class DirectoryRegistry:
     """A `Registry` over files. Calls are short enough to run on the event loop."""
 
@@ -74,6 +85,16 @@ class DirectoryRegistry:
         current = self._read(path)
         if current is not None and current.info.epoch == epoch:
             path.unlink(missing_ok=True)
+
+    def entries(self) -> Sequence[RegistryEntry]:
+        """All registrations, those that have lapsed or outlived their process too. Removes none."""
+        now_s = self._clock.now()
+        found = [self._read(path) for path in sorted(self._directory.glob(f"*{_SUFFIX}"))]
+        return [
+            RegistryEntry(r.info, r.ttl_s, now_s - r.renewed_at_s, _process_exists(r.info.pid))
+            for r in found
+            if r is not None
+        ]
 
     async def list(self) -> Mapping[WorkerId, WorkerInfo]:
         now_s = self._clock.now()

@@ -1,11 +1,13 @@
 """gRPC channels and servers with the project's options, and errors as gRPC status.
 
 Every channel has keep-alives, so a peer that hangs or a link that is cut ends its streams within
-`KEEPALIVE_S + KEEPALIVE_TIMEOUT_S` even when no deadline is set on the call.
+`KEEPALIVE_S + KEEPALIVE_TIMEOUT_S` even when no deadline is set on the call. With `tls` both ends
+show a certificate of the deployment; without it all is plain text, meant for loopback.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from typing import NoReturn
 
 import grpc
@@ -18,6 +20,8 @@ from baton.core.errors import (
     public_message,
     wire_status,
 )
+from baton.core.tls import TlsFiles
+from baton.rpc.tls import ServerTls, channel_credentials, channel_options, explain_unreachable
 
 KEEPALIVE_S = 10
 KEEPALIVE_TIMEOUT_S = 5
@@ -43,21 +47,61 @@ _PEER_CODES: dict[type[TransferError], grpc.StatusCode] = {
 """Statuses that only processes of the platform see; clients never meet these errors."""
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
     """A channel to `address` (host:port) inside the platform; proxies of the host are ignored."""
     options = (*_OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 2000))
-    return grpc.aio.insecure_channel(address, options=options)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(
+        address, channel_credentials(tls), options=(*options, *channel_options(tls))
+    )
 
 
-def new_server(*, max_receive_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+async def unreachable_reason(
+    error: grpc.aio.AioRpcError, address: str, tls: TlsFiles | None
+) -> str:
+    """Why a call on a channel of `open_channel` failed, in one line. Takes a second at most.
+
+    A failed handshake looks like any broken connection to gRPC, so it is looked into here.
+    """
+    reason = f"{error.code().name}: {error.details()}"
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return reason
+    explanation = await explain_unreachable(address, tls)
+    return explanation or reason
+
+
+def new_server(
+    *, max_receive_bytes: int = MAX_MESSAGE_BYTES, tls: ServerTls | None = None
+) -> grpc.aio.Server:
     """A server with the project's limits; ports are never shared with another process.
 
-    Messages longer than `max_receive_bytes` end their call with RESOURCE_EXHAUSTED, unread.
+    Messages longer than `max_receive_bytes` end their call with RESOURCE_EXHAUSTED, unread. With
+    `tls` the server listens by `listen` with the same.
     """
     options = dict(_OPTIONS)
     options["grpc.max_receive_message_length"] = max_receive_bytes
     options["grpc.so_reuseport"] = 0
-    return grpc.aio.server(options=tuple(options.items()))
+    interceptors = () if tls is None else (tls.interceptor,)
+    return grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
+
+
+def listen(server: grpc.aio.Server, authority: str, tls: ServerTls | None = None) -> int:
+    """Take `authority` (host:port) for `server`; returns the port, 0 when it cannot be had."""
+    try:
+        if tls is None:
+            return int(server.add_insecure_port(authority))
+        return int(server.add_secure_port(authority, tls.credentials()))
+    except RuntimeError:
+        return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine reach a server on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def grpc_status(error: BaseException) -> tuple[grpc.StatusCode, str]:

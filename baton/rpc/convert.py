@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from typing import Any
 
 from baton.core.block import join_hashes, split_hashes
 from baton.core.errors import InvalidRequest
+from baton.core.fabric import FabricCounters, FabricReport, LinkReport, TierName, TierReport
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
@@ -31,6 +33,7 @@ _WORK_TO_WIRE = {
     Work.GENERATE: pb.WORK_GENERATE,
     Work.PREFILL: pb.WORK_PREFILL,
     Work.DECODE: pb.WORK_DECODE,
+    Work.TAKEOVER: pb.WORK_TAKEOVER,
 }
 _WORK_FROM_WIRE = {v: k for k, v in _WORK_TO_WIRE.items()}
 _FINISH_TO_WIRE = {
@@ -103,21 +106,22 @@ def request_to_wire(request: GenerateRequest) -> pb.Submit:
         sampling=sampling_to_wire(request.sampling),
         deadline_ms=max(1, int(request.deadline_s * 1000)),
     )
-    if request.prefill_peer is not None:
-        peer = request.prefill_peer
-        message.prefill_peer.CopyFrom(
-            pb.PeerRef(worker_id=peer.worker_id, epoch=peer.epoch, address=peer.address)
-        )
+    if request.kv_source is not None:
+        message.kv_source.CopyFrom(peer_to_wire(request.kv_source))
     return message
+
+
+def peer_to_wire(peer: PeerRef) -> pb.PeerRef:
+    return pb.PeerRef(worker_id=peer.worker_id, epoch=peer.epoch, address=peer.address)
+
+
+def peer_from_wire(message: pb.PeerRef) -> PeerRef:
+    return PeerRef(WorkerId(message.worker_id), Epoch(message.epoch), message.address)
 
 
 def request_from_wire(message: pb.Submit) -> GenerateRequest:
     if message.work not in _WORK_FROM_WIRE:
         raise InvalidRequest(f"work {message.work} is unknown to this worker")
-    peer = None
-    if message.HasField("prefill_peer"):
-        p = message.prefill_peer
-        peer = PeerRef(WorkerId(p.worker_id), Epoch(p.epoch), p.address)
     return GenerateRequest(
         request_id=RequestId(message.request_id),
         work=_WORK_FROM_WIRE[message.work],
@@ -126,7 +130,7 @@ def request_from_wire(message: pb.Submit) -> GenerateRequest:
         block_hashes=tuple(split_hashes(message.block_hashes)),
         output_token_ids=tuple(message.output_token_ids),
         eos_token_ids=tuple(message.eos_token_ids),
-        prefill_peer=peer,
+        kv_source=peer_from_wire(message.kv_source) if message.HasField("kv_source") else None,
         deadline_s=message.deadline_ms / 1000,
     )
 
@@ -269,3 +273,61 @@ def load_to_wire(load: LoadReport) -> pb.LoadReport:
 
 def load_from_wire(message: pb.LoadReport) -> LoadReport:
     return LoadReport(**{name: getattr(message, name) for name in _LOAD_FIELDS})
+
+
+def link_to_wire(link: LinkReport) -> pb.LinkReport:
+    return pb.LinkReport(
+        peer_id=link.peer_id,
+        peer_epoch=link.peer_epoch,
+        transport=link.transport,
+        lane=link.lane,
+        bytes_per_second=link.bytes_per_second,
+        latency_seconds=link.latency_s,
+        reason=link.reason,
+    )
+
+
+def link_from_wire(message: pb.LinkReport) -> LinkReport:
+    return LinkReport(
+        WorkerId(message.peer_id),
+        Epoch(message.peer_epoch),
+        message.transport,
+        message.lane,
+        message.bytes_per_second,
+        message.latency_seconds,
+        message.reason,
+    )
+
+
+def fabric_to_wire(report: FabricReport) -> pb.FabricReport:
+    return pb.FabricReport(
+        links=[link_to_wire(link) for link in report.links],
+        tiers=[
+            pb.TierReport(
+                tier=tier.tier.value,
+                num_blocks=tier.num_blocks,
+                num_bytes=tier.num_bytes,
+                max_bytes=tier.max_bytes,
+                reason=tier.reason,
+            )
+            for tier in report.tiers
+        ],
+        counters=pb.FabricCounters(**asdict(report.counters)),
+    )
+
+
+def fabric_from_wire(message: pb.FabricReport) -> FabricReport:
+    """Tiers that a newer worker may have and this version does not are left out."""
+    known = {tier.value for tier in TierName}
+    names = [each.name for each in fields(FabricCounters)]
+    return FabricReport(
+        tuple(link_from_wire(link) for link in message.links),
+        tuple(
+            TierReport(
+                TierName(tier.tier), tier.num_blocks, tier.num_bytes, tier.max_bytes, tier.reason
+            )
+            for tier in message.tiers
+            if tier.tier in known
+        ),
+        FabricCounters(**{name: getattr(message.counters, name) for name in names}),
+    )

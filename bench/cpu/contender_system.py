@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import signal
 import socket
@@ -31,9 +30,9 @@ from bench.cpu.workload import (
     prompts,
     report,
 )
+from bench.stream import token_times
 
 START_TIMEOUT_S = 120.0
-STREAM_TIMEOUT_S = 120.0
 
 
 def free_port() -> int:
@@ -86,36 +85,9 @@ def _wait_until_ready(process: subprocess.Popen[str], output: Path) -> float:
 
 
 async def stream(port: int, ids: list[int], output_len: int) -> tuple[float, float]:
-    """(first token, last token) as monotonic times.
-
-    Plain sockets: the client shares the cores with what it measures, and a full HTTP client costs
-    more per token than the router does.
-    """
-    body = json.dumps(
-        {
-            "prompt": ids,
-            "max_tokens": output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-    ).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    )
-    status = await reader.readline()
-    if b" 200 " not in status:
-        raise RuntimeError(f"the system answered {status!r}")
-    first = last = 0.0
-    async with asyncio.timeout(STREAM_TIMEOUT_S):
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                last = time.perf_counter()
-                first = first or last
-    writer.close()
-    return first, last
+    """(first token, last token) as monotonic times."""
+    times = await token_times(port, ids, output_len)
+    return times[0], times[-1]
 
 
 async def run(port: int, seed: int) -> Rates:

@@ -1,8 +1,8 @@
 """Whether workers of two pools can hand KV blocks to each other, by their settings alone.
 
 Workers compare the layouts of their KV when they meet, and routers pair none that differ: pools
-that cannot work together would start and never hand anything over. The fields here are those
-settings that enter `KvLayout`. Not known here: models, processes.
+that cannot work together would start and never hand anything over. The fields here are the device
+and those settings that enter `KvLayout`. Not known here: models, processes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from baton.engine.config import EngineConfig
 def check_pools_match(prefill: EngineConfig, decode: EngineConfig) -> None:
     """Raises ConfigError naming a setting, both values and the fix where blocks would differ."""
     pairs: dict[str, tuple[object, object]] = {
+        # No transport reads the memory of GPUs into that of the host, or the other way.
+        "device": (prefill.device, decode.device),
         "kv_cache_dtype": (prefill.kv_cache_dtype, decode.kv_cache_dtype),
         "block_size": (prefill.block_size, decode.block_size),
         # Random weights are a model of their own.

@@ -33,10 +33,16 @@ def _bind_pool(
 ) -> serve.Application:
     count = system.num_prefill if role is Role.PREFILL else system.num_decode
     values: dict[str, Any] = merge(
-        worker_values(system, role, 0), {"transfer": {"cluster_secret": cluster_secret}}
+        worker_values(system, role, 0),
+        {
+            "transfer": {"cluster_secret": cluster_secret},
+            "registry": {"directory": str(run.registry)},
+        },
     )
     # Replicas of one deployment get the same settings; each makes up its own worker id.
     del values["worker_id"]
+    # Nobody reads them to start anything; `baton doctor` does, to find its way in.
+    run.write_settings(role.value, values)
     deployment = POOLS[role].options(
         num_replicas=count,
         graceful_shutdown_timeout_s=values["drain_s"] + STOP_MARGIN_S,

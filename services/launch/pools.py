@@ -41,9 +41,8 @@ def engine_config(system: SystemConfig, role: Role) -> EngineConfig:
 
 
 def check_pools(system: SystemConfig, environ: Mapping[str, str], *, use_ray: bool) -> None:
-    """Raises ConfigError for what cannot work: a tp_size, with those that are possible, a prefill
-    pool where either pool's KV lies in GPU memory, which is not handed over yet, pools whose KV
-    differs, or more GPUs than `environ` makes visible."""
+    """Raises ConfigError for what cannot work: a tp_size, with those that are possible, pools whose
+    KV differs or lies in different kinds of memory, or more GPUs than `environ` makes visible."""
     model = load_model_config(system.model_path)
     for role in system.roles:
         config = engine_config(system, role)
@@ -51,11 +50,6 @@ def check_pools(system: SystemConfig, environ: Mapping[str, str], *, use_ray: bo
             check_tp_size(model, config.tp_size)
         except ConfigError as error:
             raise ConfigError(f"{role.value} pool: {error}") from error
-        if system.num_prefill and config.device is Device.CUDA:
-            raise ConfigError(
-                f"{role.value} pool: workers on GPUs do not hand KV over yet; "
-                "give --prefill 0, and the decode workers compute the prompts themselves"
-            )
     if system.num_prefill:
         check_pools_match(engine_config(system, Role.PREFILL), engine_config(system, Role.DECODE))
     demands = worker_demands(system)

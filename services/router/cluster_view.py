@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.core.fabric import FabricReport
 from baton.core.worker_info import LoadReport, Role, WorkerId, WorkerInfo
 
 
@@ -26,10 +27,24 @@ class WorkerState:
     """Tokens of KV that recently sent requests will hold, likewise."""
     is_quarantined: bool = False
     """The session is broken or the worker made no progress: no work until it has recovered."""
+    is_leaving: bool = False
+    """No longer a member: it finishes its requests, or loses them to others."""
+    fabric: FabricReport | None = None
+    """How KV comes to the worker, as it last said."""
 
     @property
     def is_eligible(self) -> bool:
-        return not (self.is_quarantined or self.load.is_draining or self.load.is_unhealthy)
+        return not (self.is_quarantined or self.is_ending or self.load.is_unhealthy)
+
+    @property
+    def is_ending(self) -> bool:
+        """Goes on with its requests and takes no others."""
+        return self.is_leaving or self.load.is_draining
+
+    @property
+    def is_readable(self) -> bool:
+        """Its engine answers, so its blocks can be leased."""
+        return not (self.is_quarantined or self.load.is_unhealthy)
 
     @property
     def resident_kv_tokens(self) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.core.errors import ConfigError
+from baton.core.tls import TlsConfig
 from baton.core.worker_info import Role
 from baton.settings import LogConfig, check_positive, load
 from services.router.edge_config import EdgeConfig
@@ -67,10 +68,15 @@ class PolicyConfig:
     """Output length assumed for block needs where max_tokens allows more."""
     shortage_factor: float = 4.0
     """Weight of the tokens a decode worker has no blocks for: it would have to preempt."""
+    min_offer_blocks: int = 2
+    """A worker that is to compute a prompt is told of another one that caches at least this many
+    more leading blocks of it. Whether fetching them is worth it the worker decides by measured
+    cost; the number only keeps out hints that cannot pay."""
 
     def __post_init__(self) -> None:
         check_positive(
             "policy", self, "attention_crossover_tokens", "expected_output_tokens",
+            "min_offer_blocks",
         )  # fmt: skip
         for name in ("local_prefill_max_tokens", "running_cost_tokens", "shortage_factor"):
             if getattr(self, name) < 0:
@@ -98,6 +104,51 @@ class DispatchConfig:
         )
         if self.max_retries < 0:
             raise ConfigError(f"dispatch.max_retries must not be negative, got {self.max_retries}")
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationConfig:
+    """Moving running requests from one worker to another."""
+
+    enabled: bool = True
+    low_watermark: float = 0.05
+    """A decode worker with less than this share of its blocks available (free, or cached and
+    evictable) is under pressure: requests move away before it has to preempt."""
+    high_watermark: float = 0.15
+    """They move until this share is available again, and only to workers that keep it."""
+    max_concurrent: int = 4
+    """Requests on their way from one worker, and likewise to one worker, at a time. Each holds a
+    lease and reads over the link that other requests need too."""
+    min_remaining_tokens: int = 64
+    """Under pressure, requests with fewer tokens left stay: they free their blocks by ending about
+    as soon as by moving. A worker that drains loses them all the same."""
+    min_stay_s: float = 10.0
+    """A request that has moved is not moved again for this long, unless its worker drains."""
+    takeover_timeout_s: float = 20.0
+    """Until the new worker must have produced a token; then it is told to give up, and the old one
+    goes on."""
+    cooldown_s: float = 1.0
+    """After a failed move, neither the request nor the worker it was to go to is tried for this
+    long; doubles with every failure in a row."""
+    cooldown_max_s: float = 30.0
+    period_s: float = 0.25
+    """How often loads are looked at."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "migration", self, "max_concurrent", "min_stay_s", "takeover_timeout_s", "cooldown_s",
+            "cooldown_max_s", "period_s",
+        )  # fmt: skip
+        if not 0 <= self.low_watermark < self.high_watermark <= 1:
+            raise ConfigError(
+                "migration.low_watermark and high_watermark must be shares of the blocks, the low "
+                f"one below the high one, got {self.low_watermark:g} and {self.high_watermark:g}"
+            )
+        if self.min_remaining_tokens < 0:
+            raise ConfigError(
+                "migration.min_remaining_tokens must not be negative, "
+                f"got {self.min_remaining_tokens}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +199,11 @@ class RouterConfig:
     session: SessionConfig = field(default_factory=SessionConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
+    """Towards the workers; the front doors are not affected."""
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -14,12 +14,15 @@ from collections.abc import Callable, Mapping
 
 from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError
+from baton.core.tls import open_tls
 from baton.engine.tokenizer import Tokenizer
 from baton.registry.directory import DirectoryRegistry
 from baton.telemetry.metrics import Metrics
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
+from services.router.fabric_gauges import FabricGauges
 from services.router.membership import Membership, RegistryMembership, StaticMembership
+from services.router.migrate import Migrator
 from services.router.placer import Placer
 from services.router.prefix_index import PrefixIndex
 from services.router.request_log import RequestRecorder
@@ -52,6 +55,7 @@ class RouterCore:
             config=config.session,
             index=PrefixIndex(config.index.max_entries),
             wall_clock=wall_clock,
+            tls=open_tls(config.tls),
         )
         rng = rng or random.Random()
         placer = Placer(
@@ -70,8 +74,16 @@ class RouterCore:
             rng=rng,
             wall_clock=wall_clock,
         )
+        self.migrator = Migrator(
+            pool=self.pool,
+            flights=self.dispatcher.flights,
+            metrics=self.metrics,
+            config=config.migration,
+            wall_clock=wall_clock,
+        )
         self._membership = membership
         self._gauges = WorkerGauges(self.metrics)
+        self._fabric_gauges = FabricGauges(self.metrics)
         self._gauge_task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -89,10 +101,12 @@ class RouterCore:
         """Begin to follow the membership. Returns at once; `dispatcher.health` says when ready."""
         self.pool.start(self._membership)
         self.dispatcher.start()
+        self.migrator.start()
         self._gauge_task = asyncio.create_task(self._update_gauges(), name="worker gauges")
 
     async def stop(self) -> None:
         """End running requests with an error and close all sessions. Takes at most seconds."""
+        await self.migrator.stop()
         await self.dispatcher.stop()
         # One turn of the loop, so that requests end with the dispatcher's reason.
         await asyncio.sleep(0)
@@ -103,7 +117,9 @@ class RouterCore:
 
     async def _update_gauges(self) -> None:
         while True:
-            self._gauges.update(self.pool.view())
+            view = self.pool.view()
+            self._gauges.update(view)
+            self._fabric_gauges.update(view)
             await asyncio.sleep(GAUGE_PERIOD_S)
 
 

@@ -10,6 +10,9 @@
 Nothing waits without bound: the request's deadline is a timer, a watchdog looks for attempts
 nobody works on, and retries have a budget.
 
+While a request runs `migrate` may move it to another worker; here the old one's tokens and the new
+one's are joined like any others.
+
 Does not know: HTTP, prompts as text, how workers are found.
 """
 
@@ -20,7 +23,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 from baton.core.errors import (
     BatonError,
@@ -47,17 +50,18 @@ from services.router.generation import (
     Health,
     ModelCard,
 )
+from services.router.handover import Handover
 from services.router.health import Observations, assess
 from services.router.mailbox import Arrival
 from services.router.placer import Placer
 from services.router.request_log import RequestRecord, RequestRecorder
 from services.router.token_stream import NewTokens
+from services.router.watchdog import Watchdog
 from services.router.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-LATE_S = 0.5
-"""The watchdog came this much too late: the process itself stood still."""
+_BROKEN_OFF = (FinishReason.ERROR, FinishReason.CANCELLED)
 RETRY_PAUSE_S = 0.1
 """Before trying a worker that failed this request again; doubles with every failure."""
 
@@ -89,20 +93,26 @@ class Dispatcher:
         self._flights: set[Flight] = set()
         self._first_seen_s: dict[str, int] = {}
         self._last_token_at_s: float | None = None
-        self._watchdog: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     def start(self) -> None:
-        self._watchdog = asyncio.create_task(self._watch(), name="request watchdog")
+        watchdog = Watchdog(self._flights, self._config, wall_clock=self._wall_clock)
+        self._watching = asyncio.create_task(watchdog.run(), name="request watchdog")
 
     async def stop(self) -> None:
         """Requests still running end with Unavailable."""
         self._is_stopping = True
         for flight in self._flights:
             self._abort(flight, Unavailable("the router is stopping; send the request again"))
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            await asyncio.gather(self._watchdog, return_exceptions=True)
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    @property
+    def flights(self) -> Collection[Flight]:
+        """The requests in flight now; not a copy."""
+        return self._flights
 
     @property
     def num_in_flight(self) -> int:
@@ -127,7 +137,8 @@ class Dispatcher:
     async def health(self) -> Health:
         now_s = asyncio.get_running_loop().time()
         progress = [s.last_progress_at_s for s in self._pool.sessions() if s.is_ready]
-        waits = [now_s - f.attempt.mailbox.last_put_at_s for f in self._flights if f.attempt]
+        attempts = [f.attempt for f in self._flights if f.attempt is not None]
+        waits = [now_s - a.mailbox.last_put_at_s for a in attempts if a.waits_for is not None]
         token_at_s = self._last_token_at_s
         return assess(
             Observations(
@@ -229,7 +240,7 @@ class Dispatcher:
 
     def _end_attempt(self, flight: Flight, reason: str) -> None:
         if flight.attempt is not None:
-            flight.attempt.close(reason)
+            flight.attempt.close(reason, asyncio.get_running_loop().time())
             flight.attempt = None
 
     # Placement.
@@ -273,22 +284,24 @@ class Dispatcher:
         assert attempt is not None
         delta = arrival.delta
         failure = attempt.observe(arrival)
-        if delta is None or failure is not None:
-            if failure is not None:
-                self._on_failure(flight, failure)
+        if failure is not None:
+            self._on_failure(flight, failure)
+            return None
+        if delta is None or delta.finish_reason in _BROKEN_OFF:
+            # A worker that no longer has the request; its earlier tokens may be missed now.
+            self._check_order(flight, attempt)
             return None
         if delta.timeline is not None or delta.num_cached_tokens:
             self._note(flight, attempt, arrival.worker_id, delta)
         new = flight.stream.push(delta)
         if new.finish_reason is None:
-            if not new.token_ids:
+            if flight.stream.is_waiting or not attempt.unfinished:
                 self._check_order(flight, attempt)
+            if not new.token_ids:
                 return None
-            if not attempt.unfinished:
-                self._on_failure(
-                    flight, AttemptFailure("ended without a finish reason", arrival.worker_id)
-                )
         self._last_token_at_s = asyncio.get_running_loop().time()
+        if attempt.handover is not None:
+            self._note_pause(flight.record, attempt.handover, arrival)
         emitted = flight.emit(new, arrival.at_s, self._recorder)
         if emitted.finish_reason is not None:
             self._end_attempt(flight, "finished")
@@ -299,26 +312,29 @@ class Dispatcher:
     ) -> None:
         """What a worker measured, from its first or last delta."""
         if delta.timeline is not None:
-            flight.record.timeline.merge(delta.timeline)
-        if worker_id is None or worker_id in attempt.cached_seen:
+            flight.record.merge(worker_id, delta)
+        is_placed = worker_id in attempt.placement.workers
+        if worker_id is None or worker_id in attempt.cached_seen or not is_placed:
             return
         attempt.cached_seen.add(worker_id)
         self._recorder.cached(
             flight.record,
-            attempt.placement.terms_of(worker_id).role,
+            attempt.role_of(worker_id),
             delta.num_cached_tokens,
             computes_prompt=attempt.computes_prompt(worker_id),
         )
 
+    def _note_pause(self, record: RequestRecord, handover: Handover, arrival: Arrival) -> None:
+        """What the client waited for because its request has moved."""
+        is_first = handover.pause_s is None and handover.has_moved
+        if is_first and arrival.worker_id == handover.target:
+            handover.pause_s = max(0.0, arrival.at_s - record.last_token_at_s)
+            self._recorder.paused(record, handover.pause_s)
+
     def _check_order(self, flight: Flight, attempt: Attempt) -> None:
-        """Tokens that wait for earlier ones are lost when nobody is left to send those."""
-        prefill_is_done = attempt.placement.prefill not in attempt.unfinished
-        if flight.stream.is_waiting and (prefill_is_done or not attempt.is_remote):
-            blamed = attempt.placement.decode or attempt.placement.prefill
-            self._on_failure(flight, AttemptFailure("gap in the output positions", blamed))
-        elif not attempt.unfinished:
-            blamed = attempt.placement.decode or attempt.placement.prefill
-            self._on_failure(flight, AttemptFailure("ended without a finish reason", blamed))
+        failure = attempt.check_order(is_waiting=flight.stream.is_waiting)
+        if failure is not None:
+            self._on_failure(flight, failure)
 
     def _on_failure(self, flight: Flight, failure: AttemptFailure) -> None:
         """End the attempt; returns when the request may be placed again, else raises."""
@@ -370,29 +386,3 @@ class Dispatcher:
         if flight.attempt is not None:
             now_s = asyncio.get_running_loop().time()
             flight.attempt.mailbox.put(Arrival(None, self._wall_clock(), lost=str(error)), now_s)
-
-    async def _watch(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            planned_at_s = loop.time() + self._config.watchdog_period_s
-            await asyncio.sleep(self._config.watchdog_period_s)
-            if loop.time() - planned_at_s > LATE_S:
-                # What the workers sent meanwhile is not read yet.
-                continue
-            for flight in list(self._flights):
-                if flight.attempt is not None:
-                    self._check_stall(flight.attempt, loop.time())
-
-    def _check_stall(self, attempt: Attempt, now_s: float) -> None:
-        """Blames the worker whose turn it is. One that serves others is left alone much longer:
-        the request may be in its queue, or preempted."""
-        worker_id = attempt.waits_for
-        quiet_s = now_s - attempt.mailbox.last_put_at_s
-        if worker_id is None or quiet_s <= self._config.stall_s:
-            return
-        session = attempt.sessions[worker_id]
-        if now_s - session.last_progress_at_s > self._config.stall_s:
-            session.quarantine(f"no progress for {quiet_s:.0f} s with requests to work on")
-        elif quiet_s > self._config.request_stall_s:
-            lost = f"no token for {quiet_s:.0f} s"
-            attempt.mailbox.put(Arrival(worker_id, self._wall_clock(), lost=lost), now_s)

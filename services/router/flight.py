@@ -44,6 +44,15 @@ class Flight:
     def num_tokens_left(self) -> int:
         return self.order.sampling.max_tokens - self.stream.next_index
 
+    def known_token_ids(self) -> tuple[int, ...]:
+        """All tokens that have arrived, those included that the client has yet to read."""
+        known = list(self.stream.token_ids)
+        for arrival in self.attempt.mailbox.unread if self.attempt is not None else ():
+            delta = arrival.delta
+            if delta is not None and delta.first_index <= len(known):
+                known += delta.token_ids[len(known) - delta.first_index :]
+        return tuple(known)
+
     def block_hashes(self, layout: KvLayout) -> tuple[BlockHash, ...]:
         """Of the prompt's full blocks; computed once, since workers of a model are alike."""
         hashes = self._hashes.get(layout)

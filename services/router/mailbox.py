@@ -8,7 +8,8 @@ a sequence has only so many tokens.
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from baton.core.request import TokenDelta
 from baton.core.worker_info import WorkerId
@@ -26,6 +27,12 @@ class Arrival(NamedTuple):
     """Why the worker is given up."""
 
 
+class Recipient(Protocol):
+    """Where a session puts what it hears of one request."""
+
+    def put(self, arrival: Arrival, now_s: float) -> None: ...
+
+
 class Mailbox:
     """Single reader. Everything runs on one event loop."""
 
@@ -37,6 +44,11 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
         self.last_put_at_s = now_s
         """Event-loop time of the last sign of life."""
+
+    @property
+    def unread(self) -> Sequence[Arrival]:
+        """What the reader has yet to take, oldest first."""
+        return self._items
 
     def put(self, arrival: Arrival, now_s: float) -> None:
         """Add `arrival` and wake the reader. `now_s` is event-loop time."""

@@ -69,6 +69,16 @@ class ScoreTerms(NamedTuple):
     decode_cost: float
 
 
+class PrefixOffer(NamedTuple):
+    """A worker that caches more of the prompt than the one that computes it."""
+
+    source: WorkerId
+    num_blocks: int
+    """Leading blocks of the prompt that it caches."""
+    num_own_blocks: int
+    """Those that the computing worker caches itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`prefill` and `decode` name workers; the kind says which of them are set."""
@@ -80,6 +90,13 @@ class Placement:
     reason: str
     terms: tuple[ScoreTerms, ...]
     """Of all candidates."""
+    offer: PrefixOffer | None = None
+
+    @property
+    def computes_prompt(self) -> WorkerId:
+        worker_id = self.prefill or self.decode
+        assert worker_id is not None
+        return worker_id
 
     @property
     def workers(self) -> tuple[WorkerId, ...]:

@@ -12,9 +12,10 @@ from baton.core import metrics as series
 from baton.core.lifecycle import LifecycleEvent as Event
 from baton.core.lifecycle import Timeline
 from baton.core.logging import log_fields
-from baton.core.request import FinishReason, RequestId
-from baton.core.worker_info import Role
+from baton.core.request import FinishReason, RequestId, TokenDelta
+from baton.core.worker_info import Role, WorkerId
 from baton.telemetry.metrics import Metrics, Observer
+from services.router.handover import Handover
 from services.router.policy import Placement
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,32 @@ class RequestRecord:
     placements: list[Placement] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     """Of given-up placements, in order."""
+    migrations: list[Handover] = field(default_factory=list)
+    """Moves to other workers, failed ones too, in order."""
     num_output_tokens: int = 0
     num_cached_tokens: int | None = None
     """On the worker that computed the prompt; None until it has spoken."""
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
     last_token_at_s: float = 0.0
+
+    def merge(self, worker_id: WorkerId | None, delta: TokenDelta) -> None:
+        """Take over what a worker measured, from its last delta.
+
+        Of a request that has moved, decoding begins on its first worker and ends on its last one;
+        what each move has transferred is kept with the move.
+        """
+        assert delta.timeline is not None
+        points, transfer = dict(delta.timeline.points), delta.timeline.transfer
+        if delta.finish_reason is None and any(m.source == worker_id for m in self.migrations):
+            points.pop(Event.DECODE_ENDED, None)
+        moves = [m for m in self.migrations if m.target == worker_id and m.has_moved]
+        if moves:
+            moves[-1].transfer = transfer
+            points = {e: at_s for e, at_s in points.items() if e is Event.DECODE_ENDED}
+            self.timeline.merge(Timeline(points))
+        else:
+            self.timeline.merge(Timeline(points, transfer))
 
 
 class RequestRecorder:
@@ -63,6 +84,13 @@ class RequestRecorder:
         record.placements.append(placement)
         record.timeline.record(Event.PLACED, at_s)
         self._metrics.add(series.PLACEMENTS, 1, kind)
+        if placement.offer is not None:
+            role = placement.terms_of(placement.computes_prompt).role
+            self._metrics.add(series.PREFIX_OFFERS, 1, role.value)
+
+    def paused(self, record: RequestRecord, pause_s: float) -> None:
+        """Tokens go on after a move."""
+        self._metrics.observe(series.MIGRATION_PAUSE, pause_s, record.model)
 
     def tokens(self, record: RequestRecord, num_tokens: int, at_s: float) -> None:
         """New tokens arrived together at `at_s`; called for every one of them, hence short."""
@@ -108,6 +136,8 @@ class RequestRecorder:
             metrics.observe(series.TRANSFER, transfer.seconds, model)
             metrics.observe(series.TRANSFER_EXPOSED, transfer.exposed_seconds, model)
             metrics.observe(series.TRANSFER_BYTES, transfer.num_bytes, model)
+            if transfer.hidden_share is not None:
+                metrics.observe(series.TRANSFER_HIDDEN, transfer.hidden_share, model)
         _log(record, finish)
 
     def _itl_observer(self, model: str) -> Observer:
@@ -135,9 +165,28 @@ def _log(record: RequestRecord, finish: FinishReason) -> None:
         kv_transfer_bytes=transfer.num_bytes,
         kv_transfer_seconds=round(transfer.seconds, 6),
         kv_transfer_exposed_seconds=round(transfer.exposed_seconds, 6),
+        kv_transfer_hidden_ratio=_rounded(transfer.hidden_share),
         placements=[placement_fields(p) for p in record.placements],
+        migrations=[_migration_fields(m) for m in record.migrations],
         failures=record.failures,
     )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _migration_fields(move: Handover) -> dict[str, object]:
+    return {
+        "source": move.source,
+        "target": move.target,
+        "trigger": move.trigger.value,
+        "state": move.state.value,
+        "failure": move.failure,
+        "seconds": round(move.seconds, 6),
+        "pause_seconds": _rounded(move.pause_s),
+        "transfer_bytes": move.transfer.num_bytes,
+    }
 
 
 def placement_fields(placement: Placement) -> dict[str, object]:
@@ -152,6 +201,7 @@ def placement_fields(placement: Placement) -> dict[str, object]:
         "decode": placement.decode,
         "score": round(placement.score, 1),
         "reason": placement.reason,
+        "offer": None if placement.offer is None else placement.offer._asdict(),
         "candidates": [
             {**t._asdict(), "role": t.role.value} for t in ranked[:MAX_LOGGED_CANDIDATES]
         ],

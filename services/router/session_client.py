@@ -29,15 +29,24 @@ import grpc
 
 from baton.core.block import BlockHash, split_hashes
 from baton.core.errors import WorkerLost
+from baton.core.fabric import FabricReport
 from baton.core.logging import log_fields
-from baton.core.request import GenerateRequest, RequestId
+from baton.core.request import GenerateRequest, PeerRef, RequestId
+from baton.core.tls import TlsFiles
 from baton.core.worker_info import PROTOCOL_VERSION, LoadReport, WorkerInfo
-from baton.rpc.channel import open_channel
-from baton.rpc.convert import load_from_wire, request_to_wire, worker_info_from_wire
+from baton.rpc.channel import open_channel, unreachable_reason
+from baton.rpc.convert import (
+    fabric_from_wire,
+    load_from_wire,
+    peer_to_wire,
+    request_to_wire,
+    worker_info_from_wire,
+)
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1.worker_pb2_grpc import WorkerStub
 from services.router.config import SessionConfig
-from services.router.mailbox import Arrival, Mailbox
+from services.router.kv_feed import KvFeed
+from services.router.mailbox import Arrival, Recipient
 from services.router.wire_delta import delta_from_wire, is_last
 
 logger = logging.getLogger(__name__)
@@ -84,7 +93,7 @@ class SessionListener(Protocol):
 class SentRequest:
     """A request on the worker, as this router remembers it."""
 
-    mailbox: Mailbox
+    mailbox: Recipient
     sent_at_s: float
     prefill_tokens: int
     kv_tokens: int
@@ -101,8 +110,10 @@ class WorkerSession:
         config: SessionConfig,
         listener: SessionListener,
         wall_clock: Callable[[], float] = time.time,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.address = address
+        self._tls = tls
         self.state = SessionState.CONNECTING
         self.info: WorkerInfo | None = None
         """Of the current or the last session."""
@@ -111,6 +122,8 @@ class WorkerSession:
         self.last_progress_at_s = 0.0
         """Event-loop time of the last token, stored block or computed prompt token."""
         self.lost_reason = "not connected yet"
+        self.fabric: FabricReport | None = None
+        """How KV comes to the worker; None until this session has heard of it."""
         self._router_id = router_id
         self._config = config
         self._listener = listener
@@ -119,12 +132,14 @@ class WorkerSession:
         self._outgoing: deque[pb.RouterMessage] = deque()
         self._wake_writer = asyncio.Event()
         self._load = pb.LoadReport()
-        self._kv_sequence = 0
-        self._resync: asyncio.Task[None] | None = None
-        self._resync_events: list[tuple[int, pb.KvEvent]] = []
+        self._peers: tuple[PeerRef, ...] = ()
+        self._kv = KvFeed(
+            address, self, fetch_snapshot=self._fetch_snapshot, give_up=self.break_off
+        )
         self._stub: WorkerStub | None = None
         self._serving: asyncio.Task[str] | None = None
         self._pause_s = 0.0
+        self._logged_reason = ""
 
     @property
     def is_ready(self) -> bool:
@@ -133,6 +148,12 @@ class WorkerSession:
     @property
     def num_in_flight(self) -> int:
         return len(self._requests)
+
+    @property
+    def peer_ref(self) -> PeerRef:
+        """Where other workers find this one."""
+        assert self.info is not None, "only after Welcome"
+        return PeerRef(self.info.worker_id, self.info.epoch, self.info.address)
 
     @property
     def load(self) -> LoadReport:
@@ -151,7 +172,7 @@ class WorkerSession:
         return prefill_tokens, kv_tokens
 
     def submit(
-        self, request: GenerateRequest, mailbox: Mailbox, *, prefill_tokens: int, kv_tokens: int
+        self, request: GenerateRequest, mailbox: Recipient, *, prefill_tokens: int, kv_tokens: int
     ) -> None:
         """Send `request`; its deltas go to `mailbox`. Raises WorkerLost while not READY.
 
@@ -169,9 +190,19 @@ class WorkerSession:
         if self.is_ready:
             self._send(pb.RouterMessage(cancel=pb.Cancel(request_id=request_id, reason=reason)))
 
+    def is_running(self, request_id: RequestId) -> bool:
+        """The worker has been sent this request and has not said its last word on it."""
+        return request_id in self._requests
+
     def forget(self, request_id: RequestId) -> None:
         """Deliver nothing more of this request, which the worker has finished by itself."""
         self._requests.pop(request_id, None)
+
+    def tell_peers(self, peers: tuple[PeerRef, ...]) -> None:
+        """Name the workers this one may have to read from, unless it has heard of just these."""
+        if self.is_ready and peers != self._peers:
+            self._peers = peers
+            self._send(pb.RouterMessage(peers=pb.Peers(peers=map(peer_to_wire, peers))))
 
     def break_off(self, reason: str, *, pause_s: float = 0.0) -> None:
         """Take the worker as lost now; connect again after `pause_s` at the earliest."""
@@ -235,7 +266,7 @@ class WorkerSession:
 
     async def _serve(self) -> str:
         """Returns why the session ended."""
-        channel = open_channel(self.address)
+        channel = open_channel(self.address, self._tls)
         call = None
         writer = None
         limit = ""
@@ -257,18 +288,20 @@ class WorkerSession:
             self._on_welcome(first.welcome)
             writer = asyncio.create_task(self._write(call))
             while (message := await call.read()) is not grpc.aio.EOF:
-                self._on_step(message.step)
+                self._on_message(message)
             return f"the worker ended the session: {await call.details() or await call.code()}"
         except TimeoutError:
             return limit
         except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
+            if self.is_ready:
+                return f"{error.code().name}: {error.details()}"
+            return await unreachable_reason(error, self.address, self._tls)
         except ValueError as error:
             return f"the worker speaks another protocol: {error}"
         finally:
-            for task in (writer, self._resync):
-                if task is not None:
-                    task.cancel()
+            self._kv.stop()
+            if writer is not None:
+                writer.cancel()
             if call is not None:
                 call.cancel()
             with contextlib.suppress(TimeoutError):
@@ -292,8 +325,10 @@ class WorkerSession:
         is_restarted = self.info is not None and self.info.epoch != info.epoch
         self.info = info
         self._load = welcome.load
-        self._kv_sequence = welcome.kv_sequence
+        self._logged_reason = ""
+        self._kv.start(welcome.kv_sequence)
         self._outgoing.clear()
+        self._peers, self.fabric = (), None
         self.last_message_at_s = self.last_progress_at_s = asyncio.get_running_loop().time()
         self.state = SessionState.READY
         self._listener.on_ready(self, split_hashes(welcome.cached_hashes))
@@ -307,6 +342,14 @@ class WorkerSession:
             is_restarted=is_restarted,
         )
 
+    def _on_message(self, message: pb.WorkerMessage) -> None:
+        if message.HasField("step"):
+            self._on_step(message.step)
+            return
+        self.last_message_at_s = asyncio.get_running_loop().time()
+        if message.HasField("fabric"):
+            self.fabric = fabric_from_wire(message.fabric)
+
     def _on_step(self, batch: pb.StepBatch) -> None:
         now_s = asyncio.get_running_loop().time()
         self.last_message_at_s = now_s
@@ -319,7 +362,7 @@ class WorkerSession:
             self._load = batch.load
         if batch.kv_events:
             self.last_progress_at_s = now_s
-            self._on_kv_events(batch.first_kv_sequence, batch.kv_events)
+            self._kv.push(batch.first_kv_sequence, batch.kv_events)
 
     def _deliver(self, batch: pb.StepBatch, now_s: float) -> None:
         assert self.info is not None
@@ -334,47 +377,19 @@ class WorkerSession:
                 del requests[delta.request_id]
             sent.mailbox.put(Arrival(worker_id, at_s, delta), now_s)
 
-    def _on_kv_events(self, first_sequence: int, events: Sequence[pb.KvEvent]) -> None:
-        if self._resync is not None:
-            self._resync_events += enumerate(events, start=first_sequence)
-            return
-        # A snapshot may already contain events that were on their way when it was taken.
-        num_known = max(0, self._kv_sequence + 1 - first_sequence)
-        events, first_sequence = events[num_known:], first_sequence + num_known
-        if not events:
-            return
-        if first_sequence != self._kv_sequence + 1:
-            assert self.info is not None
-            logger.warning(
-                "worker %s: KV event %d follows %d; asking for a snapshot",
-                self.info.worker_id, first_sequence, self._kv_sequence,
-            )  # fmt: skip
-            self._listener.on_snapshot(self, ())
-            self._resync = asyncio.create_task(self._repair_gap())
-            return
-        self._kv_sequence += len(events)
-        for event in events:
-            self._listener.on_kv_event(
-                self, split_hashes(event.removed), split_hashes(event.stored)
-            )
-
-    async def _repair_gap(self) -> None:
-        """Fetch a snapshot beside the running session, then apply what came meanwhile."""
+    async def _fetch_snapshot(self) -> pb.Welcome:
         assert self._stub is not None
-        try:
-            snapshot = await self._stub.GetInfo(
-                pb.GetInfoRequest(), timeout=self._config.resync_timeout_s
-            )
-        except grpc.aio.AioRpcError as error:
-            self._resync = None
-            self.break_off(f"gap in KV events and no snapshot: {error.code().name}")
-            return
-        events, self._resync_events = self._resync_events, []
-        self._resync = None
-        self._kv_sequence = snapshot.kv_sequence
-        self._listener.on_snapshot(self, split_hashes(snapshot.cached_hashes))
-        for sequence, event in events:
-            self._on_kv_events(sequence, [event])
+        timeout_s = self._config.resync_timeout_s
+        snapshot: pb.Welcome = await self._stub.GetInfo(pb.GetInfoRequest(), timeout=timeout_s)
+        return snapshot
+
+    # KvListener
+
+    def on_kv_event(self, removed: Sequence[BlockHash], stored: Sequence[BlockHash]) -> None:
+        self._listener.on_kv_event(self, removed, stored)
+
+    def on_snapshot(self, cached_hashes: Sequence[BlockHash]) -> None:
+        self._listener.on_snapshot(self, cached_hashes)
 
     def _lose(self, reason: str) -> None:
         """Tell every request; only the first reason of a session counts."""
@@ -383,14 +398,17 @@ class WorkerSession:
             return
         self.state = SessionState.LOST
         self.lost_reason = reason
-        self._resync = None
-        self._resync_events.clear()
+        self._kv.stop()
         self._outgoing.clear()
         requests, self._requests = self._requests, {}
         now_s, at_s = asyncio.get_running_loop().time(), self._wall_clock()
         worker_id = None if self.info is None else self.info.worker_id
         for sent in requests.values():
             sent.mailbox.put(Arrival(worker_id, at_s, lost=reason), now_s)
+        if not was_ready and reason not in (CLOSED_BY_US, self._logged_reason):
+            # Each attempt would repeat it.
+            self._logged_reason = reason
+            logger.warning("no session with the worker at %s: %s", self.address, reason)
         if was_ready:
             logger.log(
                 logging.INFO if reason == CLOSED_BY_US else logging.WARNING,

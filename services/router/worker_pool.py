@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 
 from baton.core.block import BlockHash
 from baton.core.errors import WorkerLost
+from baton.core.tls import TlsFiles
 from baton.core.worker_info import WorkerId
 from services.router.cluster_view import ClusterView, WorkerState
 from services.router.config import SessionConfig
 from services.router.membership import Membership, Snapshot
+from services.router.peers import peers_of
 from services.router.prefix_index import PrefixIndex
 from services.router.session_client import WorkerSession
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 MONITOR_PERIOD_S = 0.25
 LATE_S = 0.5
 MEMBERSHIP_RETRY_S = 1.0
+PEERS_PAUSE_S = 0.1
+"""Workers that come up together are named to each other in one message."""
 
 
 class WorkerPool:
@@ -39,10 +43,12 @@ class WorkerPool:
         config: SessionConfig,
         index: PrefixIndex,
         wall_clock: Callable[[], float] = time.time,
+        tls: TlsFiles | None = None,
     ) -> None:
         self.index = index
         self._router_id = router_id
         self._config = config
+        self._tls = tls
         self._wall_clock = wall_clock
         self._sessions: dict[str, WorkerSession] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
@@ -50,6 +56,7 @@ class WorkerPool:
         self._leaving: set[str] = set()
         """Addresses no longer in the membership whose requests may still finish."""
         self._tasks: list[asyncio.Task[None]] = []
+        self._peers_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
 
     def start(self, membership: Membership) -> None:
@@ -60,6 +67,8 @@ class WorkerPool:
 
     async def stop(self) -> None:
         """Close all sessions; their requests are told."""
+        if self._peers_timer is not None:
+            self._peers_timer.cancel()
         tasks = [*self._tasks, *self._runs.values()]
         for task in tasks:
             task.cancel()
@@ -82,6 +91,7 @@ class WorkerPool:
                 config=self._config,
                 listener=self,
                 wall_clock=self._wall_clock,
+                tls=self._tls,
             )
             self._sessions[address] = session
             self._runs[address] = asyncio.create_task(session.run(), name=f"worker {address}")
@@ -97,9 +107,16 @@ class WorkerPool:
         """One per worker that was ever connected and has not left."""
         return [s for s in self._by_id.values() if s.address not in self._leaving]
 
-    def view(self) -> ClusterView:
+    def view(self, *, with_leaving: bool = False) -> ClusterView:
+        """`with_leaving`: also workers that have left the membership and still have requests."""
         now_s = asyncio.get_running_loop().time()
-        return ClusterView(tuple(_state(s, now_s) for s in self.sessions()))
+        return ClusterView(
+            tuple(
+                _state(s, now_s, is_leaving=s.address in self._leaving)
+                for s in self._by_id.values()
+                if with_leaving or s.address not in self._leaving
+            )
+        )
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Returns after a worker came or went, at the latest after `timeout_s`."""
@@ -200,9 +217,23 @@ class WorkerPool:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        if self._peers_timer is None:
+            loop = asyncio.get_running_loop()
+            self._peers_timer = loop.call_later(PEERS_PAUSE_S, self._tell_peers)
+
+    def _tell_peers(self) -> None:
+        """Let every worker know whom it may have to read from.
+
+        A worker whose session is lost stays named until it leaves or comes back as another: the
+        others may well reach it, and other routers' requests may be reading from it.
+        """
+        self._peers_timer = None
+        sessions = {s.info: s for s in self._by_id.values() if s.info is not None}
+        for info, peers in peers_of(sessions).items():
+            sessions[info].tell_peers(peers)
 
 
-def _state(session: WorkerSession, now_s: float) -> WorkerState:
+def _state(session: WorkerSession, now_s: float, *, is_leaving: bool) -> WorkerState:
     assert session.info is not None
     prefill_tokens, kv_tokens = session.unreported(now_s)
     return WorkerState(
@@ -213,4 +244,6 @@ def _state(session: WorkerSession, now_s: float) -> WorkerState:
         unreported_prefill_tokens=prefill_tokens,
         unreported_kv_tokens=kv_tokens,
         is_quarantined=not session.is_ready,
+        is_leaving=is_leaving,
+        fabric=session.fabric,
     )

@@ -17,19 +17,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from baton.core.clock import WallClock
+from baton.core.errors import TransferError
 from baton.core.kv_layout import KvLayout
 from baton.core.logging import log_fields
-from baton.engine.config import Device, EngineConfig
-from baton.engine.host_memory import PoolMemory
+from baton.engine.config import EngineConfig
 from baton.engine.tensor_parallel.group import RankGroup
 from kvtransfer.metadata import PeerIdentity
+from kvtransfer.mover_transport import MoverTransport
 from kvtransfer.no_transport import NoTransport
-from kvtransfer.select import create_transport, needs_shared_pool
 from kvtransfer.shm_transport import ShmPool
 from kvtransfer.transport import PoolRegion, Transport
 from services.worker.config import WorkerConfig
 from services.worker.core_share import AllCores, CoreShare, share_cores, shared_file
 from services.worker.engine_api import EngineApi
+from services.worker.kv_transport import (
+    HostPool,
+    RankTransferSettings,
+    join_ranks,
+    may_go_without,
+    open_rank_transport,
+    rank_service,
+    region_of,
+)
 
 if TYPE_CHECKING:
     from baton.engine.factory import BuiltEngine
@@ -37,7 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ON_GPU = "its KV lies in GPU memory, which is not handed over yet"
+NUM_SCRATCH_BLOCKS = 8
+"""Enough that a timed read of all of them is slow enough to be timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +62,8 @@ class Backend:
     cores: AllCores | CoreShare = field(default_factory=AllCores)
     ranks: RankGroup | None = None
     """The processes of the engine's other ranks, to be closed after the last step."""
-
-
-@dataclass(slots=True)
-class _SharedPool:
-    """Shared memory for the pool when the transport needs it, made when the size is known."""
-
-    pool: ShmPool | None = field(default=None)
-
-    def make(self, num_bytes: int) -> PoolMemory:
-        self.pool = ShmPool.create(num_bytes)
-        return PoolMemory(self.pool.memory, self.pool.fd)
+    region: PoolRegion | None = None
+    """The pool of this process; None keeps the tiers out."""
 
 
 async def open_backend(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backend:
@@ -70,23 +71,65 @@ async def open_backend(config: WorkerConfig, identity: PeerIdentity, secret: byt
 
     Raises ConfigError, or TransferError when the wanted transport does not work here.
     """
-    return await _on_own_thread(lambda: _open(config, identity, secret))
+    settings = RankTransferSettings(config, identity, secret)
+    opened = await _on_own_thread(lambda: _open(settings))
+    built = opened.built
+    try:
+        transport = await _joined(opened, settings)
+    except BaseException:
+        if built.ranks is not None:
+            await asyncio.to_thread(built.ranks.close)
+        raise
+    return Backend(
+        built.engine,
+        built.layout,
+        built.num_blocks,
+        built.max_model_len,
+        transport,
+        _cores(config.engine),
+        built.ranks,
+        opened.region,
+    )
 
 
-def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backend:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The engine, and the transport over the pool of this process."""
+
+    built: BuiltEngine
+    region: PoolRegion
+    transport: MoverTransport | NoTransport
+
+
+async def _joined(opened: _Opened, settings: RankTransferSettings) -> Transport:
+    """The transport with those of the other ranks."""
+    ranks, region = opened.built.ranks, opened.region
+    if isinstance(opened.transport, NoTransport):
+        return opened.transport
+    sockets = []
+    if ranks is not None and region.tp_size > 1:
+        sockets = ranks.take_service_sockets()
+    try:
+        return await join_ranks(opened.transport, sockets, region, settings.secret)
+    except TransferError as error:
+        return _none(settings, error)
+
+
+def _open(settings: RankTransferSettings) -> _Opened:
     # The tensor library takes seconds to import; `--help` and configuration errors need not wait.
     from baton.engine.factory import build_engine
 
+    config = settings.config
     started_s = time.monotonic()
     name = config.served_model_name
     log_fields(logger, f"loading weights of {name}", model=name)
-    kind = config.transfer.transport
-    on_gpu = config.engine.device is Device.CUDA
-    memory = _SharedPool()
+    memory = HostPool(config)
     built = build_engine(
         config.engine,
         clock=WallClock(),
-        pool_memory_factory=memory.make if needs_shared_pool(kind) and not on_gpu else None,
+        pool_memory_factory=memory.make if memory.is_wanted else None,
+        rank_service=rank_service(settings),
+        num_scratch_blocks=NUM_SCRATCH_BLOCKS,
     )
     loading_s = round(time.monotonic() - started_s, 2)
     log_fields(
@@ -98,40 +141,31 @@ def _open(config: WorkerConfig, identity: PeerIdentity, secret: bytes) -> Backen
         rank_pids=built.ranks.pids if built.ranks is not None else [],
         seconds=loading_s,
     )
+    region = region_of(built.kv)
     try:
-        transport = _open_transport(config, built, identity, secret, memory.pool)
+        transport = _rank_transport(settings, region, memory.shared)
     except BaseException:
         if built.ranks is not None:
             built.ranks.close()
         raise
-    return Backend(
-        built.engine,
-        built.layout,
-        built.num_blocks,
-        built.max_model_len,
-        transport,
-        _cores(config.engine),
-        built.ranks,
-    )
+    return _Opened(built, region, transport)
 
 
-def _open_transport(
-    config: WorkerConfig,
-    built: BuiltEngine,
-    identity: PeerIdentity,
-    secret: bytes,
-    pool: ShmPool | None,
-) -> Transport:
-    if config.engine.device is Device.CUDA:
-        logger.info("KV transport: none (%s)", ON_GPU)
-        return NoTransport(ON_GPU)
-    region = PoolRegion(
-        address=built.pool_address,
-        num_bytes=built.pool_bytes,
-        num_blocks=built.num_blocks,
-        layout=built.layout,
-    )
-    return create_transport(config.transfer.transport, region, identity, secret, shared_pool=pool)
+def _rank_transport(
+    settings: RankTransferSettings, region: PoolRegion, pool: ShmPool | None
+) -> MoverTransport | NoTransport:
+    try:
+        return open_rank_transport(settings, region, pool)
+    except TransferError as error:
+        return _none(settings, error)
+
+
+def _none(settings: RankTransferSettings, error: TransferError) -> NoTransport:
+    """Raises `error` where there has to be a transport."""
+    if not may_go_without(settings.config):
+        raise error
+    logger.warning("KV transport: none (%s)", error)
+    return NoTransport(str(error))
 
 
 def _cores(config: EngineConfig) -> AllCores | CoreShare:

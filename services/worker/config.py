@@ -14,10 +14,12 @@ from typing import Any
 
 from baton.core.config import build, merge
 from baton.core.errors import ConfigError
+from baton.core.tls import TlsConfig
 from baton.core.worker_info import Role
 from baton.engine.config import Device, EngineConfig
 from baton.settings import LogConfig, check_positive, merge_layers
 from kvtransfer.select import TransportKind
+from kvtransfer.tiers.config import TierConfig
 
 GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -34,7 +36,8 @@ class TransferConfig:
     """Leases and reads between workers."""
 
     transport: TransportKind = TransportKind.AUTO
-    """auto takes nixl where it works and shm elsewhere; the log says which and why."""
+    """auto offers all that work here and reads each peer by the best that reaches it; the log says
+    which and why. A name restricts this worker to one, as a reader and as an owner."""
     cluster_secret: str | None = field(default=None, repr=False)
     """Signs peer cards; equal on all workers of a cluster. None shares a file in the registry
     directory, which serves the workers of one machine."""
@@ -42,16 +45,28 @@ class TransferConfig:
     """How long the owner keeps blocks for a reader that does not renew. Readers renew at a third
     of it, so a busy machine may delay a renewal by seconds."""
     connect_timeout_s: float = 5.0
-    """Reaching a prefill peer and exchanging cards."""
+    """Reaching a peer, exchanging cards and timing the link."""
     read_timeout_s: float = 10.0
     """One read. Ample for a whole prompt on a slow link; a dead peer is noticed sooner."""
     link_grace_s: float = 2.0
-    """How long a broken stream to a prefill peer may take to come back."""
+    """How long a broken stream to a peer may take to come back. As an owner, this worker keeps what
+    is leased to a reader whose stream broke 2.5 times as long."""
+    enable_prefix_fetch: bool = True
+    """Read parts of a prompt from the cache of a peer that a router names, where that is cheaper
+    than computing them."""
+    max_fetch_share: float = 0.5
+    """Of the time that computing would take, how much a request may wait for blocks from a peer or
+    a tier. What has not come by then is computed, so a bad guess costs this much at most."""
 
     def __post_init__(self) -> None:
         check_positive(
             "transfer", self, "lease_s", "connect_timeout_s", "read_timeout_s", "link_grace_s"
         )
+        if not 0 < self.max_fetch_share <= 1:
+            raise ConfigError(
+                f"transfer.max_fetch_share must be above 0 and at most 1, got "
+                f"{self.max_fetch_share}; enable_prefix_fetch: false turns fetches off"
+            )
         if self.cluster_secret is not None and len(self.cluster_secret) < 16:
             raise ConfigError(
                 f"transfer.cluster_secret has {len(self.cluster_secret)} characters; "
@@ -61,7 +76,8 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class RegistryConfig:
-    """Where the worker announces itself when nothing else (Ray) does."""
+    """Where the worker announces itself on one machine. With Ray routers learn of it in another
+    way; peers and tools still look here."""
 
     directory: Path | None = None
     """Private directory shared with the routers of this machine. None: not announced."""
@@ -125,9 +141,11 @@ class WorkerConfig:
     drain_s: float = 20.0
     """How long a stopping worker waits for running requests and leases."""
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    tiers: TierConfig = field(default_factory=TierConfig)
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

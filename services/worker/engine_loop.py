@@ -19,15 +19,22 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from baton.core.block import BlockId
+from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
-from baton.core.errors import BatonError, InternalError, RequestError, Unavailable
+from baton.core.errors import (
+    BatonError,
+    InternalError,
+    InvalidRequest,
+    RequestError,
+    Unavailable,
+)
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import LoadReport
-from baton.engine.engine import BatchOutcome, StepOutput
+from baton.engine.engine import BatchOutcome, Reservation, StepOutput
 from services.worker.core_share import AllCores, CoreShare
+from services.worker.engine_answers import Answers, Command
 from services.worker.engine_api import EngineApi, Snapshot, StepResult
 from services.worker.last_delta import error_delta, is_last, refusal, turn_into_failure
 
@@ -41,8 +48,6 @@ WARM_UP_TOKENS = 4
 FAILURE = "the worker's engine failed"
 STOPPED = "the worker's engine has stopped"
 
-
-Command = Callable[[], None]
 T = TypeVar("T")
 
 
@@ -75,7 +80,7 @@ class EngineLoop:
         self._failing: set[RequestId] = set()
         """Those of them whose end is our failure, whatever the engine calls it."""
         self._undelivered: list[TokenDelta] = []
-        self._answers: set[asyncio.Future[Any]] = set()
+        self._answers = Answers(self._send, self._post)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -94,9 +99,7 @@ class EngineLoop:
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
             if self._thread.is_alive():
                 logger.error("the engine thread did not end within %.0f s", JOIN_TIMEOUT_S)
-        for answer in list(self._answers):
-            if not answer.done():
-                answer.set_exception(Unavailable(STOPPED))
+        self._answers.refuse(Unavailable(STOPPED))
 
     def submit(self, request: GenerateRequest) -> None:
         """A refusal comes back as a delta with FinishReason.ERROR."""
@@ -106,13 +109,8 @@ class EngineLoop:
         self._send(lambda: self._engine.cancel(request_id))
 
     def activate(self, request_id: RequestId, first: TokenDelta) -> None:
-        def run() -> None:
-            self._engine.activate(request_id, first)
-            if first.finish_reason is not None:
-                # The engine keeps the blocks and says nothing more of the request.
-                self._submitted.discard(request_id)
-
-        self._send(run)
+        """Where `first` cannot belong to the request, it ends with a retryable error."""
+        self._send(lambda: self._activate(request_id, first))
 
     def abandon(self, request_id: RequestId, *, unsettled: Sequence[BlockId]) -> None:
         def run() -> None:
@@ -126,6 +124,69 @@ class EngineLoop:
 
     def release_lease(self, request_id: RequestId) -> None:
         self._send(lambda: self._engine.release_lease(request_id))
+
+    async def lease_prefix(
+        self, lease_id: RequestId, hashes: Sequence[BlockHash]
+    ) -> tuple[BlockId, ...]:
+        """As the engine's. Cancelled while it waits, it leaves no lease behind."""
+        return await self._ask(
+            lambda: self._engine.lease_prefix(lease_id, hashes),
+            undo=lambda leased: self.release_lease(lease_id) if leased else None,
+        )
+
+    async def reserve_import(
+        self, import_id: RequestId, hashes: Sequence[BlockHash]
+    ) -> Reservation | None:
+        """As the engine's. Cancelled while it waits, it leaves no import behind."""
+        return await self._ask(
+            lambda: self._engine.reserve_import(import_id, hashes),
+            undo=lambda made: self.abandon_import(import_id, unsettled=()) if made else None,
+        )
+
+    def finish_import(self, import_id: RequestId, *, num_blocks: int) -> None:
+        self._send(lambda: self._engine.finish_import(import_id, num_blocks=num_blocks))
+
+    def abandon_import(self, import_id: RequestId, *, unsettled: Sequence[BlockId]) -> None:
+        self._send(lambda: self._engine.abandon_import(import_id, unsettled=unsettled))
+
+    async def start_handover(self, request_id: RequestId, *, num_known_tokens: int) -> None:
+        """As the engine's. Cancelled while it waits, it leaves neither handover nor lease."""
+
+        def undo(_: None) -> None:
+            self.release_lease(request_id)
+            self.resume(request_id)
+
+        await self._ask(
+            lambda: self._engine.start_handover(request_id, num_known_tokens=num_known_tokens),
+            undo=undo,
+        )
+
+    def freeze(self, request_id: RequestId) -> None:
+        self._send(lambda: self._engine.freeze(request_id))
+
+    def resume(self, request_id: RequestId) -> None:
+        """After `release_lease`."""
+        self._send(lambda: self._engine.resume(request_id))
+
+    def finish_handover(self, request_id: RequestId) -> None:
+        """The next step result holds the request's last delta, unless it has ended already."""
+
+        def run() -> None:
+            self._engine.finish_handover(request_id)
+            # Its end is on its way, and whatever fails from here on is no failure of it.
+            self._submitted.discard(request_id)
+
+        self._send(run)
+
+    async def take_unsaved(self, max_blocks: int) -> list[tuple[BlockHash, BlockId]]:
+        """As the engine's. Cancelled while it waits, it leaves nothing leased."""
+        return await self._ask(
+            lambda: self._engine.take_unsaved(max_blocks),
+            undo=lambda taken: self.release_saved([b for _, b in taken], is_saved=False),
+        )
+
+    def release_saved(self, block_ids: Sequence[BlockId], *, is_saved: bool) -> None:
+        self._send(lambda: self._engine.release_saved(block_ids, is_saved=is_saved))
 
     async def snapshot(self) -> Snapshot:
         """The engine's state after all commands sent so far."""
@@ -176,33 +237,14 @@ class EngineLoop:
                 self._wake.notify()
             return not self._is_stopping
 
-    async def _ask(self, question: Callable[[], T]) -> T:
-        """The answer between two steps. Raises Unavailable once the loop is stopping."""
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    async def _ask(
+        self, question: Callable[[], T], *, undo: Callable[[T], None] | None = None
+    ) -> T:
+        """The answer between two steps; see `Answers.ask`.
 
-        def resolve(value: T | None, error: BaseException | None) -> None:
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(value)  # type: ignore[arg-type]
-
-        def run() -> None:
-            try:
-                value = question()
-            except Exception as error:
-                self._post(resolve, None, error)
-            else:
-                self._post(resolve, value, None)
-
-        if not self._send(run):
-            raise Unavailable(STOPPED)
-        self._answers.add(answer)
-        try:
-            return await answer
-        finally:
-            self._answers.discard(answer)
+        Raises Unavailable once the loop is stopping.
+        """
+        return await self._answers.ask(question, otherwise=Unavailable(STOPPED), undo=undo)
 
     # Everything below runs on the engine's thread.
 
@@ -242,9 +284,11 @@ class EngineLoop:
     def _execute(self, command: Command) -> None:
         try:
             command()
-        except (BatonError, KeyError) as error:
-            logger.info("engine command had no effect: %s", error)
-        except Exception:
+        except Exception as error:
+            # A broken law of the pool is an InternalError: no answer to a command, but a defect.
+            if isinstance(error, (BatonError, KeyError)) and not isinstance(error, InternalError):
+                logger.info("engine command had no effect: %s", error)
+                return
             logger.exception("engine command failed")
             self._num_failed_steps += 1
             self._fail_requests()
@@ -258,6 +302,19 @@ class EngineLoop:
             self._undelivered.append(refusal(request.request_id, error))
         else:
             self._submitted.add(request.request_id)
+
+    def _activate(self, request_id: RequestId, first: TokenDelta) -> None:
+        try:
+            self._engine.activate(request_id, first)
+        except InvalidRequest as error:
+            logger.warning("what arrived for request %s is no use: %s", request_id, error)
+            self._engine.abandon(request_id, unsettled=())
+            if request_id in self._submitted:
+                self._undelivered.append(error_delta(request_id, str(error), is_retryable=True))
+            return
+        if first.finish_reason is not None:
+            # The engine keeps the blocks and says nothing more of the request.
+            self._submitted.discard(request_id)
 
     def _step(self) -> None:
         if self.is_broken:
@@ -292,7 +349,7 @@ class EngineLoop:
                     turn_into_failure(delta, FAILURE)
         if output.stored or output.removed:
             self._kv_sequence += 1
-        if load == self._last_load and not _says_something(output):
+        if load == self._last_load and not output.says_something:
             return
         self._last_load = load
         self._post(self._on_step, StepResult(output, load, self._kv_sequence))
@@ -341,9 +398,3 @@ class EngineLoop:
         except RuntimeError:
             # The event loop is closed: the process is on its way out.
             self._is_stopping = True
-
-
-def _says_something(output: StepOutput) -> bool:
-    return bool(
-        output.deltas or output.chunks or output.reservations or output.stored or output.removed
-    )

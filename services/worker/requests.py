@@ -5,6 +5,10 @@ own last token, by cancel, by its deadline, by an error of engine or transfer, o
 the session breaks. After that the record stays until the engine has let go too, so that an id is
 never in two lives at once.
 
+    submit ──► held until its prefix has come ──► in the engine ──► last delta
+       ├─────────────────────────────────────────────►│
+       └──► expected by the reading side, in the engine, reserved ──► arrived ──► last delta
+
 Runs on the event loop; knows the engine through its loop and transfers through their two sides.
 Not known here: gRPC streams, protobuf beyond Submit.
 """
@@ -16,57 +20,23 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from baton.core.block import BlockId
 from baton.core.errors import InvalidRequest, RequestError, Unavailable
-from baton.core.request import (
-    FinishReason,
-    GenerateRequest,
-    RequestId,
-    TokenDelta,
-    Work,
-)
+from baton.core.request import FinishReason, GenerateRequest, RequestId, TokenDelta, Work
 from baton.core.worker_info import LoadReport
-from baton.engine.engine import ChunkDone, Reservation
+from baton.engine.engine import Reservation
 from baton.rpc.convert import request_from_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.engine_api import StepResult
 from services.worker.engine_loop import EngineLoop
 from services.worker.last_delta import error_delta, is_last, refusal
+from services.worker.request_sides import HoldSide, LeaseSide, ReadSide, SaveSide
 from services.worker.session import RouterSession, Sessions
 
 logger = logging.getLogger(__name__)
 
 _UNFINISHED = (FinishReason.CANCELLED, FinishReason.ERROR)
-
-
-class LeaseSide(Protocol):
-    """The owner of prefilled blocks, as seen from here."""
-
-    def announce(self, chunk: ChunkDone) -> None:
-        """Blocks of a PREFILL request are complete and leased."""
-        ...
-
-    def withdraw(self, request_id: RequestId, reason: str) -> None:
-        """No more chunks will come; unknown ids are ignored."""
-        ...
-
-
-class ReadSide(Protocol):
-    """The reader of prefilled blocks, as seen from here."""
-
-    def expect(self, request: GenerateRequest) -> None:
-        """A DECODE request has arrived; its reservation follows, or `drop`."""
-        ...
-
-    def reserved(self, reservation: Reservation) -> None:
-        """The engine holds blocks to read into."""
-        ...
-
-    def drop(self, request_id: RequestId) -> None:
-        """Stop; a reservation ends in `not_arrived` before this returns. Unknown: ignored."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +46,9 @@ class _Record:
     """None once the request has ended towards its router."""
     deadline: asyncio.TimerHandle
     is_reserved: bool = False
-    """DECODE only: from the reservation until its blocks are activated or abandoned."""
+    """Where all KV is read: from the reservation until its blocks are activated or abandoned."""
+    is_held: bool = False
+    """The engine does not know of it yet."""
 
 
 class Requests:
@@ -89,11 +61,20 @@ class Requests:
         self._is_unhealthy = False
         self._load = LoadReport()
 
-    def attach(self, engine: EngineLoop, leases: LeaseSide, reads: ReadSide) -> None:
+    def attach(
+        self,
+        engine: EngineLoop,
+        leases: LeaseSide,
+        reads: ReadSide,
+        holds: HoldSide,
+        saves: SaveSide | None = None,
+    ) -> None:
         """Close the circle: engine and transfers call back into this object."""
         self._engine = engine
         self._leases = leases
         self._reads = reads
+        self._holds = holds
+        self._saves = saves
 
     @property
     def num_live(self) -> int:
@@ -110,8 +91,13 @@ class Requests:
 
     def with_flags(self, load: LoadReport) -> LoadReport:
         """An engine's load and what the engine does not know of the worker."""
-        is_unhealthy = load.is_unhealthy or self._is_unhealthy
-        return dataclasses.replace(load, is_draining=self._is_draining, is_unhealthy=is_unhealthy)
+        return dataclasses.replace(
+            load,
+            num_waiting=load.num_waiting + self._holds.num_held,
+            queued_prefill_tokens=load.queued_prefill_tokens + self._holds.num_held_tokens,
+            is_draining=self._is_draining,
+            is_unhealthy=load.is_unhealthy or self._is_unhealthy,
+        )
 
     def start_draining(self) -> None:
         """Refuse work from now on, and tell the routers."""
@@ -144,9 +130,13 @@ class Requests:
         deadline = asyncio.get_running_loop().call_later(
             request.deadline_s, self._deadline_passed, request_id
         )
-        self._live[request_id] = _Record(request, session, deadline)
-        if request.work is Work.DECODE:
+        record = self._live[request_id] = _Record(request, session, deadline)
+        if request.work.reads_all_kv:
             self._reads.expect(request)
+        elif self._holds.hold(request):
+            record.is_held = True
+            self.repeat_load()
+            return
         self._engine.submit(request)
 
     def cancel(self, session: RouterSession, request_id: RequestId, reason: str) -> None:
@@ -183,19 +173,33 @@ class Requests:
         # Before the deltas: the end of a request that nobody wants takes its lease with it.
         for chunk in output.chunks:
             self._leases.announce(chunk)
+        for request_id in output.handovers_ended:
+            self._leases.handover_over(request_id)
         for delta in output.deltas:
             self._deliver(delta)
         for reservation in output.reservations:
             self._reserved(reservation)
         if result.has_kv_event:
+            self._holds.cache_changed(output.stored, output.removed)
             self._sessions.broadcast_event(result.kv_sequence, output.stored, output.removed)
         self._load = result.load
+        if self._saves is not None:
+            self._saves.on_load(result.load)
         self._sessions.broadcast_load(self.load)
+
+    # From the holding side.
+
+    def released(self, request_id: RequestId) -> None:
+        """A held request has waited enough."""
+        record = self._live.get(request_id)
+        if record is not None and record.is_held:
+            record.is_held = False
+            self._engine.submit(record.request)
 
     # From the reading side.
 
     def arrived(self, request_id: RequestId, first: TokenDelta) -> None:
-        """The whole prompt's KV is here: decode goes on after `first`."""
+        """All KV is here: generation goes on after `first`."""
         record = self._live.get(request_id)
         if record is None or not record.is_reserved:
             return
@@ -259,8 +263,12 @@ class Requests:
         request_id, work = delta.request_id, record.request.work
         if work is Work.PREFILL and is_unwanted:
             self._leases.withdraw(request_id, delta.error or "the request was cancelled")
-        if work is Work.DECODE:
+        if work.reads_all_kv:
             self._reads.drop(request_id)
+        elif delta.timeline is not None:
+            request = record.request
+            num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+            self._holds.computed(num_tokens - delta.num_cached_tokens, delta.timeline)
         self._remove_unless_reserved(record)
 
     def _reserved(self, reservation: Reservation) -> None:
@@ -277,11 +285,24 @@ class Requests:
         """End a request towards its router now and make the engine let go of it."""
         self._answer(record, answer)
         request = record.request
+        if record.is_held:
+            self._stop_held(record)
+            return
         is_waiting_or_running = not record.is_reserved
-        if request.work is Work.DECODE:
+        if request.work.reads_all_kv:
             self._reads.drop(request.request_id)
         if is_waiting_or_running:
             self._engine.cancel(request.request_id)
+
+    def _stop_held(self, record: _Record) -> None:
+        request_id = record.request.request_id
+        record.is_held = False
+        self._holds.drop(request_id)
+        if record.request.work is Work.PREFILL:
+            # Its reader may be watching already.
+            self._leases.withdraw(request_id, "the request was cancelled")
+        self._end(record, None)
+        self.repeat_load()
 
     def _answer(self, record: _Record, delta: TokenDelta | None) -> None:
         record.deadline.cancel()

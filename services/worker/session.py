@@ -1,9 +1,9 @@
 """What one router has yet to be told, and the set of connected routers.
 
 A router that keeps up gets one message per engine step. One that reads slowly gets the same
-content in fewer messages: tokens of a request are joined, loads are replaced by later ones, KV
-events are kept in order. Beyond a bound its session is closed, so that it starts over from a
-snapshot instead of taking the worker's memory.
+content in fewer messages: tokens of a request are joined, loads and fabric reports are replaced by
+later ones, KV events are kept in order. Beyond a bound its session is closed, so that it starts
+over from a snapshot instead of taking the worker's memory.
 
 No gRPC calls here; `session_server` moves messages.
 """
@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 
 from baton.core.block import BlockHash, join_hashes
 from baton.core.errors import BatonError, Unavailable
+from baton.core.fabric import FabricReport
 from baton.core.request import RequestId, TokenDelta
 from baton.core.worker_info import LoadReport
-from baton.rpc.convert import delta_to_wire, load_to_wire
+from baton.rpc.convert import delta_to_wire, fabric_to_wire, load_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.config import SessionConfig
 
@@ -32,13 +33,18 @@ class Outbox:
         self._last_of: dict[RequestId, int] = {}
         self._num_tokens = 0
         self._load: LoadReport | None = None
+        self._fabric: FabricReport | None = None
         self._events: list[pb.KvEvent] = []
         self._first_event = 0
         self._num_hashes = 0
 
     @property
     def is_empty(self) -> bool:
-        return not (self._deltas or self._events or self._load)
+        return not (self._has_step or self._fabric)
+
+    @property
+    def _has_step(self) -> bool:
+        return bool(self._deltas or self._events or self._load)
 
     @property
     def overflow(self) -> str:
@@ -76,8 +82,21 @@ class Outbox:
     def set_load(self, load: LoadReport) -> None:
         self._load = load
 
+    def set_fabric(self, report: FabricReport) -> None:
+        self._fabric = report
+
+    def take_messages(self) -> list[pb.WorkerMessage]:
+        """Everything pending; the outbox is empty afterwards."""
+        messages: list[pb.WorkerMessage] = []
+        if self._has_step:
+            messages.append(pb.WorkerMessage(step=self.take()))
+        if self._fabric is not None:
+            messages.append(pb.WorkerMessage(fabric=fabric_to_wire(self._fabric)))
+            self._fabric = None
+        return messages
+
     def take(self) -> pb.StepBatch:
-        """Everything pending as one message; the outbox is empty afterwards."""
+        """Everything pending but the fabric report, as one message."""
         batch = pb.StepBatch(
             deltas=[delta_to_wire(delta) for delta in self._deltas],
             load=None if self._load is None else load_to_wire(self._load),
@@ -139,12 +158,12 @@ class RouterSession:
         """Waits for the end and returns its reason."""
         return await asyncio.shield(self._closed)
 
-    async def next_batch(self) -> pb.StepBatch:
+    async def next_messages(self) -> list[pb.WorkerMessage]:
         """Waits for something to tell and returns all of it."""
         while self.outbox.is_empty:
             self._wake.clear()
             await self._wake.wait()
-        return self.outbox.take()
+        return self.outbox.take_messages()
 
 
 class Sessions:
@@ -176,6 +195,11 @@ class Sessions:
     def broadcast_load(self, load: LoadReport) -> None:
         for session in self._sessions:
             session.outbox.set_load(load)
+            session.notify()
+
+    def broadcast_fabric(self, report: FabricReport) -> None:
+        for session in self._sessions:
+            session.outbox.set_fabric(report)
             session.notify()
 
     def broadcast_event(

@@ -5,7 +5,8 @@ Life of a session:
  2. The session joins the others and collects events from now on; then a snapshot is taken on the
     engine's thread. Events up to the snapshot's number are dropped again, so nothing falls
     between Welcome and the first StepBatch.
- 3. Two tasks: one takes the router's messages, one writes what the outbox holds.
+ 3. Two tasks: one takes the router's messages, one writes what the outbox holds. The fabric report
+    follows the Welcome.
  4. Whichever ends first ends the session; its requests are cancelled.
 """
 
@@ -31,13 +32,16 @@ from baton.core.logging import log_fields
 from baton.core.request import RequestId
 from baton.core.worker_info import PROTOCOL_VERSION, WorkerInfo
 from baton.rpc.channel import abort
-from baton.rpc.convert import load_to_wire, worker_info_to_wire
+from baton.rpc.convert import load_to_wire, peer_from_wire, worker_info_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
 from services.worker.config import SessionConfig
 from services.worker.drain import Drain
 from services.worker.engine_api import Snapshot
 from services.worker.engine_loop import EngineLoop
+from services.worker.fabric import Fabric
+from services.worker.mesh import Mesh
+from services.worker.peer_gate import PeerGate
 from services.worker.requests import Requests
 from services.worker.session import RouterSession, Sessions
 
@@ -62,6 +66,9 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         requests: Requests,
         sessions: Sessions,
         drain: Drain,
+        fabric: Fabric,
+        mesh: Mesh,
+        gate: PeerGate,
         config: SessionConfig,
     ) -> None:
         self._info = info
@@ -69,6 +76,9 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         self._requests = requests
         self._sessions = sessions
         self._drain = drain
+        self._fabric = fabric
+        self._mesh = mesh
+        self._gate = gate
         self._config = config
 
     async def Session(self, messages: RouterMessages, context: Context) -> None:
@@ -84,6 +94,9 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         finally:
             session.close(Unavailable("session ended"))
             self._sessions.remove(session)
+            self._mesh.forget(session)
+            if session.router_id not in {other.router_id for other in self._sessions}:
+                self._gate.router_gone(session.router_id)
             self._requests.session_ended(session)
             log_fields(logger, f"session of {session.router_id} ended", router=session.router_id)
         if reason is not None:
@@ -91,6 +104,8 @@ class WorkerServicer(pb_grpc.WorkerServicer):
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.Welcome:
         try:
+            if request.check_integrity:
+                await self._engine.check_integrity()
             return self._welcome(await self._snapshot())
         except BatonError as error:
             await abort(context, error)
@@ -109,6 +124,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
             return error
         session.outbox.forget_events(snapshot.kv_sequence)
         await context.write(pb.WorkerMessage(welcome=self._welcome(snapshot)))
+        session.outbox.set_fabric(self._fabric.report())
         reading = asyncio.create_task(self._read(session, messages))
         writing = asyncio.create_task(_write(session, context))
         closed = asyncio.create_task(session.closed())
@@ -134,6 +150,10 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         elif kind == "cancel":
             request_id = RequestId(message.cancel.request_id)
             self._requests.cancel(session, request_id, message.cancel.reason)
+        elif kind == "peers":
+            peers = [peer_from_wire(peer) for peer in message.peers.peers]
+            self._gate.members(session.router_id, peers)
+            self._mesh.want(session, peers)
         else:
             logger.warning("ignored a router message of kind %s", kind)
 
@@ -177,8 +197,8 @@ async def _hello(messages: RouterMessages) -> pb.Hello:
 
 async def _write(session: RouterSession, context: Context) -> None:
     while True:
-        batch = await session.next_batch()
-        await context.write(pb.WorkerMessage(step=batch))
+        for message in await session.next_messages():
+            await context.write(message)
 
 
 async def _end_tasks(tasks: tuple[asyncio.Task[Any], ...]) -> None:

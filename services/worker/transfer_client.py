@@ -1,14 +1,17 @@
-"""The reader's side of the hand-off: from a DECODE request to its prompt's KV in our blocks.
+"""The reader's side: from a request whose KV is elsewhere to that KV in our blocks.
 
- 1. expect     the request is here: connect to its prefill worker in the background; once the
-               link is ready, `Fetcher` watches, so that the lease is kept while we wait for blocks
+ 1. expect     a DECODE or TAKEOVER request is here: connect to the worker that has its KV in the
+               background; once the link is ready, `Fetcher` asks, so that the lease is kept while
+               we wait for blocks
  2. reserved   the engine holds blocks: `Fetcher` reads
- 3. finished   the owner vouched for the lease: the first token goes to the engine, with the
-               transfer's time points and statistics in its time line
+ 3. finished   the owner vouched for the lease: the tokens that came with it go to the engine, with
+               the transfer's time points and statistics in the time line
  x. drop, failure in any state: the reservation is given up; blocks a read may still write to go
     with it and come back by `settled`
 
-Not known here: sessions and routers (they are behind `TransferOutcome`).
+Prefixes from peers' caches come the same way for `kv_import`, without a request: blocks first.
+
+Not known here: sessions and routers (they are behind `TransferOutcome`), links (behind `Mesh`).
 """
 
 from __future__ import annotations
@@ -18,20 +21,23 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from baton.core.block import BlockId
+from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
 from baton.core.errors import TransferError
+from baton.core.fabric import FabricCounters
 from baton.core.lifecycle import LifecycleEvent, Timeline
-from baton.core.request import GenerateRequest, PeerRef, RequestId, TokenDelta
-from baton.core.worker_info import WorkerId, WorkerInfo
+from baton.core.request import GenerateRequest, PeerRef, RequestId, TokenDelta, Work
+from baton.core.worker_info import WorkerId
 from baton.engine.engine import Reservation
-from kvtransfer.fetch_state import TransferFailure, TransferResult
-from kvtransfer.fetcher import Fetcher, FetchLimits
-from kvtransfer.messages import GiveUp, OwnerMessage, ReaderMessage
+from kvtransfer.fetch_state import FetchKind, FetchLimits, TransferFailure, TransferResult
+from kvtransfer.fetcher import Fetcher
+from kvtransfer.messages import GiveUp, OwnerMessage
 from kvtransfer.transport import Transport
-from services.worker.peer_link import LinkState, PeerLink
+from services.worker.kv_import import PrefixFetched
+from services.worker.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -54,30 +60,33 @@ class TransferOutcome(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefix:
+    peer: PeerRef
+    done: asyncio.Future[PrefixFetched]
+
+
 class TransferClient:
-    """All hand-offs to this worker."""
+    """All KV on its way to this worker."""
 
     def __init__(
         self,
         *,
-        myself: WorkerInfo,
+        mesh: Mesh,
         transport: Transport,
         outcome: TransferOutcome,
         clock: Clock,
         wall_clock: Clock,
         limits: FetchLimits,
-        connect_timeout_s: float,
     ) -> None:
-        self._myself = myself
-        self._transport = transport
+        self._mesh = mesh
         self._outcome = outcome
         self._clock = clock
         self._wall_clock = wall_clock
-        self._connect_timeout_s = connect_timeout_s
         self._fetcher = Fetcher(
-            transport=transport, link=self, sink=self, clock=clock, limits=limits
+            transport=transport, link=mesh, sink=self, clock=clock, limits=limits
         )
-        self._links: dict[WorkerId, PeerLink] = {}
+        self._prefixes: dict[RequestId, _Prefix] = {}
         self._expected: dict[RequestId, GenerateRequest] = {}
         self._starting: dict[RequestId, asyncio.Task[None]] = {}
         """Expected requests whose link is not ready yet."""
@@ -86,24 +95,30 @@ class TransferClient:
 
     @property
     def is_empty(self) -> bool:
-        """No hand-off is open and no block unsettled."""
-        return not self._expected and self._fetcher.is_empty
+        """Nothing is fetched and no block unsettled."""
+        return not self._expected and not self._prefixes and self._fetcher.is_empty
+
+    def count(self, counters: FabricCounters) -> None:
+        """Write what was read since the start into `counters`."""
+        for name, value in asdict(self._fetcher.counters).items():
+            setattr(counters, name, value)
 
     async def close(self) -> None:
-        """Give up everything that is open and end all links."""
+        """Give up everything that is open. The links end after this."""
         for request_id in list(self._expected):
             self.drop(request_id)
+        for fetch_id in list(self._prefixes):
+            self.drop_prefix(fetch_id)
         await self._fetcher.close()
-        await asyncio.gather(*(link.close() for link in list(self._links.values())))
 
     # From the requests.
 
     def expect(self, request: GenerateRequest) -> None:
-        """A DECODE request has arrived; ends in exactly one call of the outcome."""
-        assert request.prefill_peer is not None
+        """A request that reads all its KV has arrived; ends in exactly one call of the outcome."""
+        assert request.kv_source is not None
         self._expected[request.request_id] = request
         self._starting[request.request_id] = asyncio.create_task(
-            self._start(request, request.prefill_peer)
+            self._start(request, request.kv_source)
         )
 
     def reserved(self, reservation: Reservation) -> None:
@@ -127,15 +142,21 @@ class TransferClient:
         else:
             self._fetcher.cancel(request_id, reason)
         # The owner may have leased blocks already, whether we watched or not.
-        assert request.prefill_peer is not None
-        self.send(request.prefill_peer.worker_id, GiveUp(request_id, reason))
+        assert request.kv_source is not None
+        self._mesh.send(request.kv_source.worker_id, GiveUp(request_id, reason))
 
     async def _start(self, request: GenerateRequest, peer: PeerRef) -> None:
         request_id = request.request_id
         try:
-            await self._link_to(peer).ready()
+            await self._mesh.link_to(peer).ready()
+            takes_over = request.work is Work.TAKEOVER
             self._fetcher.expect(
-                request_id, peer=peer.worker_id, epoch=peer.epoch, timeout_s=request.deadline_s
+                request_id,
+                peer=peer.worker_id,
+                epoch=peer.epoch,
+                timeout_s=request.deadline_s,
+                kind=FetchKind.TAKEOVER if takes_over else FetchKind.PROMPT,
+                num_known_tokens=len(request.output_token_ids) if takes_over else 0,
             )
         except Exception as error:
             if not isinstance(error, TransferError):
@@ -156,34 +177,56 @@ class TransferClient:
             num_cached_blocks=reservation.num_cached_blocks,
         )
 
-    def _link_to(self, peer: PeerRef) -> PeerLink:
-        """The link to this epoch of the peer; a dead or older one is replaced."""
-        link = self._links.get(peer.worker_id)
-        if link is not None and link.peer == peer and link.state is not LinkState.GONE:
-            return link
-        link = self._links[peer.worker_id] = PeerLink(
-            peer,
-            myself=self._myself,
-            transport=self._transport,
-            listener=self,
-            connect_timeout_s=self._connect_timeout_s,
-            predecessor=link,
-        )
-        return link
+    # From the imports.
 
-    # From the fetcher: OwnerLink and TransferSink.
+    async def connect(self, peer: PeerRef) -> None:
+        """Waits for the link. Raises TransferError."""
+        await self._mesh.link_to(peer).ready()
 
-    def send(self, peer: WorkerId, message: ReaderMessage) -> None:
-        link = self._links.get(peer)
-        if link is not None:
-            link.send(message)
+    def fetch_prefix(
+        self,
+        fetch_id: RequestId,
+        peer: PeerRef,
+        hashes: Sequence[BlockHash],
+        block_ids: Sequence[BlockId],
+        *,
+        timeout_s: float,
+    ) -> asyncio.Future[PrefixFetched]:
+        """Read the leading blocks of `hashes` that a connected peer caches. Never raises."""
+        done: asyncio.Future[PrefixFetched] = asyncio.get_running_loop().create_future()
+        self._prefixes[fetch_id] = _Prefix(peer, done)
+        try:
+            self._fetcher.fetch_prefix(
+                fetch_id,
+                peer=peer.worker_id,
+                epoch=peer.epoch,
+                block_hashes=hashes,
+                local=block_ids,
+                timeout_s=timeout_s,
+            )
+        except (TransferError, ValueError) as error:
+            self._prefix_ended(fetch_id, PrefixFetched(reason=str(error)))
+        return done
+
+    def drop_prefix(self, fetch_id: RequestId) -> None:
+        """End a fetch now; its future has its result when this returns. Unknown: ignored."""
+        if fetch_id in self._prefixes:
+            self._fetcher.cancel(fetch_id, "nobody waits for it")
+
+    def _prefix_ended(self, fetch_id: RequestId, fetched: PrefixFetched) -> None:
+        done = self._prefixes.pop(fetch_id).done
+        if not done.done():
+            done.set_result(fetched)
+
+    # From the fetcher: TransferSink.
 
     def transfer_finished(self, result: TransferResult) -> None:
+        if result.kind is FetchKind.PREFIX:
+            self._prefix_ended(result.request_id, PrefixFetched(result.num_blocks))
+            return
         del self._expected[result.request_id]
         if result.first_token is None:
-            self._outcome.not_arrived(
-                result.request_id, "the prefill worker sent no first token", ()
-            )
+            self._outcome.not_arrived(result.request_id, "the owner of the KV sent no token", ())
             return
         timeline = copy.deepcopy(result.first_token.timeline) or Timeline()
         timeline.record(LifecycleEvent.TRANSFER_STARTED, self._wall_time(result.started_at_s))
@@ -193,15 +236,25 @@ class TransferClient:
         self._outcome.arrived(result.request_id, first)
 
     def transfer_failed(self, failure: TransferFailure) -> None:
+        if failure.kind is FetchKind.PREFIX:
+            fetched = PrefixFetched(unsettled=failure.unsettled, reason=str(failure.error))
+            self._prefix_ended(failure.request_id, fetched)
+            return
         request = self._expected.pop(failure.request_id, None)
-        peer = request.prefill_peer if request is not None else None
+        peer = request.kv_source if request is not None else None
         message = _failed(peer, failure.error) if peer is not None else str(failure.error)
         self._outcome.not_arrived(failure.request_id, message, failure.unsettled)
 
     def blocks_settled(self, block_ids: list[BlockId]) -> None:
         self._outcome.settled(block_ids)
 
-    # From the links.
+    # From the links: MeshUser.
+
+    def uses(self, peer: WorkerId) -> bool:
+        sources = (request.kv_source for request in self._expected.values())
+        return any(source is not None and source.worker_id == peer for source in sources) or any(
+            prefix.peer.worker_id == peer for prefix in self._prefixes.values()
+        )
 
     def on_message(self, peer: WorkerId, message: OwnerMessage) -> None:
         self._fetcher.receive(peer, message)
@@ -221,4 +274,4 @@ class TransferClient:
 
 
 def _failed(peer: PeerRef, error: BaseException) -> str:
-    return f"KV transfer from prefill worker {peer.worker_id} failed: {error}"
+    return f"KV transfer from worker {peer.worker_id} failed: {error}"

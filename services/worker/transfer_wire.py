@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.core.block import BlockId
+from baton.core.block import BlockId, join_hashes, split_hashes
 from baton.core.request import RequestId
 from baton.core.worker_info import Epoch
 from baton.rpc.convert import delta_from_wire, delta_to_wire
@@ -11,12 +11,15 @@ from kvtransfer.messages import (
     ChunkReady,
     Complete,
     Completed,
+    FetchPrefix,
+    Freeze,
     GiveUp,
     LeaseId,
     OwnerMessage,
     ReaderMessage,
     Refused,
     Renew,
+    Takeover,
     Watch,
 )
 
@@ -25,6 +28,14 @@ def reader_to_wire(message: ReaderMessage) -> pb.ReaderMessage:
     match message:
         case Watch(request_id):
             return pb.ReaderMessage(watch=pb.Watch(request_id=request_id))
+        case FetchPrefix(request_id, block_hashes):
+            fetch = pb.FetchPrefix(request_id=request_id, block_hashes=join_hashes(block_hashes))
+            return pb.ReaderMessage(fetch_prefix=fetch)
+        case Takeover(request_id, num_known_tokens):
+            takeover = pb.Takeover(request_id=request_id, num_known_tokens=num_known_tokens)
+            return pb.ReaderMessage(takeover=takeover)
+        case Freeze(request_id):
+            return pb.ReaderMessage(freeze=pb.Freeze(request_id=request_id))
         case Renew(lease_id):
             return pb.ReaderMessage(renew=pb.Renew(lease_id=lease_id))
         case Complete(lease_id, epoch):
@@ -34,10 +45,21 @@ def reader_to_wire(message: ReaderMessage) -> pb.ReaderMessage:
 
 
 def reader_from_wire(message: pb.ReaderMessage) -> ReaderMessage | None:
-    """None for kinds that a newer peer may know and this version does not."""
+    """None for kinds that a newer peer may know and this version does not.
+
+    Raises ValueError for hashes that are not whole.
+    """
     kind = message.WhichOneof("body")
     if kind == "watch":
         return Watch(RequestId(message.watch.request_id))
+    if kind == "fetch_prefix":
+        fetch = message.fetch_prefix
+        return FetchPrefix(RequestId(fetch.request_id), tuple(split_hashes(fetch.block_hashes)))
+    if kind == "takeover":
+        takeover = message.takeover
+        return Takeover(RequestId(takeover.request_id), takeover.num_known_tokens)
+    if kind == "freeze":
+        return Freeze(RequestId(message.freeze.request_id))
     if kind == "renew":
         return Renew(LeaseId(message.renew.lease_id))
     if kind == "complete":

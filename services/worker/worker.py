@@ -23,10 +23,12 @@ from grpc_reflection.v1alpha import reflection
 from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError, InternalError, Unavailable
 from baton.core.logging import log_fields
+from baton.core.tls import open_tls
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
 from baton.engine.tensor_parallel.group import RankGroup
 from baton.registry.directory import DirectoryRegistry, shared_secret
-from baton.rpc.channel import new_server
+from baton.rpc.channel import is_loopback, listen, new_server
+from baton.rpc.tls import ServerTls
 from baton.rpc.v1 import transfer_pb2_grpc, worker_pb2_grpc
 from kvtransfer.metadata import PeerIdentity
 from services.worker.assembly import SERVICE_NAMES, Parts, assemble
@@ -95,7 +97,11 @@ class WorkerServer:
         for task in self._tasks:
             await _end(task)
         if parts is not None:
+            await _attempt("imports", parts.imports.close())
+            if parts.tiering is not None:
+                await _attempt("the tiers", parts.tiering.stop())
             await _attempt("transfers", parts.reads.close())
+            await _attempt("links", parts.mesh.close())
         if backend is not None:
             await _attempt("the KV transport", backend.transport.close())
         if parts is not None:
@@ -117,14 +123,18 @@ class WorkerServer:
     async def _start(self) -> WorkerInfo:
         config = self._config
         secret = self._secret()
+        tls = open_tls(config.tls)
         worker_id = WorkerId(config.worker_id or f"{config.role.value}-{secrets.token_hex(4)}")
         identity = PeerIdentity(worker_id, Epoch(secrets.token_hex(8)))
         backend = self._backend = await self._open_backend(config, identity, secret)
-        server = self._server = new_server()
-        info = self._describe(identity, backend, address=self._listen(server))
-        parts = self._parts = assemble(config, info, backend, secret)
+        server_tls = None if tls is None else ServerTls(tls)
+        server = self._server = new_server(tls=server_tls)
+        info = self._describe(identity, backend, address=self._listen(server, server_tls))
+        parts = self._parts = assemble(config, info, backend, secret, tls)
         parts.engine.start()
         await parts.engine.warm_up()
+        if parts.tiering is not None:
+            parts.tiering.start()
         worker_pb2_grpc.add_WorkerServicer_to_server(parts.worker_service, server)
         transfer_pb2_grpc.add_TransferServicer_to_server(parts.transfer_service, server)
         health_pb2_grpc.add_HealthServicer_to_server(parts.health.servicer, server)
@@ -134,6 +144,7 @@ class WorkerServer:
         await server.start()
         self._spawn(parts, "health watch", parts.health.watch())
         self._spawn(parts, "lease clock", parts.leases.tick_forever())
+        self._spawn(parts, "warm mesh", parts.mesh.tick_forever())
         self._spawn(parts, "load report", self._repeat_load(parts))
         if backend.ranks is not None:
             self._watch_ranks(backend.ranks, parts)
@@ -200,12 +211,15 @@ class WorkerServer:
         )
         return secrets.token_bytes(32)
 
-    def _listen(self, server: grpc.aio.Server) -> str:
+    def _listen(self, server: grpc.aio.Server, tls: ServerTls | None) -> str:
         config = self._config
-        try:
-            port = server.add_insecure_port(_authority(config.host, config.port))
-        except RuntimeError:
-            port = 0
+        if tls is None and not is_loopback(config.host):
+            logger.warning(
+                "listening on %s without TLS: tokens and KV leases pass in the clear; "
+                "`baton certs` makes certificates for tls.ca_file, cert_file and key_file",
+                config.host,
+            )
+        port = listen(server, _authority(config.host, config.port), tls)
         if not port:
             raise ConfigError(
                 f"cannot listen on {config.host} port {config.port}: it is taken or not ours; "
@@ -225,6 +239,7 @@ class WorkerServer:
         while True:
             await asyncio.sleep(self._config.session.load_period_s)
             parts.requests.repeat_load()
+            parts.fabric.tell_if_changed()
 
     def _spawn(
         self, parts: Parts, name: str, work: Coroutine[None, None, None]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from baton.core.lifecycle import LifecycleEvent as Event
 from baton.core.lifecycle import Timeline, TransferStats
 
@@ -31,6 +33,20 @@ def test_merge_keeps_own_points_and_takes_the_measured_transfer():
         Event.DECODE_STARTED: 2.5,
     }
     assert mine.transfer is stats
+
+
+@pytest.mark.parametrize(
+    ("num_reads", "seconds", "exposed_s", "share"),
+    [
+        (1, 2.0, 0.5, 0.75),
+        (3, 2.0, 0.0, 1.0),
+        (1, 2.0, 2.5, 0.0),
+        (0, 2.0, 0.5, None),
+        (1, 0.0, 0.0, None),
+    ],
+)
+def test_hidden_share_is_what_the_exposed_part_leaves(num_reads, seconds, exposed_s, share):
+    assert TransferStats(1, 1, num_reads, seconds, exposed_s).hidden_share == share
 
 
 def test_wire_numbers_never_change():

@@ -20,7 +20,7 @@ def test_name_carries_project_and_unit(series):
     if series.kind is Kind.COUNTER:
         assert series.name.endswith("_total")
     elif series.kind is Kind.HISTOGRAM:
-        assert series.name.endswith(("_seconds", "_bytes", "_tokens"))
+        assert series.name.endswith(("_seconds", "_bytes", "_tokens", "_ratio"))
     else:
         assert not series.name.endswith("_total")
 
@@ -29,7 +29,7 @@ def test_name_carries_project_and_unit(series):
 def test_labels_come_from_closed_sets(series):
     closed = {
         "model", "role", "worker", "status", "kind", "finish_reason", "source", "reason",
-        "transport", "result", "code", "route",
+        "transport", "result", "code", "route", "peer", "lane", "tier",
     }  # fmt: skip
     assert set(series.labels) <= closed
 

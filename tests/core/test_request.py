@@ -59,15 +59,16 @@ def test_greedy_and_penalties_are_recognised():
     assert SamplingParams(repetition_penalty=1.1).has_penalties
 
 
-def test_request_needs_a_prompt_and_a_peer_exactly_for_decode():
+def test_request_needs_a_prompt_and_a_source_where_all_kv_is_read():
     def request(work, peer, prompt=(1,)):
-        return GenerateRequest("r", work, prompt, SamplingParams(), prefill_peer=peer)
+        return GenerateRequest("r", work, prompt, SamplingParams(), kv_source=peer)
 
-    request(Work.DECODE, PEER)
+    for work in Work:
+        request(work, PEER)
     request(Work.PREFILL, None)
     request(Work.GENERATE, None)
     with pytest.raises(InvalidRequest, match="prompt is empty"):
         request(Work.GENERATE, None, ())
-    for work, peer in ((Work.DECODE, None), (Work.PREFILL, PEER), (Work.GENERATE, PEER)):
-        with pytest.raises(InvalidRequest, match="contradict"):
-            request(work, peer)
+    for work in (Work.DECODE, Work.TAKEOVER):
+        with pytest.raises(InvalidRequest, match="needs a kv_source"):
+            request(work, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import signal
@@ -17,14 +16,13 @@ import httpx
 import psutil
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from baton.core.clock import ManualClock
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
 from baton.engine.config import EngineConfig
 from baton.engine.factory import build_engine
 from running_system import RunningSystem
-from tiny_llama import write_checkpoint
+from tiny_llama import write_checkpoint, write_pair_tokenizer
 
 PROMPTS = [[(7 * i + 31 * k) % 256 for i in range(90)] for k in range(3)]
 MAX_TOKENS = 60
@@ -38,11 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_checkpoint(
         tmp_path_factory.mktemp("model") / "tiny", vocab_size=256, num_key_value_heads=4
     )
-    pairs = ("".join(pair) for pair in itertools.product("abcdefghijklmnop", repeat=2))
-    backend = tokenizers.Tokenizer(models.BPE({pair: i for i, pair in enumerate(pairs)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
+    write_pair_tokenizer(folder)
     return folder
 
 
@@ -53,7 +47,7 @@ def start(
     """(prefill ranks, decode ranks) -> a running system; every prompt goes through both pools."""
     systems: list[RunningSystem] = []
 
-    def start(prefill: int, decode: int) -> RunningSystem:
+    def start(prefill: int, decode: int, *, pool_per_rank: bool = False) -> RunningSystem:
         settings = [
             f"prefill.engine.tp_size={prefill}",
             f"decode.engine.tp_size={decode}",
@@ -65,6 +59,7 @@ def start(
                     "num_threads=1",
                     f"rank_timeout_s={RANK_TIMEOUT_S}",
                     "kv_cache_bytes=1048576",
+                    f"pool_per_rank={str(pool_per_rank).lower()}",
                 )
             ),
         ]
@@ -157,6 +152,18 @@ def test_prefill_on_two_ranks_decode_on_one(
     lose_rank(system, "prefill", signal.SIGKILL, expected)
     (killed,) = group_errors(system, "prefill")
     assert "was killed by SIGKILL" in killed
+    assert_ends(system)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 2)])
+def test_ranks_with_a_pool_each(
+    start: Callable[..., RunningSystem], expected: list[str], prefill: int, decode: int
+) -> None:
+    system = start(prefill, decode, pool_per_rank=True)
+    assert_texts(system, expected)
+    assert "rank 1: KV transports: " in system.logs()
+    if prefill == decode:
+        lose_rank(system, "decode", signal.SIGKILL, expected)
     assert_ends(system)
 
 

@@ -46,7 +46,7 @@ def make_request(
         prompt_token_ids=tuple(prompt),
         sampling=SamplingParams(temperature=0.0, **sampling),
         block_hashes=tuple(chain_hashes(ROOT, prompt, block_size)) if is_cached else (),
-        prefill_peer=PEER if work is Work.DECODE else None,
+        kv_source=PEER if work.reads_all_kv else None,
         **fields,
     )
 
@@ -150,11 +150,13 @@ class Harness:
         """Copy the KV that `owner` announced into our reservation, as a transfer would."""
         reservation = self.records[request_id].reservation
         assert reservation is not None
-        for chunk in owner.records[request_id].chunks:
-            for i, source in enumerate(chunk.block_ids, start=chunk.first_block_index):
-                if i >= reservation.num_cached_blocks:
-                    data = owner.runner.read_blocks([source])
-                    self.runner.write_blocks([reservation.block_ids[i]], data)
+        self.copy(owner, owner.records[request_id].announced, reservation)
+
+    def copy(self, owner: Harness, sources: SequenceOf[BlockId], into: Reservation) -> None:
+        """Copy the blocks that follow the ones `into` has already."""
+        for i in range(into.num_cached_blocks, len(sources)):
+            data = owner.runner.read_blocks([sources[i]])
+            self.runner.write_blocks([into.block_ids[i]], data)
 
     def _record(self, output: StepOutput) -> None:
         for delta in output.deltas:
@@ -163,6 +165,9 @@ class Harness:
             record.token_ids += delta.token_ids
         for chunk in output.chunks:
             record = self.records[chunk.request_id]
+            if record.chunks and chunk.first_block_index == 0:
+                # A handover after one that has ended.
+                record.chunks = []
             assert chunk.first_block_index == len(record.announced)
             record.chunks.append(chunk)
         for reservation in output.reservations:

@@ -56,6 +56,44 @@ def test_built_engine_generates(tiny_dir: Path, is_given: bool) -> None:
     built.engine.check_integrity()
 
 
+def test_scratch_blocks_lie_behind_those_of_the_engine(tiny_dir: Path) -> None:
+    config = EngineConfig(model_path=tiny_dir, kv_cache_bytes=1 << 20, num_threads=2)
+    memories: list[Any] = []
+
+    def make(num_bytes: int) -> PoolMemory:
+        memories.append(mmap.mmap(-1, num_bytes))
+        return PoolMemory(memoryview(memories[-1]), None)
+
+    built = build_engine(
+        config, clock=ManualClock(), pool_memory_factory=make, num_scratch_blocks=3
+    )
+    block_bytes = built.layout.block_bytes
+    assert (built.num_blocks, built.num_scratch_blocks) == ((1 << 20) // block_bytes, 3)
+    assert built.pool_bytes == (built.num_blocks + 3) * block_bytes == len(memories[0])
+    assert built.engine.load().total_blocks == built.num_blocks
+    # What the engine writes when all its blocks are in use never reaches them.
+    sampling = SamplingParams(max_tokens=512, temperature=0.0, ignore_eos=True)
+    for n in range(built.num_blocks // 8):
+        prompt = tuple((n + i) % 320 for i in range(200))
+        built.engine.submit(GenerateRequest(RequestId(str(n)), Work.GENERATE, prompt, sampling))
+    for _ in range(12):
+        built.engine.step()
+    first = built.num_blocks * block_bytes
+    assert any(memories[0][:first])
+    assert not any(memories[0][first:])
+
+
+def test_ranks_of_a_group_share_the_scratch_blocks(tiny_dir: Path) -> None:
+    config = EngineConfig(model_path=tiny_dir, kv_cache_bytes=1 << 19, num_threads=1, tp_size=2)
+    built = build_engine(config, clock=ManualClock(), num_scratch_blocks=5)
+    assert built.ranks is not None
+    try:
+        assert built.pool_bytes == (built.num_blocks + 5) * built.layout.block_bytes
+        assert built.num_scratch_blocks == 5
+    finally:
+        built.ranks.close()
+
+
 def test_small_pool_limits_the_context(tiny_dir: Path) -> None:
     config = EngineConfig(model_path=tiny_dir, kv_cache_bytes=40 << 10)
     built = build_engine(config, clock=ManualClock())

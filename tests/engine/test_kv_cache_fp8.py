@@ -149,7 +149,7 @@ class Worker:
                 prompt,
                 SamplingParams(max_tokens=12, temperature=0.0),
                 block_hashes=tuple(chain_hashes(root, prompt, BLOCK_SIZE)),
-                prefill_peer=PEER if work is Work.DECODE else None,
+                kv_source=PEER if work is Work.DECODE else None,
             )
         )
 

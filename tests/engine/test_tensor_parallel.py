@@ -171,6 +171,26 @@ def test_engine_with_preemption_and_prefix_hits(engines: tuple[Engine, Engine]) 
         assert engine.prefix_cache_stats.num_hit_tokens > 0
 
 
+def test_ranks_with_a_pool_each_compute_the_same(
+    folders: dict[str, Path], engines: tuple[Engine, Engine]
+) -> None:
+    """Also in the kernels' arithmetic of rows: a rank's blocks hold its own heads alone."""
+    prompts = [[(3 * i + k) % 300 for i in range(n)] for k, n in enumerate((5, 17, 30))]
+    grouped, ranks = make_engine(
+        folders["grouped heads"],
+        2,
+        pool_per_rank=True,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        kv_cache_bytes=1 << 18,
+    )
+    try:
+        assert generate(grouped, prompts, 12) == generate(engines[0], prompts, 12)
+    finally:
+        ranks.close()
+
+
 def test_sampled_tokens_are_those_of_one_rank(engines: tuple[Engine, Engine]) -> None:
     """Rank 0 alone samples, with the request's own random numbers."""
     sampling = SamplingParams(max_tokens=12, temperature=1.0, top_p=0.9, seed=4, ignore_eos=True)

@@ -14,6 +14,7 @@ from kernels.one_shot_all_reduce import (
     make_peers,
     one_shot_all_reduce,
 )
+from kernels.piece_copy import copy_pieces, make_side
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv_write import rope_kv_write
 from kernels.swiglu import swiglu
@@ -69,6 +70,33 @@ def _blocks() -> None:
     gather_blocks(pool[:, 2:4], ids, launch_pdl=True)
 
 
+def _pieces(*, tp_sizes: tuple[int, int] = (1, 1), block_sizes: tuple[int, int] = (64, 64)) -> None:
+    """What one rank of a reader takes from rank 0 of an owner: 32 layers, 8 KV heads of 128."""
+    unit, rows = min(block_sizes), 32 * 2
+    sides = []
+    for tp_size, block_size in zip(tp_sizes, block_sizes, strict=True):
+        heads, moved = 8 // tp_size, 8 // max(tp_sizes)
+        row_bytes = block_size * 128 * 2
+        if block_sizes[0] == block_sizes[1]:
+            offsets = torch.zeros(1, 1, dtype=torch.int64)
+            piece_bytes = moved * rows * row_bytes
+        else:
+            parts = torch.arange(block_size // unit)[:, None] * (unit * 256)
+            offsets = torch.arange(moved * rows)[None] * row_bytes + parts
+            piece_bytes = unit * 256
+        sides.append(
+            make_side(
+                1 << 45,
+                offsets,
+                block_bytes=heads * rows * row_bytes,
+                piece_bytes=piece_bytes,
+                device=torch.device("cpu"),
+            )
+        )
+    units = torch.empty(3, dtype=torch.int32)
+    copy_pieces(sides[0], sides[1], src_units=units, dst_units=units)
+
+
 def _all_reduce(num_tokens: int, width: int, world_size: int) -> None:
     # Not mapped anywhere: only their alignment is looked at.
     addresses = tuple((1 << 45) + (rank << 32) for rank in range(world_size))
@@ -111,6 +139,11 @@ CASES: dict[str, Callable[[], None]] = {
     "rope head_dim 96": lambda: _rope(1024, 24, 8, 96),
     "rope head_dim 256 norms fp8": lambda: _rope(1024, 16, 16, 256, pool_dtype=FP8, has_norms=True),
     "blocks": _blocks,
+    "pieces tp1 to tp1": _pieces,
+    "pieces tp2 to tp1": lambda: _pieces(tp_sizes=(2, 1)),
+    "pieces tp1 to tp8": lambda: _pieces(tp_sizes=(1, 8)),
+    "pieces 16 to 64": lambda: _pieces(block_sizes=(16, 64)),
+    "pieces tp2 to tp1, 64 to 16": lambda: _pieces(tp_sizes=(2, 1), block_sizes=(64, 16)),
     "all_reduce 1x4096 tp2": lambda: _all_reduce(1, 4096, 2),
     "all_reduce 64x4096 tp8": lambda: _all_reduce(64, 4096, 8),
     "embed 1x4096": lambda: _embed(1, 4096),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
+import json
 import mmap
 import os
 import select
@@ -20,15 +22,17 @@ import pytest
 
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.block_read import MoverLimits
 from kvtransfer.metadata import PeerIdentity
-from kvtransfer.mover import MoverLimits
 from kvtransfer.mover_transport import MoverTransport
-from kvtransfer.nixl_transport import is_installed
+from kvtransfer.nixl_library import is_installed
 from kvtransfer.select import create_transport, needs_shared_pool
 from kvtransfer.shm_transport import ShmPool
 from kvtransfer.transport import PoolRegion
 
 SECRET = b"secret"
+NONCE = b"nonce of the test"
+"""Every card of these tests is made for it."""
 UNTOUCHED = 0xFFFFFFFF
 CHILD = Path(__file__).with_name("peer_child.py")
 READER = CHILD.with_name("reader_child.py")
@@ -50,7 +54,13 @@ class Pool:
     memory: object
 
     @classmethod
-    def create(cls, kind: str, num_blocks: int, layout: KvLayout | None = None) -> Pool:
+    def create(
+        cls,
+        kind: str,
+        num_blocks: int,
+        layout: KvLayout | None = None,
+        num_scratch_blocks: int = 0,
+    ) -> Pool:
         layout = layout or cpu_layout()
         num_bytes = num_blocks * layout.block_bytes
         shared = ShmPool.create(num_bytes) if needs_shared_pool(kind) else None
@@ -58,7 +68,10 @@ class Pool:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         words = np.frombuffer(memory, dtype=np.uint32).reshape(num_blocks, -1)
         words[:] = UNTOUCHED
-        return cls(PoolRegion(address, num_bytes, num_blocks, layout), words, shared, memory)
+        region = PoolRegion(
+            address, num_bytes, num_blocks, layout, num_scratch_blocks=num_scratch_blocks
+        )
+        return cls(region, words, shared, memory)
 
     def holds(self, local: list[int], remote: list[int], seed: int) -> bool:
         expected = np.asarray(remote, dtype=np.uint32) + np.uint32(seed)
@@ -136,18 +149,23 @@ class Peers:
         num_blocks: int = 64,
         seed: int = 1000,
         block_size: int = 16,
+        prefix: tuple[str, ...] = (),
+        **options: object,
     ) -> Peer:
+        """`prefix` goes before the command, `options` are those of peer_child.py."""
         arguments = [kind, worker_id, epoch, str(num_blocks), str(seed), str(block_size)]
-        process = self._spawn(CHILD, *arguments)
+        process = self._spawn(CHILD, *arguments, json.dumps(options), prefix=prefix)
         card = bytes.fromhex(read_line(process, "card "))
         return Peer(process, card, WorkerId(worker_id))
 
     def start_reader(self, peer: Peer, mode: str) -> Reader:
         return Reader(self._spawn(READER, mode, peer.card.hex()))
 
-    def _spawn(self, script: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, script: Path, *arguments: str, prefix: tuple[str, ...] = ()
+    ) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [*prefix, sys.executable, str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Unbuffered: `select` must see every line that is not read yet.
@@ -183,8 +201,13 @@ def make_pool() -> Iterator[Callable[..., Pool]]:
     """Makes pools and gives their shared memory back."""
     made: list[Pool] = []
 
-    def make(kind: str, num_blocks: int, layout: KvLayout | None = None) -> Pool:
-        made.append(Pool.create(kind, num_blocks, layout))
+    def make(
+        kind: str,
+        num_blocks: int,
+        layout: KvLayout | None = None,
+        num_scratch_blocks: int = 0,
+    ) -> Pool:
+        made.append(Pool.create(kind, num_blocks, layout, num_scratch_blocks))
         return made[-1]
 
     yield make
@@ -217,6 +240,16 @@ async def open_transport():
         await transport.close()
 
 
+@pytest.fixture
+def token_pattern() -> Callable[..., np.ndarray]:
+    """What peer_child.py fills its pool with when told `tokens`."""
+    spec = importlib.util.spec_from_file_location("peer_child", CHILD)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.token_pattern
+
+
 @pytest.fixture(
     params=[
         pytest.param(
@@ -227,6 +260,7 @@ async def open_transport():
             ],
         ),
         "shm",
+        "socket",
     ]
 )
 def kind(request: pytest.FixtureRequest) -> str:

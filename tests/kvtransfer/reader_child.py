@@ -19,12 +19,13 @@ from peer_child import allow_reads_over_tcp
 from baton.core.errors import TransferTimeout
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.block_read import MoverLimits
 from kvtransfer.metadata import PeerIdentity
-from kvtransfer.mover import MoverLimits
 from kvtransfer.nixl_transport import nixl_transport
 from kvtransfer.transport import PoolRegion
 
 NUM_BLOCKS = 32
+NONCE = b"nonce of the test"
 
 
 async def main(mode: str, card: bytes) -> None:
@@ -38,7 +39,7 @@ async def main(mode: str, card: bytes) -> None:
         b"secret",
         limits=MoverLimits(max_quarantined_ratio=1.0),
     )
-    peer, _ = await transport.connect(card)
+    peer, _ = await transport.connect(card, nonce=NONCE)
     ids = list(range(NUM_BLOCKS))
     with contextlib.suppress(TransferTimeout):
         await transport.read(peer, ids, ids, timeout_s=0.3)

@@ -8,7 +8,6 @@ import random
 import pytest
 
 from baton.core.block import BlockId
-from baton.core.clock import ManualClock
 from baton.core.errors import (
     IncompatiblePeer,
     LeaseLost,
@@ -18,144 +17,12 @@ from baton.core.errors import (
     TransferTimeout,
 )
 from baton.core.kv_layout import KvLayout
-from baton.core.request import RequestId, TokenDelta
+from baton.core.request import RequestId
 from baton.core.worker_info import Epoch, WorkerId
-from kvtransfer.fake_transport import FakeFabric
-from kvtransfer.fetch_state import TransferFailure, TransferResult
-from kvtransfer.fetcher import Fetcher, FetchLimits
-from kvtransfer.messages import (
-    ChunkReady,
-    Complete,
-    Completed,
-    GiveUp,
-    LeaseId,
-    ReaderMessage,
-    Refused,
-    Renew,
-    Watch,
-)
+from fetch_harness import EPOCH, FIRST, LAYOUT, LEASE, NONCE, NUM_BLOCKS, PEER, Harness, R
+from kvtransfer.messages import Complete, GiveUp, Refused, Renew, Watch
 from kvtransfer.owner import LeaseOwner, OwnerLimits, ReaderId, ReleaseLease, Send
 from kvtransfer.transport import PoolRegion
-
-PEER = WorkerId("prefill-0")
-EPOCH = Epoch("p1")
-R = RequestId("r")
-LEASE = LeaseId("lease")
-FIRST = TokenDelta(R, token_ids=[7])
-LAYOUT = KvLayout("m", 1, 1, 8, 4, "float32")
-NUM_BLOCKS = 256
-
-
-class Recorder:
-    """Sink and owner link; keeps the account of withheld blocks that an engine would keep."""
-
-    def __init__(self) -> None:
-        self.sent: list[ReaderMessage] = []
-        self.results: list[TransferResult] = []
-        self.failures: list[TransferFailure] = []
-        self.withheld: set[BlockId] = set()
-
-    def send(self, peer: WorkerId, message: ReaderMessage) -> None:
-        assert peer == PEER
-        self.sent.append(message)
-
-    def transfer_finished(self, result: TransferResult) -> None:
-        self.results.append(result)
-
-    def transfer_failed(self, failure: TransferFailure) -> None:
-        self.failures.append(failure)
-        assert not self.withheld & set(failure.unsettled)
-        self.withheld.update(failure.unsettled)
-
-    def blocks_settled(self, block_ids: list[BlockId]) -> None:
-        assert set(block_ids) <= self.withheld, "settled before it was declared unsettled"
-        self.withheld.difference_update(block_ids)
-
-    def take_sent(self) -> list[ReaderMessage]:
-        sent, self.sent = self.sent, []
-        return sent
-
-
-class Harness:
-    """A fetcher whose reads wait to be finished by hand."""
-
-    def __init__(self) -> None:
-        region = PoolRegion(0, NUM_BLOCKS * LAYOUT.block_bytes, NUM_BLOCKS, LAYOUT)
-        self.fabric = FakeFabric()
-        self.owner = self.fabric.transport(PEER, EPOCH, region)
-        self.transport = self.fabric.transport("decode-0", "d1", region)
-        self.transport.is_held = True
-        self.clock = ManualClock(10.0)
-        self.recorder = Recorder()
-        self.fetcher = Fetcher(
-            transport=self.transport,
-            link=self.recorder,
-            sink=self.recorder,
-            clock=self.clock,
-            limits=FetchLimits(read_timeout_s=30.0, link_grace_s=2.0, tick_s=0.001),
-        )
-
-    async def connect(self) -> None:
-        assert await self.transport.connect(self.owner.card()) == (PEER, EPOCH)
-
-    def expect(self, num_blocks: int = 4, *, cached: int = 0, timeout_s: float = 60.0) -> None:
-        self.watch(timeout_s=timeout_s)
-        self.reserve(num_blocks, cached=cached)
-
-    def watch(self, *, timeout_s: float = 60.0) -> None:
-        self.fetcher.expect(R, peer=PEER, epoch=EPOCH, timeout_s=timeout_s)
-
-    def reserve(self, num_blocks: int, *, cached: int = 0) -> None:
-        local = [BlockId(i) for i in range(num_blocks)]
-        self.fetcher.reserved(R, local, num_cached_blocks=cached)
-
-    def chunk(self, first: int, count: int, *, last: bool = False, **changes) -> None:
-        values = {"lease_id": LEASE, "epoch": EPOCH, "lease_s": 30.0, **changes}
-        blocks = tuple(BlockId(100 + first + i) for i in range(count))
-        message = ChunkReady(
-            request_id=R,
-            first_block_index=first,
-            block_ids=blocks,
-            is_last=last,
-            first_token=FIRST if last else None,
-            **values,
-        )
-        self.fetcher.receive(PEER, message)
-
-    async def settle(self) -> None:
-        """Let every task run until it waits."""
-        for _ in range(10):
-            await asyncio.sleep(0)
-
-    async def land(self) -> None:
-        """The oldest read lands."""
-        await self.settle()
-        self.transport.finish(self.transport.open_reads[0])
-        await self.settle()
-
-    def complete(self, *, valid: bool = True) -> None:
-        self.fetcher.receive(PEER, Completed(LEASE, valid))
-
-    @property
-    def reads(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [(r.remote, r.local) for r in self.transport.open_reads]
-
-    @property
-    def failure(self) -> TransferFailure:
-        (failure,) = self.recorder.failures
-        assert not self.recorder.results
-        return failure
-
-    async def finish(self) -> None:
-        """Whatever happened: land what is open, and nothing may be left."""
-        await self.settle()
-        for read in list(self.transport.open_reads):
-            self.transport.finish(read)
-        await self.settle()
-        self.fetcher.tick()
-        self.fetcher.check_integrity()
-        assert self.fetcher.is_empty and not self.recorder.withheld
-        await self.fetcher.close()
 
 
 @pytest.fixture
@@ -188,7 +55,7 @@ async def test_chunks_are_read_validated_and_reported(h):
     assert (result.stats.num_blocks, result.stats.num_reads) == (3, 2)
     assert result.stats.num_bytes == 3 * LAYOUT.block_bytes
     assert result.stats.seconds == pytest.approx(0.25)
-    assert result.stats.exposed_seconds == pytest.approx(0.75)
+    assert result.stats.exposed_seconds == pytest.approx(0.25)
     assert (result.started_at_s, result.ended_at_s) == (10.0, 11.75)
 
 
@@ -470,8 +337,31 @@ async def test_stream_that_stays_away_is_a_dead_peer(h):
     h.expect(1)
     h.fetcher.link_lost(PEER, EPOCH)
     h.clock.advance(2.0)
+    h.recorder.take_sent()
     h.fetcher.tick()
     assert isinstance(h.failure.error, PeerGone)
+    # Told when the stream is there again after all: the owner's lease would run on.
+    assert h.recorder.take_sent() == [GiveUp(R, str(h.failure.error))]
+
+
+@pytest.mark.parametrize("lands", [True, False])
+async def test_read_of_a_peer_that_is_gone_does_not_wait_for_its_word(h, lands):
+    """Memory can still be read when the process behind it, or the way to it, is no more."""
+    h.expect(1)
+    h.chunk(0, 1, last=True)
+    await h.settle()
+    h.fetcher.peer_gone(PEER, EPOCH, "its stream was closed")
+    if lands:
+        await h.land()
+    h.clock.advance(2.0)
+    h.fetcher.tick()
+    await h.settle()
+    assert isinstance(h.failure.error, PeerGone)
+    assert h.failure.unsettled == (() if lands else (BlockId(0),))
+    for read in list(h.transport.open_reads):
+        h.transport.finish(read)
+    h.fetcher.tick()
+    assert h.fetcher.is_empty
 
 
 async def test_restarted_peer_fails_its_fetches(h):
@@ -531,7 +421,7 @@ async def test_fake_card_is_checked_like_a_real_one(h):
     other = PoolRegion(0, 1 << 20, 8, KvLayout("m", 2, 1, 8, 4, "float32"))
     stranger = h.fabric.transport("prefill-1", "p1", other)
     with pytest.raises(IncompatiblePeer, match="num_layers: 1 here, 2 there"):
-        await h.transport.connect(stranger.card())
+        await h.transport.connect(stranger.card(NONCE), nonce=NONCE)
 
 
 class World:

@@ -54,6 +54,19 @@ def test_renewal_gives_a_full_term_and_expired_leases_stay_over():
     assert len(table.expire()) == 1
 
 
+def test_expired_leases_are_counted_and_the_next_expiry_is_known():
+    table, clock = make_table()
+    assert table.next_expiry_s == float("inf")
+    first = table.grant(RequestId("a"), ids(1))
+    clock.advance(4)
+    table.grant(RequestId("b"), ids(2))
+    assert table.next_expiry_s == first.expires_at_s and table.requests == ["a", "b"]
+    clock.advance(6)
+    table.expire()
+    table.revoke(table.grant(RequestId("c"), ids(3)).lease_id)
+    assert table.num_expired == 1 and table.requests == ["b"]
+
+
 def test_extension_adds_blocks_and_renews():
     table, clock = make_table()
     lease = table.grant(RequestId("r"), ids(1))

@@ -8,19 +8,34 @@ import time
 from collections import Counter
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 
 from baton.core.block import BlockId
 from baton.core.clock import ManualClock
 from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
-from kvtransfer.link import LinkBroken
-from kvtransfer.mover import BlockRead, Mover, MoverLimits
-from kvtransfer.plan import checked_ids
+from kvtransfer.block_read import BlockRead, MoverLimits
+from kvtransfer.link import ConnectionLost, LinkBroken
+from kvtransfer.mover import Mover
+from kvtransfer.plan import PairPlan, SidePlan, checked_ids
 
 PEER = WorkerId("prefill-0")
 OTHER = WorkerId("prefill-1")
+CANCELLABLE = WorkerId("prefill-2")
+"""Served by a link that can cancel what it moves."""
+HALVES = WorkerId("prefill-3")
+"""Has blocks of half our size: two units to each block of ours."""
 BLOCK_BYTES = 10
+
+
+def side(num_blocks: int, *parts: int) -> SidePlan:
+    offsets = np.array(parts, dtype=np.int64)[:, None]
+    return SidePlan(num_blocks, BLOCK_BYTES, offsets, BLOCK_BYTES // len(parts))
+
+
+WHOLE = PairPlan(side(100, 0), side(100, 0))
+SPLIT = PairPlan(SidePlan(200, 5, np.array([[0]], dtype=np.int64), 5), side(100, 0, 5))
 
 
 class SlowPiece:
@@ -28,27 +43,42 @@ class SlowPiece:
 
     def __init__(self, link: SlowLink, peer: WorkerId, local: list[int]) -> None:
         self.link, self.peer, self.local = link, peer, local
+        self.life = (peer, link.lives[peer])
         self.has_landed = False
         self.is_cancelled = False
         self.is_released = False
 
     def is_done(self) -> bool:
-        if self.peer in self.link.dead:
+        if self.link.defect is not None:
+            raise self.link.defect
+        if self.life in self.link.dead:
             raise PeerGone(f"{self.peer} died")
+        if self.life in self.link.lost:
+            raise ConnectionLost(f"connection to {self.peer} lost")
         if self.peer in self.link.broken:
             raise LinkBroken("no route")
         return self.has_landed
 
+    def cancel(self) -> bool:
+        self.is_cancelled = self.peer == CANCELLABLE
+        return self.is_cancelled
+
     def release(self) -> None:
         self.is_released = True
 
+    def may_write(self) -> bool:
+        is_over = self.has_landed or self.is_cancelled
+        return not is_over and self.life not in self.link.dead | self.link.lost
+
 
 class SlowLink:
-    """Pieces land when told to. `written` is what a late write would corrupt."""
+    """Pieces land when told to. A peer that is dropped is another process afterwards."""
 
     def __init__(self) -> None:
         self.pieces: list[SlowPiece] = []
-        self.dead: set[WorkerId] = set()
+        self.lives: Counter[WorkerId] = Counter()
+        self.dead: set[tuple[WorkerId, int]] = set()
+        self.lost: set[tuple[WorkerId, int]] = set()
         self.broken: set[WorkerId] = set()
         self.immediate = False
         self.posted: list[list[int]] = []
@@ -57,14 +87,26 @@ class SlowLink:
         self.dropped: list[WorkerId] = []
         self.is_closed = False
         self.recycle_error: Exception | None = None
+        self.defect: Exception | None = None
+        """Raised by whatever is asked of the link."""
 
     def open(self) -> None:
         self.threads.add(threading.current_thread().name)
 
+    def kill(self, peer: WorkerId) -> None:
+        self.dead.add((peer, self.lives[peer]))
+
+    def lose_connection(self, peer: WorkerId) -> None:
+        self.lost.add((peer, self.lives[peer]))
+
     def post(self, peer, remote, local):
         self.threads.add(threading.current_thread().name)
-        if peer in self.dead:
+        if self.defect is not None:
+            raise self.defect
+        if (peer, self.lives[peer]) in self.dead:
             raise PeerGone(f"{peer} died")
+        if (peer, self.lives[peer]) in self.lost:
+            self.lives[peer] += 1
         self.posted.append(local.tolist())
         if self.immediate:
             return None
@@ -74,12 +116,17 @@ class SlowLink:
 
     def drop_peer(self, peer: WorkerId) -> None:
         self.dropped.append(peer)
+        self.lives[peer] += 1
+
+    def needs_recycle(self, peer: WorkerId) -> bool:
+        return peer != CANCELLABLE
 
     def recycle(self) -> None:
         if self.recycle_error is not None:
             raise self.recycle_error
-        assert all(p.is_released for p in self.pieces)
-        for piece in self.pieces:
+        pieces = [p for p in self.pieces if p.peer != CANCELLABLE]
+        assert all(p.is_released for p in pieces)
+        for piece in pieces:
             piece.is_cancelled = True
         self.num_recycles += 1
         self.broken.clear()
@@ -105,17 +152,23 @@ class Harness:
         self.link = SlowLink()
         self.mover = Mover(
             self.link,
-            block_bytes=BLOCK_BYTES,
-            num_blocks=100,
+            pool_bytes=100 * BLOCK_BYTES,
             limits=MoverLimits(**{**LIMITS, **limits}),
             name="mover-under-test",
         )
         self.mover.start(timeout_s=5)
         self.settled: list[BlockId] = []
 
-    def read(self, blocks: range, *, peer: WorkerId = PEER, timeout_s: float = 5.0) -> BlockRead:
+    def read(
+        self,
+        blocks: range,
+        *,
+        peer: WorkerId = PEER,
+        plan: PairPlan = WHOLE,
+        timeout_s: float = 5.0,
+    ) -> BlockRead:
         ids = checked_ids(list(blocks), 100, "the")
-        read = BlockRead(peer, ids, ids, time.monotonic() + timeout_s)
+        read = BlockRead(peer, plan, ids, ids, time.monotonic() + timeout_s)
         self.mover.read(read)
         return read
 
@@ -188,7 +241,7 @@ def test_deadline_gives_up_and_late_landing_settles(make):
     assert h.mover.settled() == []
     h.link.land_all()
     h.until_settled(range(12))
-    assert h.mover.num_recycles == 0
+    assert h.mover.counters.recycles == 0
 
 
 def test_given_up_read_settles_every_block_once_in_any_state(make):
@@ -214,12 +267,120 @@ def test_dead_peer_fails_its_reads_only_and_settles_its_quarantine(make):
     assert isinstance(h.failure(late.future), TransferTimeout)
     dying, healthy = h.read(range(2, 4)), h.read(range(4, 6), peer=OTHER)
     h.until(lambda: len(h.link.posted) == 3)
-    h.link.dead.add(PEER)
+    h.link.kill(PEER)
     assert isinstance(h.failure(dying.future), PeerGone)
     h.until_settled(range(0, 2))
     assert h.link.dropped == [PEER]
     h.link.land_all()
     assert healthy.future.result(5).num_bytes == 20
+
+
+def test_lost_connection_ends_reads_but_not_the_peer(make):
+    h = make()
+    read, healthy = h.read(range(0, 2)), h.read(range(4, 6), peer=OTHER)
+    h.until(lambda: len(h.link.posted) == 2)
+    h.link.lose_connection(PEER)
+    error = h.failure(read.future)
+    assert isinstance(error, PeerGone) and not isinstance(error, ConnectionLost)
+    assert h.link.dropped == [] and h.mover.settled() == []
+    again = h.read(range(0, 2))
+    h.until(lambda: len(h.link.posted) == 3)
+    h.link.land_all()
+    assert again.future.result(5).num_bytes == healthy.future.result(5).num_bytes == 20
+
+
+def test_quarantine_outlives_the_successor_of_its_peer(make):
+    """The stopped process may wake after the one that took its name has died."""
+    h = make()
+    h.failure(h.read(range(0, 2), timeout_s=0.02).future)
+    h.mover.call(lambda: h.mover.leave_peer(PEER, "replaced")).result(5)
+    successor = h.read(range(2, 4))
+    h.until(lambda: len(h.link.posted) == 2)
+    h.link.kill(PEER)
+    assert isinstance(h.failure(successor.future), PeerGone)
+    time.sleep(0.03)
+    assert h.mover.settled() == [], "the first process lives"
+    h.link.land_all()
+    h.until_settled(range(2))
+
+
+def test_what_can_be_cancelled_is_settled_at_once(make):
+    h = make()
+    late = h.read(range(0, 6), peer=CANCELLABLE, timeout_s=0.02)
+    assert isinstance(h.failure(late.future), TransferTimeout)
+    h.until_settled(range(6))
+    left = h.read(range(6, 8), peer=CANCELLABLE)
+    h.until(lambda: len(h.link.posted) == 4)
+    h.mover.call(lambda: h.mover.leave_peer(CANCELLABLE, "replaced")).result(5)
+    assert isinstance(h.failure(left.future), PeerGone), "nothing of it can land"
+
+
+def test_block_is_settled_with_the_last_of_its_units(make):
+    h = make(max_piece_bytes=15, max_bytes_in_flight=30)
+    late = h.read(range(0, 8), peer=HALVES, plan=SPLIT, timeout_s=0.05)
+    h.until(lambda: h.link.posted == [[0, 1, 2], [3, 4, 5]])
+    assert isinstance(h.failure(late.future), TransferTimeout)
+    h.until(lambda: h.settled.extend(h.mover.settled()) or h.settled == [3])
+    h.link.pieces[0].has_landed = True
+    h.until(lambda: h.settled.extend(h.mover.settled()) or h.settled == [3, 0])
+    h.link.pieces[1].has_landed = True
+    h.until_settled(range(4))
+
+
+def test_scratch_is_never_reported(make):
+    h = make()
+    ids = checked_ids([98, 99], 100, "the")
+    read = BlockRead(PEER, WHOLE, ids, ids, time.monotonic() + 0.02, is_scratch=True)
+    h.mover.read(read)
+    h.failure(read.future)
+    h.link.land_all()
+    h.until(lambda: all(p.is_released for p in h.link.pieces))
+    assert h.mover.settled() == []
+
+
+def test_recycle_spares_links_that_need_none(make):
+    h = make()
+    h.failure(h.read(range(0, 2), timeout_s=0.02).future)
+    healthy = h.read(range(2, 4), peer=CANCELLABLE)
+    h.until(lambda: len(h.link.posted) == 2)
+    assert h.mover.recycle().result(5) is None
+    assert not healthy.future.done()
+    h.link.land_all()
+    assert healthy.future.result(5).num_bytes == 20
+    h.until_settled(range(2))
+
+
+def test_counters_tell_done_from_failed(make):
+    h = make()
+    h.link.immediate = True
+    h.read(range(4)).future.result(5)
+    h.link.immediate = False
+    h.failure(h.read(range(2), timeout_s=0.02).future)
+    mine = h.read(range(2, 4))
+    h.mover.give_up(mine)
+    h.failure(mine.future)
+    h.link.land_all()
+    counters = h.mover.counters
+    assert (counters.reads, counters.read_bytes, counters.failed_reads) == (1, 40, 1)
+
+
+@pytest.mark.parametrize("is_posted", [False, True])
+def test_defect_of_a_link_ends_its_reads_and_not_the_thread(make, caplog, is_posted):
+    h = make(recycle_pause_s=0.2)
+    if is_posted:
+        read = h.read(range(4))
+        h.until(lambda: len(h.link.posted) == 2)
+        h.link.defect = TypeError("a defect")
+    else:
+        h.link.defect = TypeError("a defect")
+        read = h.read(range(4))
+    error = h.failure(read.future)
+    assert isinstance(error, TransferTimeout), "what it has begun may still land"
+    assert "TypeError: a defect" in str(error) and "Traceback" in caplog.text
+    h.link.defect = None
+    h.until_settled(range(4))
+    h.link.immediate = True
+    assert h.read(range(6), peer=OTHER).future.result(5).num_bytes == 60
 
 
 def test_broken_link_to_a_living_peer_quarantines_and_recycles(make):
@@ -293,7 +454,7 @@ def test_link_that_cannot_be_opened_leaves_no_thread():
         raise TransferError("no agent here")
 
     link.open = fail
-    mover = Mover(link, block_bytes=1, num_blocks=1, limits=MoverLimits(), name="unopened")
+    mover = Mover(link, pool_bytes=1, limits=MoverLimits(), name="unopened")
     with pytest.raises(TransferError, match="no agent here"):
         mover.start(timeout_s=5)
     mover.stop(timeout_s=5)
@@ -333,8 +494,7 @@ class Walk:
         )
         self.mover = Mover(
             self.link,
-            block_bytes=BLOCK_BYTES,
-            num_blocks=100,
+            pool_bytes=100 * BLOCK_BYTES,
             limits=limits,
             name="not started",
             clock=self.clock,
@@ -349,18 +509,21 @@ class Walk:
         return {
             block
             for piece in self.link.pieces
-            if not piece.has_landed and not piece.is_cancelled and piece.peer not in self.link.dead
-            for block in piece.local
+            if piece.may_write()
+            for block in np.array(piece.local) // (2 if piece.peer == HALVES else 1)
         }
 
     def act(self) -> None:
         roll, link = self.rng.random(), self.link
-        peer = self.rng.choice([PEER, OTHER])
+        peer = self.rng.choice([PEER, OTHER, CANCELLABLE, HALVES])
         if roll < 0.25 and len(self.free) > 8:
             blocks = self.rng.sample(sorted(self.free), self.rng.randrange(1, 8))
             self.free -= set(blocks)
-            ids = checked_ids(blocks, 100, "the")
-            read = BlockRead(peer, ids, ids, self.clock.now() + self.rng.choice([1.0, 9.0]))
+            units = [2 * b + i for b in blocks for i in (0, 1)] if peer == HALVES else blocks
+            plan = SPLIT if peer == HALVES else WHOLE
+            ids = checked_ids(units, plan.local.num_units, "the")
+            deadline_s = self.clock.now() + self.rng.choice([1.0, 9.0])
+            read = BlockRead(peer, plan, ids, ids, deadline_s)
             self.open.append(read)
             self.mover.read(read)
         elif roll < 0.55 and link.pieces:
@@ -368,9 +531,9 @@ class Walk:
         elif roll < 0.60 and self.open:
             self.cancel(self.rng.choice(self.open))
         elif roll < 0.603:
-            link.dead.add(peer)
-        elif roll < 0.62:
-            link.dead.discard(peer)
+            link.kill(peer)
+        elif roll < 0.606:
+            link.lose_connection(peer)
         elif roll < 0.623:
             link.broken.add(peer)
         elif roll < 0.63:
@@ -386,14 +549,14 @@ class Walk:
     def cancel(self, read: BlockRead) -> None:
         """What the transport does when its caller is cancelled: maybe after the read's end."""
         self.open.remove(read)
-        self.withheld |= set(read.local.tolist())
+        self.withheld |= read.blocks_of(read.local)
         self.outcomes["cancelled"] += 1
         self.mover.give_up(read)
 
     def account(self) -> None:
         for read in [r for r in self.open if r.future.done() and self.rng.random() < 0.9]:
             self.open.remove(read)
-            blocks = set(read.local.tolist())
+            blocks = read.blocks_of(read.local)
             error = read.future.exception()
             self.outcomes[type(error).__name__] += 1
             if isinstance(error, TransferTimeout):
@@ -401,7 +564,7 @@ class Walk:
                 continue
             assert not blocks & self.writable(), "ended while a piece may still land"
             self.free |= blocks
-        undecided = {b for r in self.open if r.future.done() for b in r.local.tolist()}
+        undecided = {b for r in self.open if r.future.done() for b in r.blocks_of(r.local)}
         for block in self.mover.settled():
             assert block not in self.writable(), "settled while a piece may still land"
             self.early.append(block) if block in undecided else self.settle(block)
@@ -428,9 +591,8 @@ def test_random_walk_settles_every_block_once_and_never_too_early(seed):
         walk.mover.check_integrity()
         walk.account()
     assert {"NoneType", "TransferTimeout", "PeerGone", "cancelled"} <= walk.outcomes.keys()
-    assert walk.outcomes["NoneType"] > 300 and walk.mover.num_recycles > 10
+    assert walk.outcomes["NoneType"] > 300 and walk.mover.counters.recycles > 10
     walk.link.recycle_error = None
-    walk.link.dead.clear()
     for _ in range(300):
         walk.clock.advance(1.0)
         walk.mover.step()

@@ -8,70 +8,22 @@ from collections import Counter
 import pytest
 
 from baton.core.block import BlockId
-from baton.core.clock import ManualClock
-from baton.core.request import RequestId, TokenDelta
+from baton.core.request import RequestId
 from baton.core.worker_info import Epoch
-from kvtransfer.messages import (
-    ChunkReady,
-    Complete,
-    Completed,
-    GiveUp,
-    LeaseId,
-    Refused,
-    Renew,
-    Watch,
+from kvtransfer.messages import ChunkReady, Complete, GiveUp, LeaseId, Renew, Watch
+from kvtransfer.owner import LeasePrefix, OwnerEffect, Send
+from owner_harness import (
+    EPOCH,
+    FIRST,
+    OTHER,
+    READER,
+    Harness,
+    R,
+    chunks,
+    refusals,
+    releases,
+    verdicts,
 )
-from kvtransfer.owner import LeaseOwner, OwnerEffect, OwnerLimits, ReaderId, ReleaseLease, Send
-
-EPOCH = Epoch("e1")
-READER = ReaderId("decode-0")
-OTHER = ReaderId("decode-1")
-R = RequestId("r")
-FIRST = TokenDelta(R, token_ids=[5])
-
-
-class Harness:
-    """An owner, its clock, and short spellings of its events."""
-
-    def __init__(self, **limits: float) -> None:
-        self.clock = ManualClock(50.0)
-        values = {"lease_s": 10.0, "watch_s": 60.0, "ended_s": 90.0, **limits}
-        self.owner = LeaseOwner(epoch=EPOCH, clock=self.clock, limits=OwnerLimits(**values))
-
-    def chunk(self, first: int, count: int, *, is_last: bool = False, request_id: RequestId = R):
-        return self.owner.chunk_done(
-            request_id,
-            first_block_index=first,
-            block_ids=[BlockId(100 + first + i) for i in range(count)],
-            is_last=is_last,
-            first_token=FIRST if is_last else None,
-        )
-
-    def lease_id(self) -> LeaseId:
-        """Of the only request, through a repeated watch."""
-        return chunks(self.owner.watch(R, READER))[0].lease_id
-
-    def finish(self):
-        self.owner.check_integrity()
-        assert self.owner.is_empty
-
-
-def chunks(effects: list[OwnerEffect]) -> list[ChunkReady]:
-    return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, ChunkReady)]
-
-
-def refusals(effects: list[OwnerEffect]) -> list[Refused]:
-    return [e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Refused)]
-
-
-def verdicts(effects: list[OwnerEffect]) -> list[bool]:
-    return [
-        e.message.valid for e in effects if isinstance(e, Send) and isinstance(e.message, Completed)
-    ]
-
-
-def releases(effects: list[OwnerEffect]) -> list[RequestId]:
-    return [e.request_id for e in effects if isinstance(e, ReleaseLease)]
 
 
 def test_chunks_are_announced_and_the_lease_ends_with_completion():
@@ -146,6 +98,47 @@ def test_broken_stream_keeps_the_lease_and_a_returning_reader_gets_everything_ag
     (again,) = chunks(h.owner.watch(R, READER))
     assert again.block_ids == (100, 101) and again.is_last
     assert verdicts(h.owner.complete(READER, again.lease_id, EPOCH)) == [True]
+    h.finish()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix", "takeover"])
+def test_what_a_dead_reader_leaves_behind_is_reclaimed_in_seconds(kind):
+    h = Harness(lease_s=30.0, orphan_s=5.0)
+    if kind == "prompt":
+        h.owner.watch(R, READER)
+        h.chunk(0, 1)
+    elif kind == "takeover":
+        h.take_over()
+        h.chunk(0, 1)
+    else:
+        (asked,) = [e for e in h.fetch() if isinstance(e, LeasePrefix)]
+        h.owner.prefix_leased(READER, asked.request_id, [BlockId(7)])
+    h.owner.reader_gone(READER)
+    h.clock.advance(3)
+    assert h.owner.tick() == []
+    if kind != "prefix":
+        # Announcements do not keep it alive.
+        h.chunk(1, 1)
+    h.clock.advance(2)
+    assert len(releases(h.owner.tick())) == 1
+    assert (h.owner.num_leases, h.owner.num_expired_leases) == (0, 1)
+    h.owner.handover_ended(R)
+    h.finish()
+
+
+def test_chunks_that_nobody_has_asked_for_yet_are_no_orphans():
+    h = Harness(lease_s=30.0, orphan_s=5.0)
+    h.chunk(0, 1, is_last=True)
+    h.owner.reader_gone(READER)
+    h.clock.advance(20)
+    assert h.owner.tick() == [] and h.owner.num_leases == 1
+    (whole,) = chunks(h.owner.watch(R, READER))
+    h.owner.reader_gone(READER)
+    h.clock.advance(4)
+    h.owner.watch(R, READER)
+    # Back in time: the lease has its full term again.
+    h.clock.advance(20)
+    assert verdicts(h.owner.complete(READER, whole.lease_id, EPOCH)) == [True]
     h.finish()
 
 

@@ -77,7 +77,7 @@ class Worker:
             SamplingParams(max_tokens=64, temperature=0.0),
             block_hashes=tuple(chain_hashes(root, prompt, self.layout.block_size)),
             eos_token_ids=EOS,
-            prefill_peer=PEER if work is Work.DECODE else None,
+            kv_source=PEER if work is Work.DECODE else None,
         )
         self.engine.submit(request)
         return name

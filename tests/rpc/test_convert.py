@@ -50,7 +50,7 @@ def test_request(sampling, work):
         block_hashes=(BlockHash(b"a" * 16), BlockHash(b"b" * 16)),
         output_token_ids=(3,),
         eos_token_ids=(2,),
-        prefill_peer=PEER if work is Work.DECODE else None,
+        kv_source=PEER if work.reads_all_kv else None,
         deadline_s=1.5,
     )
     wire = pb.Submit.FromString(convert.request_to_wire(request).SerializeToString())

@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc
 import psutil
 
+from baton.core.tls import TlsFiles
+from baton.rpc.tls import channel_credentials, channel_options
 from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 
 READY_TIMEOUT_S = 120.0
@@ -36,6 +38,8 @@ class RunningSystem:
     grpc_port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
     members: set[int] = field(default_factory=set)
+    tls: TlsFiles | None = None
+    """With which to ask the workers; they were started with the same."""
 
     @property
     def url(self) -> str:
@@ -118,10 +122,16 @@ class RunningSystem:
         """What each worker says of itself, asked over gRPC."""
         answers = []
         for address in self.worker_addresses():
-            with grpc.insecure_channel(address) as channel:
+            with self._channel(address) as channel:
                 stub = worker_pb2_grpc.WorkerStub(channel)
                 answers.append(stub.GetInfo(worker_pb2.GetInfoRequest(), timeout=10))
         return answers
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if self.tls is None:
+            return grpc.insecure_channel(address)
+        options = channel_options(self.tls)
+        return grpc.secure_channel(address, channel_credentials(self.tls), options=options)
 
     def worker(self, role: str) -> worker_pb2.WorkerInfo:
         """The identity of the only worker of `role` (prefill or decode)."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
+from tokenizers import decoders, models, pre_tokenizers
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -135,3 +138,12 @@ def write_checkpoint(folder: Path, *, num_shards: int = 1, **overrides: Any) -> 
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_pair_tokenizer(folder: Path) -> None:
+    """256 tokens, each a pair of letters, so that a text shows every token."""
+    pairs = ("".join(pair) for pair in itertools.product("abcdefghijklmnop", repeat=2))
+    backend = tokenizers.Tokenizer(models.BPE({pair: i for i, pair in enumerate(pairs)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))

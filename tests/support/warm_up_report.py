@@ -76,7 +76,7 @@ def main() -> None:
     with recording_compilations(names), torch.inference_mode():
         builder = RankBuilder(config, SingleCommunicator(), PretendedGpu())
         model = builder.load()
-        rank = builder.rank(model, builder.pool(model, NUM_BLOCKS))
+        rank = builder.rank(model, builder.pool(model, NUM_BLOCKS), NUM_BLOCKS)
         rank.prepare_decode(builder.buckets, is_graphed=False, on_progress=lambda done, total: None)
         for bucket in builder.buckets:
             # What capturing a graph compiles.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.core import metrics as series
@@ -26,6 +28,11 @@ def test_every_declared_series_can_be_rendered():
     families = {f.name for f in text_string_to_metric_families(text)}
     for s in series.ALL_SERIES:
         assert s.name.removesuffix("_total") in families
+
+
+def test_every_declared_series_is_documented():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
+    assert [s.name for s in series.ALL_SERIES if f"`{s.name}`" not in text] == []
 
 
 def test_histogram_counts_are_cumulative_and_bounds_inclusive():

@@ -52,15 +52,20 @@ PROGRESS_PERIOD_S = 2.0
 
 
 def build_gpu_rank(
-    config: EngineConfig, *, communicator: Communicator, device: ComputeDevice | None = None
+    config: EngineConfig,
+    *,
+    communicator: Communicator,
+    device: ComputeDevice | None = None,
+    num_scratch_blocks: int = 0,
 ) -> BuiltRank:
     """Load and prepare the communicator's rank; returns when its first step can be launched.
 
-    `device` None takes the GPU of the rank's number. Raises ConfigError when the model does not
+    `device` None takes the GPU of the rank's number. `num_scratch_blocks` lie behind the blocks
+    of the engine, which does not know them. Raises ConfigError when the model does not
     fit, with what would.
     """
     device = device or CudaDevice(communicator.rank)
-    builder = RankBuilder(config, communicator, device)
+    builder = RankBuilder(config, communicator, device, num_scratch_blocks)
     with device.stream(), torch.inference_mode():
         return builder.build()
 
@@ -72,6 +77,7 @@ class RankBuilder:
     config: EngineConfig
     communicator: Communicator
     device: ComputeDevice
+    num_scratch_blocks: int = 0
 
     def build(self) -> BuiltRank:
         config, device = self.config, self.device
@@ -84,8 +90,8 @@ class RankBuilder:
         if self.communicator.rank == 0:
             sampler = GpuSampler(vocab_size, config.max_num_seqs, device.device)
         num_blocks = self._plan(model, used_before, weight_bytes)
-        pool = self.pool(model, num_blocks)
-        rank = self.rank(model, pool)
+        pool = self.pool(model, num_blocks + self.num_scratch_blocks)
+        rank = self.rank(model, pool, num_blocks)
         rank.prepare_decode(
             self.buckets,
             is_graphed=device.is_gpu,
@@ -110,6 +116,9 @@ class RankBuilder:
             vocab_size=vocab_size,
             pool_address=pool.address,
             pool_bytes=pool.num_bytes,
+            num_scratch_blocks=self.num_scratch_blocks,
+            pool_parallel=Parallel(self.communicator.rank, self.communicator.size),
+            device_id=device.device.index,
         )
 
     @property
@@ -131,10 +140,13 @@ class RankBuilder:
         for done, length in enumerate(lengths):
             report(done, len(lengths))
             rank.run([warm_up_slice(length, config.block_size)])
+            # The next step is packed where this one's inputs are still being copied from.
+            self.device.record().wait()
         report(len(lengths), len(lengths))
         # Beside chunks, decode attention is made for the next power of two of the batch size.
         for count in decode_counts(config.max_num_seqs):
             rank.run(warm_up_mix(count, config.block_size))
+            self.device.record().wait()
         if sampler is not None:
             shape = (config.max_num_seqs, vocab_size)
             dtype = getattr(torch, config.dtype)
@@ -168,7 +180,7 @@ class RankBuilder:
             total=self.device.total_bytes(),
             used_before=used_before,
             weights=weight_bytes,
-            activations=activations + held,
+            activations=activations + held + self.num_scratch_blocks * block_bytes,
             graphs=expected_graph_bytes(
                 activations,
                 config.max_num_batched_tokens,
@@ -198,9 +210,10 @@ class RankBuilder:
             max_model_len=model.max_model_len,
             block_size=config.block_size,
         )
-        pool = self.pool(model, num_blocks_of(slices))
+        num_blocks = num_blocks_of(slices)
+        pool = self.pool(model, num_blocks)
         # Made inside: the buffers of a rank are part of what it takes.
-        return peak_bytes(self.device, lambda: self.rank(model, pool).run(slices))
+        return peak_bytes(self.device, lambda: self.rank(model, pool, num_blocks).run(slices))
 
     def pool(self, model: LoadedModel[GpuLinear], num_blocks: int) -> GpuKvPool:
         scales = model.pool_scales()
@@ -212,10 +225,11 @@ class RankBuilder:
             v_scale=None if scales is None else scales.v,
         )
 
-    def rank(self, model: LoadedModel[GpuLinear], pool: GpuKvPool) -> GpuRank:
+    def rank(self, model: LoadedModel[GpuLinear], pool: GpuKvPool, num_blocks: int) -> GpuRank:
+        """`num_blocks` of the pool are for sequences."""
         config = self.config
         # A sequence is no longer than the pool; the measured step may hold longer ones.
-        longest = min(model.max_model_len, pool.num_blocks * config.block_size)
+        longest = min(model.max_model_len, num_blocks * config.block_size)
         llama = GpuLlama(
             model.model_config,
             model.weights,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,6 +30,7 @@ from baton.engine.batch import SequenceSlice
 from baton.engine.config import EngineConfig
 from baton.engine.parallel import Parallel
 from baton.engine.tensor_parallel.messages import Phase, RankSpec, SharedPool, Step, describe
+from baton.engine.tensor_parallel.rank_service import RankServiceSpec
 from baton.engine.tensor_parallel.rendezvous import path_of
 from baton.engine.tensor_parallel.step_clock import StepCount
 from baton.engine.tensor_parallel.watcher import RankWatcher
@@ -60,8 +62,18 @@ class GroupFailure:
 class RankGroup:
     """Ranks 1 to tp_size - 1. `start` once, `close` once; see the header for threads."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        service: RankServiceSpec | None = None,
+        *,
+        num_scratch_blocks: int = 0,
+    ) -> None:
+        """`service` runs in each of the other ranks' processes beside the steps."""
         self._config = config
+        self.num_scratch_blocks = num_scratch_blocks
+        """Of every rank's pool, behind the engine's blocks."""
+        self._service = service
         self._changed = threading.Condition()
         self._phases = dict.fromkeys(range(1, config.tp_size), Phase.STARTED)
         self._failure: GroupFailure | None = None
@@ -134,6 +146,13 @@ class RankGroup:
             thread.join(ABANDON_TIMEOUT_S)
             self.check()
         return outcome.result()
+
+    def take_service_sockets(self) -> list[socket.socket]:
+        """To the services of ranks 1, 2, ..., for the caller to close. Once, when all are ready.
+
+        A socket's stream ends when the rank's process does.
+        """
+        return [process.service.dup() for process in self._watcher.processes]
 
     def share_pool(self, fd: int, num_bytes: int) -> None:
         """Hand every rank the memory of the KV pool. `fd` may be closed after."""
@@ -236,6 +255,8 @@ class RankGroup:
             rendezvous_fd=self._rendezvous_fd,
             call_timeout_s=self.call_timeout_s,
             log_level=logger.getEffectiveLevel(),
+            num_scratch_blocks=self.num_scratch_blocks,
+            service=self._service,
         )
 
 

@@ -16,6 +16,7 @@ from baton.core.errors import BatonError
 from baton.engine.batch import SequenceSlice
 from baton.engine.config import EngineConfig
 from baton.engine.parallel import Parallel
+from baton.engine.tensor_parallel.rank_service import RankServiceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class RankSpec:
     """Bound on meeting the others and on each collective call of a CPU."""
     log_level: int
     """Below it nothing is logged; see the `logging` module."""
+    num_scratch_blocks: int = 0
+    """That the pool holds behind the engine's blocks."""
+    service: RankServiceSpec | None = None
+    """What else runs in the process; it speaks over the process's second socket."""
 
 
 class Phase(IntEnum):

@@ -32,11 +32,14 @@ class RankProcess:
         """Raises OSError."""
         self.rank = rank
         ours, theirs = socket.socketpair()
-        with theirs:
+        self.service, their_service = socket.socketpair()
+        """To the rank's service, see `rank_service`; closed by whoever uses it."""
+        with theirs, their_service:
+            fds = (theirs.fileno(), their_service.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, str(theirs.fileno())],
+                [sys.executable, "-m", MODULE, *map(str, fds)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), *inherited_fds),
+                pass_fds=(*fds, *inherited_fds),
                 env=_environment(),
             )
         self.connection = Connection(ours.detach())

@@ -1,9 +1,10 @@
-"""`python -m baton.engine.tensor_parallel.rank FD`: the process of one rank but the first.
+"""`python -m baton.engine.tensor_parallel.rank FD SERVICE_FD`: a rank's process but the first's.
 
 connect to the other ranks ─► load its part of the model ─► ready ─► run steps until the stream ends
 
 Started by rank 0 alone (`watcher.RankWatcher`), which says everything else over the socket FD and
-writes this process's log. What goes wrong is told there, once, and ends the process.
+writes this process's log. What goes wrong is told there, once, and ends the process. The socket
+SERVICE_FD is the `rank_service`'s, if there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import logging
 import mmap
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -21,7 +23,7 @@ from typing import Any, NoReturn
 
 from baton.core.errors import ConfigError
 from baton.core.logging import log_fields
-from baton.engine.host_memory import PoolMemory
+from baton.engine.host_memory import PoolMemory, map_own_pool
 from baton.engine.tensor_parallel.messages import (
     Phase,
     RankError,
@@ -33,6 +35,7 @@ from baton.engine.tensor_parallel.messages import (
 )
 from baton.engine.tensor_parallel.process import die_with, leave_signals_to_root
 from baton.engine.tensor_parallel.rank_log import send_log
+from baton.engine.tensor_parallel.rank_service import load_service
 from baton.engine.tensor_parallel.rendezvous import Rendezvous, path_of
 
 logger = logging.getLogger("baton.engine.tensor_parallel.rank")
@@ -80,12 +83,13 @@ class _Root:
 def main() -> NoReturn:
     leave_signals_to_root()
     root = _Root(int(sys.argv[1]))
+    service_socket = _socket(int(sys.argv[2]))
     code = 0
     try:
         spec: RankSpec = root.receive()
         die_with(spec.root_pid)
         send_log(root.tell, spec.log_level)
-        _serve(root, spec)
+        _serve(root, spec, service_socket)
     except _RootGone:
         pass
     except BaseException as error:
@@ -97,7 +101,7 @@ def main() -> NoReturn:
     os._exit(code)
 
 
-def _serve(root: _Root, spec: RankSpec) -> None:
+def _serve(root: _Root, spec: RankSpec, service_socket: socket.socket) -> None:
     from baton.engine.factory import build_rank, connect_ranks, set_threads
 
     set_threads(spec.config)
@@ -110,7 +114,18 @@ def _serve(root: _Root, spec: RankSpec) -> None:
         rendezvous=Rendezvous(path_of(spec.rendezvous_fd)),
         timeout_s=spec.call_timeout_s,
     )
-    rank = build_rank(spec.config, communicator=communicator, pool_memory_factory=root.receive_pool)
+    service = None if spec.service is None else load_service(spec.service, service_socket)
+    make_pool = root.receive_pool
+    if spec.config.pool_per_rank:
+        make_pool = map_own_pool if service is None else service.make_pool
+    rank = build_rank(
+        spec.config,
+        communicator=communicator,
+        pool_memory_factory=make_pool,
+        num_scratch_blocks=spec.num_scratch_blocks,
+    )
+    if service is not None:
+        service.start(rank.kv)
     log_fields(logger, "ready for steps", pid=os.getpid())
     root.tell(Phase.READY)
     num_threads = 0
@@ -120,6 +135,11 @@ def _serve(root: _Root, spec: RankSpec) -> None:
             num_threads = step.num_threads
             torch.set_num_threads(num_threads)
         rank.runner.run(step.slices)
+
+
+def _socket(fd: int) -> socket.socket:
+    os.set_inheritable(fd, False)
+    return socket.socket(fileno=fd)
 
 
 def _last_words(error: BaseException) -> RankError:

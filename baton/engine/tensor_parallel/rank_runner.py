@@ -11,6 +11,8 @@ from typing import Protocol
 
 from baton.core.kv_layout import KvLayout
 from baton.engine.batch import Batch, LaunchedStep, Runner, SequenceSlice
+from baton.engine.parallel import SINGLE, Parallel
+from baton.engine.tensor_parallel.rank_service import RankKv
 
 
 class RankRunner(Runner, Protocol):
@@ -34,10 +36,28 @@ class BuiltRank:
 
     runner: RankRunner
     layout: KvLayout
-    """Of the pool that peers read: the whole model's on a CPU, where the ranks share one."""
+    """Of the whole model, as peers compare it."""
     num_blocks: int
     max_model_len: int
     """Tokens of prompt and output together, by the model and the configuration."""
     vocab_size: int
     pool_address: int
     pool_bytes: int
+    num_scratch_blocks: int = 0
+    """Behind the `num_blocks` of the engine, see `factory`."""
+    pool_parallel: Parallel = SINGLE
+    """Which part of the KV heads the pool holds: all of them where the ranks share one."""
+    device_id: int | None = None
+    """CUDA ordinal of the pool, None for host memory."""
+
+    @property
+    def kv(self) -> RankKv:
+        return RankKv(
+            layout=self.layout,
+            parallel=self.pool_parallel,
+            num_blocks=self.num_blocks,
+            num_scratch_blocks=self.num_scratch_blocks,
+            address=self.pool_address,
+            num_bytes=self.pool_bytes,
+            device_id=self.device_id,
+        )

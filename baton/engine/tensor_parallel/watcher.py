@@ -152,3 +152,4 @@ class RankWatcher:
             if process.wait() is None:
                 logger.error("rank %d (process %d) does not end", process.rank, process.pid)
             process.connection.close()
+            process.service.close()

@@ -7,13 +7,31 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ChallengeRequest(_message.Message):
+    __slots__ = ("worker_id", "epoch")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    epoch: str
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ...) -> None: ...
+
+class ChallengeReply(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
+
 class ConnectRequest(_message.Message):
-    __slots__ = ("protocol_version", "card")
+    __slots__ = ("protocol_version", "card", "nonce", "challenge")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     card: bytes
-    def __init__(self, protocol_version: _Optional[int] = ..., card: _Optional[bytes] = ...) -> None: ...
+    nonce: bytes
+    challenge: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., card: _Optional[bytes] = ..., nonce: _Optional[bytes] = ..., challenge: _Optional[bytes] = ...) -> None: ...
 
 class ConnectReply(_message.Message):
     __slots__ = ("card",)
@@ -21,19 +39,47 @@ class ConnectReply(_message.Message):
     card: bytes
     def __init__(self, card: _Optional[bytes] = ...) -> None: ...
 
+class MeasureRequest(_message.Message):
+    __slots__ = ("peers", "num_rounds", "card", "challenge")
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    CHALLENGE_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[_worker_pb2.PeerRef]
+    num_rounds: int
+    card: bytes
+    challenge: bytes
+    def __init__(self, peers: _Optional[_Iterable[_Union[_worker_pb2.PeerRef, _Mapping]]] = ..., num_rounds: _Optional[int] = ..., card: _Optional[bytes] = ..., challenge: _Optional[bytes] = ...) -> None: ...
+
+class MeasureReply(_message.Message):
+    __slots__ = ("links", "memory_bytes_per_second", "findings")
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[_worker_pb2.LinkReport]
+    memory_bytes_per_second: float
+    findings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, links: _Optional[_Iterable[_Union[_worker_pb2.LinkReport, _Mapping]]] = ..., memory_bytes_per_second: _Optional[float] = ..., findings: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class ReaderMessage(_message.Message):
-    __slots__ = ("hello", "watch", "renew", "complete", "give_up")
+    __slots__ = ("hello", "watch", "renew", "complete", "give_up", "fetch_prefix", "takeover", "freeze")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WATCH_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     GIVE_UP_FIELD_NUMBER: _ClassVar[int]
+    FETCH_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    TAKEOVER_FIELD_NUMBER: _ClassVar[int]
+    FREEZE_FIELD_NUMBER: _ClassVar[int]
     hello: ReaderHello
     watch: Watch
     renew: Renew
     complete: Complete
     give_up: GiveUp
-    def __init__(self, hello: _Optional[_Union[ReaderHello, _Mapping]] = ..., watch: _Optional[_Union[Watch, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ...) -> None: ...
+    fetch_prefix: FetchPrefix
+    takeover: Takeover
+    freeze: Freeze
+    def __init__(self, hello: _Optional[_Union[ReaderHello, _Mapping]] = ..., watch: _Optional[_Union[Watch, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., fetch_prefix: _Optional[_Union[FetchPrefix, _Mapping]] = ..., takeover: _Optional[_Union[Takeover, _Mapping]] = ..., freeze: _Optional[_Union[Freeze, _Mapping]] = ...) -> None: ...
 
 class ReaderHello(_message.Message):
     __slots__ = ("worker_id", "epoch")
@@ -70,6 +116,28 @@ class GiveUp(_message.Message):
     request_id: str
     reason: str
     def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class FetchPrefix(_message.Message):
+    __slots__ = ("request_id", "block_hashes")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    block_hashes: bytes
+    def __init__(self, request_id: _Optional[str] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
+
+class Takeover(_message.Message):
+    __slots__ = ("request_id", "num_known_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_KNOWN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    num_known_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., num_known_tokens: _Optional[int] = ...) -> None: ...
+
+class Freeze(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class OwnerMessage(_message.Message):
     __slots__ = ("chunk", "completed", "refused")

@@ -34,6 +34,11 @@ class TransferStub(object):
         Args:
             channel: A grpc.Channel.
         """
+        self.Challenge = channel.unary_unary(
+                '/baton.v1.Transfer/Challenge',
+                request_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ChallengeRequest.SerializeToString,
+                response_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ChallengeReply.FromString,
+                _registered_method=True)
         self.Connect = channel.unary_unary(
                 '/baton.v1.Transfer/Connect',
                 request_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ConnectRequest.SerializeToString,
@@ -44,10 +49,22 @@ class TransferStub(object):
                 request_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ReaderMessage.SerializeToString,
                 response_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.OwnerMessage.FromString,
                 _registered_method=True)
+        self.Measure = channel.unary_unary(
+                '/baton.v1.Transfer/Measure',
+                request_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.MeasureReply.FromString,
+                _registered_method=True)
 
 
 class TransferServicer(object):
     """Missing associated documentation comment in .proto file."""
+
+    def Challenge(self, request, context):
+        """The first of two steps of a connection, so that a recorded Connect is of no use to others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Connect(self, request, context):
         """Exchange signed peer cards. FAILED_PRECONDITION with a readable reason when the two workers
@@ -65,9 +82,21 @@ class TransferServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Measure(self, request, context):
+        """Time reads from peers of this worker, for people who look for a slow link.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Challenge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Challenge,
+                    request_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ChallengeRequest.FromString,
+                    response_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ChallengeReply.SerializeToString,
+            ),
             'Connect': grpc.unary_unary_rpc_method_handler(
                     servicer.Connect,
                     request_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ConnectRequest.FromString,
@@ -77,6 +106,11 @@ def add_TransferServicer_to_server(servicer, server):
                     servicer.Leases,
                     request_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.ReaderMessage.FromString,
                     response_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.OwnerMessage.SerializeToString,
+            ),
+            'Measure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.MeasureRequest.FromString,
+                    response_serializer=baton_dot_rpc_dot_v1_dot_transfer__pb2.MeasureReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +122,33 @@ def add_TransferServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Transfer(object):
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Challenge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Transfer/Challenge',
+            baton_dot_rpc_dot_v1_dot_transfer__pb2.ChallengeRequest.SerializeToString,
+            baton_dot_rpc_dot_v1_dot_transfer__pb2.ChallengeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Connect(request,
@@ -133,6 +194,33 @@ class Transfer(object):
             '/baton.v1.Transfer/Leases',
             baton_dot_rpc_dot_v1_dot_transfer__pb2.ReaderMessage.SerializeToString,
             baton_dot_rpc_dot_v1_dot_transfer__pb2.OwnerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Transfer/Measure',
+            baton_dot_rpc_dot_v1_dot_transfer__pb2.MeasureRequest.SerializeToString,
+            baton_dot_rpc_dot_v1_dot_transfer__pb2.MeasureReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,6 +13,7 @@ class Work(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORK_GENERATE: _ClassVar[Work]
     WORK_PREFILL: _ClassVar[Work]
     WORK_DECODE: _ClassVar[Work]
+    WORK_TAKEOVER: _ClassVar[Work]
 
 class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +32,7 @@ WORK_UNSPECIFIED: Work
 WORK_GENERATE: Work
 WORK_PREFILL: Work
 WORK_DECODE: Work
+WORK_TAKEOVER: Work
 ROLE_UNSPECIFIED: Role
 ROLE_PREFILL: Role
 ROLE_DECODE: Role
@@ -41,14 +43,16 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel")
+    __slots__ = ("hello", "submit", "cancel", "peers")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    peers: Peers
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., peers: _Optional[_Union[Peers, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "protocol_version")
@@ -59,7 +63,7 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "work", "prompt_token_ids", "block_hashes", "output_token_ids", "eos_token_ids", "sampling", "prefill_peer", "deadline_ms")
+    __slots__ = ("request_id", "work", "prompt_token_ids", "block_hashes", "output_token_ids", "eos_token_ids", "sampling", "kv_source", "deadline_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -67,7 +71,7 @@ class Submit(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_PEER_FIELD_NUMBER: _ClassVar[int]
+    KV_SOURCE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     work: Work
@@ -76,9 +80,9 @@ class Submit(_message.Message):
     output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
-    prefill_peer: PeerRef
+    kv_source: PeerRef
     deadline_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[bytes] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., prefill_peer: _Optional[_Union[PeerRef, _Mapping]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., work: _Optional[_Union[Work, str]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., block_hashes: _Optional[bytes] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., kv_source: _Optional[_Union[PeerRef, _Mapping]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "logprobs", "stop_token_ids", "ignore_eos", "min_tokens")
@@ -129,6 +133,12 @@ class PeerRef(_message.Message):
     address: str
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
+class Peers(_message.Message):
+    __slots__ = ("peers",)
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[PeerRef]
+    def __init__(self, peers: _Optional[_Iterable[_Union[PeerRef, _Mapping]]] = ...) -> None: ...
+
 class Cancel(_message.Message):
     __slots__ = ("request_id", "reason")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -138,12 +148,14 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("welcome", "step")
+    __slots__ = ("welcome", "step", "fabric")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    FABRIC_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: StepBatch
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ...) -> None: ...
+    fabric: FabricReport
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ..., fabric: _Optional[_Union[FabricReport, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("info", "load", "kv_sequence", "cached_hashes")
@@ -158,8 +170,10 @@ class Welcome(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_sequence: _Optional[int] = ..., cached_hashes: _Optional[bytes] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("check_integrity",)
+    CHECK_INTEGRITY_FIELD_NUMBER: _ClassVar[int]
+    check_integrity: bool
+    def __init__(self, check_integrity: bool = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_ms",)
@@ -256,6 +270,78 @@ class StepBatch(_message.Message):
     first_kv_sequence: int
     kv_events: _containers.RepeatedCompositeFieldContainer[KvEvent]
     def __init__(self, deltas: _Optional[_Iterable[_Union[Delta, _Mapping]]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., first_kv_sequence: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ...) -> None: ...
+
+class FabricReport(_message.Message):
+    __slots__ = ("links", "tiers", "counters")
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[LinkReport]
+    tiers: _containers.RepeatedCompositeFieldContainer[TierReport]
+    counters: FabricCounters
+    def __init__(self, links: _Optional[_Iterable[_Union[LinkReport, _Mapping]]] = ..., tiers: _Optional[_Iterable[_Union[TierReport, _Mapping]]] = ..., counters: _Optional[_Union[FabricCounters, _Mapping]] = ...) -> None: ...
+
+class LinkReport(_message.Message):
+    __slots__ = ("peer_id", "peer_epoch", "transport", "lane", "bytes_per_second", "latency_seconds", "reason")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    PEER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    peer_epoch: str
+    transport: str
+    lane: str
+    bytes_per_second: float
+    latency_seconds: float
+    reason: str
+    def __init__(self, peer_id: _Optional[str] = ..., peer_epoch: _Optional[str] = ..., transport: _Optional[str] = ..., lane: _Optional[str] = ..., bytes_per_second: _Optional[float] = ..., latency_seconds: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class TierReport(_message.Message):
+    __slots__ = ("tier", "num_blocks", "num_bytes", "max_bytes", "reason")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    num_blocks: int
+    num_bytes: int
+    max_bytes: int
+    reason: str
+    def __init__(self, tier: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class FabricCounters(_message.Message):
+    __slots__ = ("reads", "read_bytes", "failed_reads", "expired_leases", "recycles", "refused_peers", "fetched_blocks", "saved_blocks", "restored_blocks", "corrupt_blocks", "takeovers", "failed_takeovers", "takeover_pause_seconds")
+    READS_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_READS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_LEASES_FIELD_NUMBER: _ClassVar[int]
+    RECYCLES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_PEERS_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TAKEOVERS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_TAKEOVERS_FIELD_NUMBER: _ClassVar[int]
+    TAKEOVER_PAUSE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    reads: int
+    read_bytes: int
+    failed_reads: int
+    expired_leases: int
+    recycles: int
+    refused_peers: int
+    fetched_blocks: int
+    saved_blocks: int
+    restored_blocks: int
+    corrupt_blocks: int
+    takeovers: int
+    failed_takeovers: int
+    takeover_pause_seconds: float
+    def __init__(self, reads: _Optional[int] = ..., read_bytes: _Optional[int] = ..., failed_reads: _Optional[int] = ..., expired_leases: _Optional[int] = ..., recycles: _Optional[int] = ..., refused_peers: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., saved_blocks: _Optional[int] = ..., restored_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., takeovers: _Optional[int] = ..., failed_takeovers: _Optional[int] = ..., takeover_pause_seconds: _Optional[float] = ...) -> None: ...
 
 class KvEvent(_message.Message):
     __slots__ = ("stored", "removed")

@@ -21,7 +21,7 @@ def engine(**changes: Any) -> EngineConfig:
     [
         {},
         {"max_num_seqs": 4, "max_num_batched_tokens": 128, "kv_cache_bytes": 1 << 20},
-        {"tp_size": 2, "device": Device.CUDA},
+        {"tp_size": 2, "pool_per_rank": True},
     ],
 )
 def test_what_does_not_change_a_block_may_differ(decode: dict[str, Any]) -> None:
@@ -34,6 +34,7 @@ def test_what_does_not_change_a_block_may_differ(decode: dict[str, Any]) -> None
         ("kv_cache_dtype", "fp8", "auto", ("fp8", "auto")),
         ("dtype", "float32", "bfloat16", ("float32", "bfloat16")),
         ("block_size", 16, 64, ("16", "64")),
+        ("device", Device.CPU, Device.CUDA, ("cpu", "cuda")),
         ("load_format", LoadFormat.DUMMY, LoadFormat.AUTO, ("dummy", "auto")),
     ],
 )

@@ -95,13 +95,16 @@ def test_impossible_sizes_name_the_pool_and_what_is_possible(tmp_path: Path) -> 
     check(SystemConfig(model_path=folder, num_prefill=0, prefill=wrong))
 
 
-@pytest.mark.parametrize("pool", ["prefill", "decode"])
-def test_a_prefill_pool_beside_gpu_memory_is_refused(tmp_path: Path, pool: str) -> None:
+def test_pools_on_a_gpu_and_a_cpu_cannot_exchange_kv(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
-    settings = {pool: {"engine": {"device": "cuda"}}}
-    with pytest.raises(ConfigError, match=f"{pool} pool: workers on GPUs .* give --prefill 0"):
-        check(SystemConfig(model_path=folder, **settings), "0")
-    check(SystemConfig(model_path=folder, num_prefill=0, **settings), "0")
+    cuda = {"engine": {"device": "cuda", "block_size": 64}}
+    cpu = {"engine": {"block_size": 64}}
+    with pytest.raises(ConfigError, match=r"engine.device is cpu in the prefill pool and cuda"):
+        check(SystemConfig(model_path=folder, prefill=cpu, decode=cuda), "0")
+    with pytest.raises(ConfigError, match=r"engine.device is cuda in the prefill pool and cpu"):
+        check(SystemConfig(model_path=folder, prefill=cuda, decode=cpu), "0")
+    check(SystemConfig(model_path=folder, num_prefill=0, decode=cuda), "0")
+    check(SystemConfig(model_path=folder, prefill=cuda, decode=cuda), "0,1")
 
 
 def test_ray_needs_gpus_for_all_workers_and_processes_share_them(tmp_path: Path) -> None:

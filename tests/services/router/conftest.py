@@ -2,13 +2,15 @@
 
 Token k of any output is `letter(sum(prompt) + seed + k)`, so every test can say what must come
 out, whichever workers produced it. A decode worker starts once its prefill peer has computed the
-prompt and is alive.
+prompt and is alive. A takeover goes through `TAKEOVER_PHASES`, one per step; the old worker stands
+still from "frozen" on, and goes on when the new one fails, is cancelled or dies.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +21,13 @@ import pytest
 
 from baton.core.block import BlockHash, join_hashes
 from baton.core.errors import Overloaded
+from baton.core.fabric import FabricReport
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
     FinishReason,
     GenerateRequest,
+    PeerRef,
     RequestId,
     SamplingParams,
     TokenDelta,
@@ -34,13 +38,20 @@ from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
 from baton.rpc.channel import new_server
 from baton.rpc.convert import (
     delta_to_wire,
+    fabric_to_wire,
     load_to_wire,
+    peer_from_wire,
     request_from_wire,
     worker_info_to_wire,
 )
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
-from services.router.config import DispatchConfig, RouterConfig, SessionConfig
+from services.router.config import (
+    DispatchConfig,
+    MigrationConfig,
+    RouterConfig,
+    SessionConfig,
+)
 from services.router.core import RouterCore
 from services.router.generation import GenerationDelta, GenerationInput, Usage
 from services.router.membership import PushMembership
@@ -90,10 +101,19 @@ class ByteTokenizer:
         return ByteDetokenizer()
 
 
+TAKEOVER_SLACK_TOKENS = 64
+"""Room on the new worker for what the old one generates meanwhile."""
+TAKEOVER_PHASES = ("reading", "frozen", "complete")
+"""Of a takeover on its target: D1 generates, D1 stands still, all is read."""
+HANDED_ON = "handed on"
+"""D1 has let go, and D2 has not spoken."""
+
+
 class FakeKv:
-    """What prefill workers hold for readers: wire id -> worker."""
+    """What prefill workers hold for readers: wire id -> worker; and who can be read from."""
 
     def __init__(self) -> None:
+        self.workers: dict[WorkerId, FakeWorker] = {}
         self.held: dict[tuple[WorkerId, RequestId], bool] = {}
         self.dead: set[tuple[WorkerId, Epoch]] = set()
 
@@ -125,6 +145,12 @@ class Faults:
     welcome_delay_s: float = 0.0
     forgets_the_end: bool = False
     """The last token comes without its finish reason."""
+    takeover_stays_in: str = ""
+    """Takeovers by this worker do not leave this phase."""
+    takeover_fails_in: str = ""
+    """They end with an error when they reach this phase."""
+    write_delay_s: float = 0.0
+    """Every message of the worker arrives this much later."""
 
 
 @dataclass
@@ -133,6 +159,10 @@ class Live:
     index: int
     session: asyncio.Queue[pb.WorkerMessage]
     has_spoken: bool = False
+    phase: str = TAKEOVER_PHASES[0]
+    """Of a takeover by this worker."""
+    is_frozen: bool = False
+    """Another worker is about to take it over."""
 
 
 class FakeWorker(pb_grpc.WorkerServicer):
@@ -142,6 +172,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.worker_id = WorkerId(name)
         self.role = role
         self.kv = kv
+        kv.workers[self.worker_id] = self
         self.step_s = step_s
         self.faults = Faults()
         self.epoch = Epoch("1")
@@ -149,6 +180,8 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.live: dict[RequestId, Live] = {}
         self.submitted: list[GenerateRequest] = []
         self.cancelled: list[RequestId] = []
+        self.peers: list[list[PeerRef]] = []
+        """Every message about peers."""
         self.load = LoadReport(free_blocks=1000, total_blocks=1000)
         self.cached: list[BlockHash] = []
         self.kv_sequence = 0
@@ -192,6 +225,8 @@ class FakeWorker(pb_grpc.WorkerServicer):
         if server is None:
             return
         self.kv.dead.add((self.worker_id, self.epoch))
+        for live in self.live.values():
+            self._let_go(live)
         self.live.clear()
         self.sessions.clear()
         if self._stepping is not None:
@@ -201,6 +236,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
     async def revive(self) -> None:
         self.epoch = Epoch(str(int(self.epoch) + 1))
         self.faults = Faults()
+        self.load = LoadReport(free_blocks=1000, total_blocks=1000)
         self.kv_sequence = 0
         self.cached.clear()
         await self.start()
@@ -217,6 +253,14 @@ class FakeWorker(pb_grpc.WorkerServicer):
     def send_all(self, message: pb.WorkerMessage) -> None:
         for queue in self.sessions:
             queue.put_nowait(message)
+
+    def set_load(self, **values: object) -> None:
+        """Change the load and report it."""
+        self.load = dataclasses.replace(self.load, **values)  # type: ignore[arg-type]
+        self.report()
+
+    def report_fabric(self, report: FabricReport) -> None:
+        self.send_all(pb.WorkerMessage(fabric=fabric_to_wire(report)))
 
     def report(self, **kv: object) -> None:
         self.send_all(
@@ -264,13 +308,15 @@ class FakeWorker(pb_grpc.WorkerServicer):
                     message = await asyncio.wait_for(queue.get(), 0.1)
                     while self.faults.is_frozen:
                         await asyncio.sleep(0.02)
+                    if self.faults.write_delay_s:
+                        await asyncio.sleep(self.faults.write_delay_s)
                     await context.write(message)
         finally:
             reader.cancel()
             if queue in self.sessions:
                 self.sessions.remove(queue)
             for wire_id in [i for i, live in self.live.items() if live.session is queue]:
-                del self.live[wire_id]
+                self._let_go(self.live.pop(wire_id))
 
     async def _read(
         self,
@@ -280,9 +326,13 @@ class FakeWorker(pb_grpc.WorkerServicer):
         async for message in messages:
             while self.faults.is_frozen:
                 await asyncio.sleep(0.02)
-            if message.WhichOneof("body") == "submit":
+            body = message.WhichOneof("body")
+            if body == "submit":
                 self._submit(request_from_wire(message.submit), queue)
+            elif body == "peers":
+                self.peers.append([peer_from_wire(peer) for peer in message.peers.peers])
             else:
+                assert body == "cancel"
                 self._cancel(RequestId(message.cancel.request_id))
 
     def _submit(self, request: GenerateRequest, queue: asyncio.Queue[pb.WorkerMessage]) -> None:
@@ -303,6 +353,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.kv.held.pop((self.worker_id, wire_id), None)
         live = self.live.pop(wire_id, None)
         if live is not None:
+            self._let_go(live)
             self._send(live.session, TokenDelta(wire_id, finish_reason=FinishReason.CANCELLED))
 
     # The "engine"
@@ -321,7 +372,11 @@ class FakeWorker(pb_grpc.WorkerServicer):
 
     def _step(self, live: Live) -> None:
         request, faults = live.request, self.faults
+        if live.is_frozen:
+            return
         if request.work is Work.DECODE and not live.has_spoken and not self._read_kv(live):
+            return
+        if request.work is Work.TAKEOVER and not live.has_spoken and not self._take_over(live):
             return
         k = live.index
         if faults.kill_at == k and faults.kills_left:
@@ -370,13 +425,13 @@ class FakeWorker(pb_grpc.WorkerServicer):
         if request.work is Work.PREFILL:
             return Timeline({E.PREFILL_QUEUED: 1.0, E.PREFILL_STARTED: 1.5, E.PREFILL_ENDED: 2.0})
         points = {E.DECODE_STARTED: 10.0, E.DECODE_ENDED: 11.0}
-        is_read = request.work is Work.DECODE
+        is_read = request.work.reads_all_kv
         return Timeline(
             points, TransferStats(4096, 4, 1, 0.25, 0.125) if is_read else TransferStats()
         )
 
     def _read_kv(self, live: Live) -> bool:
-        peer = live.request.prefill_peer
+        peer = live.request.kv_source
         assert peer is not None
         wire_id = live.request.request_id
         if (peer.worker_id, peer.epoch) in self.kv.dead:
@@ -386,6 +441,60 @@ class FakeWorker(pb_grpc.WorkerServicer):
         if self.faults.hold_kv:
             return False
         return self.kv.held.pop((peer.worker_id, wire_id), False)
+
+    def _source_of(self, live: Live) -> Live | None:
+        """The request on the worker that `live` takes it over from, while that has it."""
+        peer, wire_id = live.request.kv_source, live.request.request_id
+        assert peer is not None
+        source = self.kv.workers[peer.worker_id]
+        if source.is_alive and source.epoch == peer.epoch:
+            return source.live.get(wire_id)
+        return None
+
+    def _take_over(self, live: Live) -> bool:
+        """One step of a takeover; True once the request is here."""
+        source, wire_id, phase = self._source_of(live), live.request.request_id, live.phase
+        if source is None or phase == self.faults.takeover_fails_in:
+            self._let_go(live)
+            del self.live[wire_id]
+            message = "not running there" if source is None else f"scripted while {phase}"
+            self._send(live.session, self._error(wire_id, message, True))
+            return False
+        known = len(live.request.output_token_ids)
+        if source.index > known + TAKEOVER_SLACK_TOKENS:
+            del self.live[wire_id]
+            self._send(live.session, self._error(wire_id, f"grew to {source.index}", True))
+            return False
+        if phase == self.faults.takeover_stays_in:
+            return False
+        if phase != TAKEOVER_PHASES[-1]:
+            live.phase = TAKEOVER_PHASES[TAKEOVER_PHASES.index(phase) + 1]
+            source.is_frozen = True
+            return False
+        assert known <= source.index
+        live.index = source.index
+        assert live.request.kv_source is not None
+        self.kv.workers[live.request.kv_source.worker_id].hand_on(wire_id)
+        if self.faults.takeover_fails_in == HANDED_ON:
+            del self.live[wire_id]
+            self._send(live.session, self._error(wire_id, "scripted when handed on", True))
+            return False
+        return True
+
+    def hand_on(self, wire_id: RequestId) -> None:
+        """Another worker has taken the request over: end it here with a last delta."""
+        live = self.live.pop(wire_id)
+        timeline = self._timeline(live.request)
+        # Of the old worker only: the request goes on.
+        timeline.points[LifecycleEvent.DECODE_ENDED] = 10.25
+        self._send(live.session, TokenDelta(wire_id, first_index=live.index, timeline=timeline))
+
+    def _let_go(self, live: Live) -> None:
+        """A takeover by this worker ends: the old worker goes on."""
+        if live.request.work is Work.TAKEOVER and not live.has_spoken:
+            source = self._source_of(live)
+            if source is not None:
+                source.is_frozen = False
 
     def _error(self, wire_id: RequestId, message: str, is_retryable: bool) -> TokenDelta:
         return TokenDelta(
@@ -517,6 +626,9 @@ def router_config(**dispatch: object) -> RouterConfig:
             backoff_max_s=0.2, stall_quarantine_s=0.5,
         ),
         dispatch=DispatchConfig(**dispatch),  # type: ignore[arg-type]
+        migration=MigrationConfig(
+            period_s=0.02, cooldown_s=0.1, cooldown_max_s=0.4, takeover_timeout_s=1.0,
+        ),
     )  # fmt: skip
 
 

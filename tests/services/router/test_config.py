@@ -15,11 +15,15 @@ def test_layers_from_file_environment_and_overrides(tmp_path):
     file.write_text("model_path: /models/m\ndispatch: {max_retries: 5}\nhttp_port: 1\n")
     config = load_router_config(
         file=file,
-        environ={"BATON_DISPATCH__STALL_S": "7", "BATON_HTTP_PORT": "2"},
+        environ={
+            "BATON_DISPATCH__STALL_S": "7",
+            "BATON_HTTP_PORT": "2",
+            "BATON_MIGRATION__ENABLED": "false",
+        },
         overrides={"http_port": 3, "health": {"required_roles": ["decode"]}},
     )
     assert config.dispatch.max_retries == 5 and config.dispatch.stall_s == 7.0
-    assert config.http_port == 3
+    assert config.http_port == 3 and not config.migration.enabled
     assert config.health.required_roles == (Role.DECODE,)
     assert config.served_model_name == "m"
 
@@ -31,6 +35,13 @@ def test_layers_from_file_environment_and_overrides(tmp_path):
         {"session": {"idle_timeout_s": 0}},
         {"dispatch": {"max_retries": -1}},
         {"policy": {"local_prefill_max_tokens": -1}},
+        {"policy": {"min_offer_blocks": 0}},
+        {"migration": {"low_watermark": 0.2, "high_watermark": 0.1}},
+        {"migration": {"low_watermark": -0.1}},
+        {"migration": {"high_watermark": 1.5}},
+        {"migration": {"max_concurrent": 0}},
+        {"migration": {"min_remaining_tokens": -1}},
+        {"migration": {"takeover_timeout_s": 0}},
         {"index": {"max_entries": 0}},
         {"health": {"load_fresh_s": -1}},
         {"registry_dir": "/x", "workers": ["h:1"]},

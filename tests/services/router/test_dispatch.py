@@ -8,6 +8,7 @@ import logging
 
 import pytest
 
+from baton.core.block import chain_hashes, root_hash
 from baton.core.errors import ContextLengthExceeded, ModelNotFound, NoWorker
 from baton.core.logging import JsonFormatter
 from baton.core.request import FinishReason, Work
@@ -22,8 +23,8 @@ async def test_long_prompt_is_prefilled_remotely_and_joined(cluster):
     (prefill,), (decode,) = cluster["p0"].submitted, cluster["d0"].submitted
     assert prefill.work is Work.PREFILL and decode.work is Work.DECODE
     assert prefill.request_id == decode.request_id
-    assert decode.prefill_peer.worker_id == "p0"
-    assert decode.prefill_peer.address == cluster["p0"].address
+    assert decode.kv_source.worker_id == "p0"
+    assert decode.kv_source.address == cluster["p0"].address
     assert len(prefill.block_hashes) == len(LONG) // 16
     assert prefill.block_hashes == decode.block_hashes
     assert outcome.usage.cached_tokens == 16
@@ -173,6 +174,8 @@ async def test_one_log_line_and_histograms_per_request(cluster, caplog):
     assert {c["worker_id"] for c in placement["candidates"]} == {"p0", "d0"}
     assert line["request_queue_seconds"] == 0.5
     assert line["kv_transfer_bytes"] == 4096
+    assert line["kv_transfer_exposed_seconds"] == 0.125 and line["kv_transfer_hidden_ratio"] == 0.5
+    assert line["migrations"] == [] and placement["offer"] is None
 
     text = await cluster.rendered('baton_workers{role="decode"} 1.0')
     for sample in (
@@ -183,6 +186,7 @@ async def test_one_log_line_and_histograms_per_request(cluster, caplog):
         'baton_request_decode_seconds_sum{model="fake"} 1.0',
         'baton_kv_transfer_bytes_sum{model="fake"} 4096.0',
         'baton_kv_transfer_exposed_seconds_sum{model="fake"} 0.125',
+        'baton_kv_transfer_hidden_ratio_sum{model="fake"} 0.5',
         'baton_placements_total{kind="remote_prefill"} 1.0',
         'baton_requests_total{finish_reason="length",model="fake"} 1.0',
         'baton_prompt_tokens_total{model="fake"} 100.0',
@@ -192,6 +196,24 @@ async def test_one_log_line_and_histograms_per_request(cluster, caplog):
         "baton_requests_running 0.0",
     ):
         assert sample in text, sample
+
+
+async def test_log_line_says_whose_cache_was_offered(cluster, caplog):
+    layout = cluster["p0"].layout
+    hashes = chain_hashes(root_hash(layout.fingerprint), LONG, 16)
+    cluster["p0"].store(hashes[:1])
+    cluster["d0"].store(hashes[:4])
+    # Too busy to compute the rest itself.
+    cluster["d0"].set_load(queued_prefill_tokens=300)
+    async with asyncio.timeout(2):
+        while cluster.core.pool.index.match(hashes) != {"p0": 1, "d0": 4}:
+            await asyncio.sleep(0.005)
+    with caplog.at_level(logging.INFO, logger="services.router.request_log"):
+        await cluster.generate(LONG, 5)
+    (record,) = [r for r in caplog.records if r.name == "services.router.request_log"]
+    (placement,) = json.loads(JsonFormatter("router").format(record))["placements"]
+    assert placement["kind"] == "remote_prefill"
+    assert placement["offer"] == {"source": "d0", "num_blocks": 4, "num_own_blocks": 1}
 
 
 async def test_gauges_of_a_lost_worker_are_removed(cluster):

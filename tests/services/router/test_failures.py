@@ -4,6 +4,7 @@ a lost token or one twice."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import time
 
@@ -19,6 +20,7 @@ from baton.core.errors import (
     WorkerLost,
 )
 from baton.core.request import Work
+from services.router.config import MigrationConfig
 
 LONG = list(range(1, 101))
 SHORT = [5, 6, 7]
@@ -239,8 +241,6 @@ async def test_lost_news_of_the_end_needs_no_worker(cluster):
 
 async def test_draining_worker_gets_no_new_work(make_cluster):
     cluster = await make_cluster(1, 2)
-    import dataclasses
-
     cluster["d0"].load = dataclasses.replace(cluster["d0"].load, is_draining=True)
     cluster["d0"].report()
     await asyncio.sleep(0.1)
@@ -313,8 +313,9 @@ async def test_stopping_router_ends_running_requests(make_cluster):
         await task
 
 
-async def test_worker_that_leaves_the_membership_finishes_its_requests(make_cluster):
-    cluster = await make_cluster(0, 2)
+async def test_worker_that_leaves_the_membership_finishes_its_requests(make_cluster, config):
+    config = dataclasses.replace(config, migration=MigrationConfig(enabled=False))
+    cluster = await make_cluster(0, 2, config=config)
     task = asyncio.create_task(run(cluster, LONG, 100))
     while not (busy := [w for w in cluster.workers.values() if w.live]):
         await asyncio.sleep(0.002)
@@ -380,6 +381,19 @@ async def test_slow_client_neither_blocks_others_nor_loses_tokens(cluster):
     rest = [d async for d in stream]
     assert sum(len(d.token_ids) for d in [first, *rest]) == 300
     assert len(rest) < 200
+
+
+async def test_slow_client_of_a_finished_request_is_no_reason_to_blame_its_worker(cluster):
+    stream = cluster.core.dispatcher.generate(cluster.input(LONG, 30))
+    first = await anext(stream)
+    while cluster["d0"].live:
+        await asyncio.sleep(0.01)
+    # Longer than the workers may be without progress while they have requests.
+    await asyncio.sleep(1.0)
+    assert not any(w.is_quarantined for w in cluster.core.pool.view().workers)
+    rest = [d async for d in stream]
+    assert sum(len(d.token_ids) for d in [first, *rest]) == 30
+    assert not any(w.is_quarantined for w in cluster.core.pool.view().workers)
 
 
 # Everything at once.

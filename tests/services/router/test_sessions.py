@@ -56,6 +56,46 @@ async def test_prefix_overlap_decides_the_placement(make_cluster):
     assert len(cluster["p1"].submitted) == 4
 
 
+async def test_worker_is_told_who_caches_more_of_its_prompt(cluster):
+    prompt = list(range(1, 201))
+    hashes = hashes_of(cluster, prompt)
+    cluster["d0"].store(hashes[:7])
+    cluster["p0"].store(hashes[:2])
+    await matched(cluster, hashes, {"d0": 7, "p0": 2})
+    await cluster.generate(prompt, 4)
+    (prefill,), (decode,) = cluster["p0"].submitted, cluster["d0"].submitted
+    assert prefill.work is Work.PREFILL and prefill.kv_source.worker_id == "d0"
+    assert prefill.kv_source.address == cluster["d0"].address
+    assert decode.work is Work.DECODE and decode.kv_source.worker_id == "p0"
+    assert 'baton_prefix_offers_total{role="prefill"} 1.0' in await cluster.rendered()
+
+
+async def test_worker_that_generates_alone_is_told_as_well(make_cluster):
+    cluster = await make_cluster(1, 1)
+    hashes = hashes_of(cluster, LONG)
+    cluster["p0"].store(hashes[:5])
+    await matched(cluster, hashes, {"p0": 5})
+    cluster["p0"].load = dataclasses.replace(cluster["p0"].load, is_draining=True)
+    cluster["p0"].report()
+    async with asyncio.timeout(2):
+        while len(cluster.core.pool.view().eligible(model="fake")) != 1:
+            await asyncio.sleep(0.005)
+    await cluster.generate(LONG, 4)
+    (generate,) = cluster["d0"].submitted
+    assert generate.work is Work.GENERATE and generate.kv_source.worker_id == "p0"
+    assert 'baton_prefix_offers_total{role="decode"} 1.0' in await cluster.rendered()
+
+
+async def test_nothing_is_offered_where_it_cannot_pay(cluster, caplog):
+    hashes = hashes_of(cluster, LONG)
+    cluster["d0"].store(hashes[:1])
+    await matched(cluster, hashes, {"d0": 1})
+    await cluster.generate(LONG, 4)
+    (prefill,) = cluster["p0"].submitted
+    assert prefill.kv_source is None
+    assert "baton_prefix_offers_total{" not in await cluster.rendered()
+
+
 async def test_gap_in_kv_events_is_repaired_without_losing_requests(cluster):
     hashes = hashes_of(cluster, LONG)
     cluster["d0"].store(hashes[:1])

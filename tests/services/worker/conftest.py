@@ -23,6 +23,7 @@ import pytest
 
 from baton.core.block import BlockHash, chain_hashes, root_hash
 from baton.core.clock import WallClock
+from baton.core.fabric import FabricReport, LinkReport
 from baton.core.kv_layout import KvLayout
 from baton.core.request import (
     GenerateRequest,
@@ -32,6 +33,7 @@ from baton.core.request import (
     TokenDelta,
     Work,
 )
+from baton.core.tls import TlsConfig, open_tls
 from baton.core.worker_info import PROTOCOL_VERSION, LoadReport, Role, WorkerInfo
 from baton.engine.config import EngineConfig
 from baton.engine.engine import Engine
@@ -39,7 +41,9 @@ from baton.engine.tensor_parallel.group import RankGroup
 from baton.rpc.channel import open_channel
 from baton.rpc.convert import (
     delta_from_wire,
+    fabric_from_wire,
     load_from_wire,
+    peer_to_wire,
     request_to_wire,
     split_hashes,
     worker_info_from_wire,
@@ -49,6 +53,7 @@ from baton.rpc.v1.worker_pb2_grpc import WorkerStub
 from kvtransfer.metadata import PeerIdentity
 from kvtransfer.select import TransportKind, create_transport
 from kvtransfer.shm_transport import ShmPool
+from kvtransfer.tiers.config import TierConfig
 from kvtransfer.transport import PoolRegion
 from services.worker.backend import Backend
 from services.worker.config import (
@@ -61,6 +66,7 @@ from services.worker.config import (
 from services.worker.worker import WorkerServer
 
 BLOCK_SIZE = 4
+NUM_SCRATCH_BLOCKS = 4
 VOCAB_SIZE = 97
 SECRET = "0123456789abcdef"
 WAIT_S = 10.0
@@ -123,6 +129,10 @@ class Router:
     hashes: set[BlockHash] = field(default_factory=set)
     kv_sequence: int = 0
     load: LoadReport | None = None
+    fabric: FabricReport | None = None
+    num_fabrics: int = 0
+    names: set[str] = field(default_factory=set)
+    """For the test: requests it submitted here."""
     _reader: asyncio.Task[None] | None = None
     _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -139,7 +149,11 @@ class Router:
     async def _read(self) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
             while (message := await self.call.read()) is not grpc.aio.EOF:
-                self._take(message.step)
+                if message.HasField("fabric"):
+                    self.fabric = fabric_from_wire(message.fabric)
+                    self.num_fabrics += 1
+                else:
+                    self._take(message.step)
 
     def _take(self, step: pb.StepBatch) -> None:
         deltas = [delta_from_wire(delta) for delta in step.deltas]
@@ -164,6 +178,14 @@ class Router:
     async def cancel(self, request_id: str) -> None:
         cancel = pb.Cancel(request_id=request_id, reason="test")
         await self._write(pb.RouterMessage(cancel=cancel))
+
+    async def tell_peers(self, *peers: PeerRef) -> None:
+        await self._write(pb.RouterMessage(peers=pb.Peers(peers=map(peer_to_wire, peers))))
+
+    def link(self, peer_id: str) -> LinkReport | None:
+        """What the worker said of a peer last."""
+        links = self.fabric.links if self.fabric is not None else ()
+        return next((link for link in links if link.peer_id == peer_id), None)
 
     async def _write(self, message: pb.RouterMessage) -> None:
         async with self._writing:
@@ -223,6 +245,7 @@ class Worker:
         return router
 
     async def is_idle(self) -> bool:
+        """Every block is free or cached; the tiers may lease some again a moment later."""
         parts = self.server.parts
         snapshot = await parts.engine.snapshot()
         load = snapshot.load
@@ -231,7 +254,9 @@ class Worker:
             and parts.requests.num_live == 0
             and parts.leases.num_leases == 0
             and parts.reads.is_empty
+            and parts.imports.is_empty
             and load.quarantined_blocks == 0
+            and load.free_blocks + load.cached_blocks == load.total_blocks
         )
 
     async def _state(self) -> str:
@@ -239,7 +264,7 @@ class Worker:
         snapshot = await parts.engine.snapshot()
         return (
             f"{snapshot.load}, live {parts.requests.num_live}, leases {parts.leases.num_leases}, "
-            f"reads empty {parts.reads.is_empty}"
+            f"reads empty {parts.reads.is_empty}, imports empty {parts.imports.is_empty}"
         )
 
     async def assert_nothing_leaked(self, timeout_s: float = WAIT_S) -> None:
@@ -251,7 +276,6 @@ class Worker:
             raise AssertionError(f"not idle after {timeout_s} s: {await self._state()}") from None
         await self.server.parts.engine.check_integrity()
         load = (await self.server.parts.engine.snapshot()).load
-        assert load.free_blocks + load.cached_blocks == load.total_blocks, load
         assert (load.leases, load.reservations, load.num_running, load.num_waiting) == (0,) * 4
         assert not self.runner.violations, self.runner.violations[0]
 
@@ -286,10 +310,14 @@ class Workers:
         lease_s: float = 15.0,
         session: SessionConfig | None = None,
         registry: bool = False,
+        name: str | None = None,
+        transfer: dict[str, Any] | None = None,
+        tiers: TierConfig | None = None,
         step_s: float = 0.0,
         max_in_flight: int = 1,
         port: int = 0,
         ranks: RankGroup | None = None,
+        tls: TlsConfig | None = None,
         **engine: Any,
     ) -> Worker:
         engine = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **engine}
@@ -297,13 +325,19 @@ class Workers:
             engine=EngineConfig(model_path=Path("/m/arithmetic"), block_size=BLOCK_SIZE, **engine),
             role=role,
             port=port,
-            worker_id=f"{role.value}-{next(self._names)}",
+            worker_id=name or f"{role.value}-{next(self._names)}",
             transfer=TransferConfig(
-                cluster_secret=secret, lease_s=lease_s, connect_timeout_s=2.0, read_timeout_s=2.0
+                cluster_secret=secret,
+                lease_s=lease_s,
+                connect_timeout_s=2.0,
+                read_timeout_s=2.0,
+                **(transfer or {}),
             ),
+            tiers=tiers or TierConfig(),
             registry=RegistryConfig(directory=self.registry if registry else None, ttl_s=2.0),
             session=session or SessionConfig(load_period_s=0.2),
             health=HealthConfig(period_s=0.2, step_timeout_s=2.0, ping_timeout_s=1.0),
+            tls=tls or TlsConfig(),
         )
         built: list[tuple[Engine, PoolRunner]] = []
 
@@ -311,7 +345,8 @@ class Workers:
             config: WorkerConfig, identity: PeerIdentity, secret: bytes
         ) -> Backend:
             layout = layout_of(model_id)
-            pool = ShmPool.create(num_blocks * layout.block_bytes)
+            num_allocated = num_blocks + NUM_SCRATCH_BLOCKS
+            pool = ShmPool.create(num_allocated * layout.block_bytes)
             runner = PoolRunner(pool.memory, BLOCK_SIZE, max_in_flight)
             runner.step_s = step_s
             runner_engine = Engine(
@@ -324,7 +359,13 @@ class Workers:
                 vocab_size=VOCAB_SIZE,
             )
             built.append((runner_engine, runner))
-            region = PoolRegion(pool.address, pool.num_bytes, num_blocks, layout)
+            region = PoolRegion(
+                pool.address,
+                pool.num_bytes,
+                num_allocated,
+                layout,
+                num_scratch_blocks=NUM_SCRATCH_BLOCKS,
+            )
             transport = create_transport(
                 TransportKind.SHM, region, identity, secret, shared_pool=pool
             )
@@ -335,11 +376,12 @@ class Workers:
                 runner_engine.max_num_tokens,
                 transport,
                 ranks=ranks,
+                region=region,
             )
 
         server = WorkerServer(config, open_backend=open_backend)
         info = await server.start()
-        channel = open_channel(info.address)
+        channel = open_channel(info.address, open_tls(config.tls))
         worker = Worker(server, *built[0], channel, WorkerStub(channel))
         self._workers.append(worker)
         return worker
@@ -377,7 +419,7 @@ def _make_request(
         block_hashes=tuple(chain_hashes(root, prompt, BLOCK_SIZE)) if is_cached else (),
         output_token_ids=output_token_ids,
         eos_token_ids=eos_token_ids,
-        prefill_peer=peer,
+        kv_source=peer,
         deadline_s=deadline_s,
     )
 

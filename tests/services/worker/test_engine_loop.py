@@ -7,7 +7,7 @@ import pytest
 
 from baton.core.block import BlockHash
 from baton.core.clock import MonotonicClock
-from baton.core.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from baton.core.errors import InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 from baton.core.lifecycle import Timeline
 from baton.core.request import (
     FinishReason,
@@ -39,6 +39,7 @@ class FakeEngine:
         self.cancelled: list[TokenDelta] = []
         self.threads: set[int] = set()
         self.stored = 0
+        self.defect: Exception = RuntimeError("defect")
 
     @property
     def has_work(self) -> bool:
@@ -69,7 +70,7 @@ class FakeEngine:
         raise NotFound(f"request {request_id} holds no reservation")
 
     def recover(self, block_ids):
-        raise RuntimeError("defect")
+        raise self.defect
 
     def release_lease(self, request_id):
         pass
@@ -213,7 +214,11 @@ async def test_failed_step_ends_its_requests_and_the_loop_goes_on(loop, engine, 
     assert not loop.is_broken
 
 
-async def test_defect_in_a_command_is_contained(loop, engine, steps):
+@pytest.mark.parametrize(
+    "defect", [RuntimeError("defect"), InternalError("recover of block 1 refused: a law")]
+)
+async def test_defect_in_a_command_is_contained(loop, engine, steps, caplog, defect):
+    engine.defect = defect
     engine.num_steps, engine.step_s = 10**6, 0.001
     loop.submit(request("a"))
     loop.recover([])

@@ -1,14 +1,22 @@
-"""A link follows another one to the same worker while that one is slow to end."""
+"""A link whose stream breaks, and one that follows another which is slow to end."""
 
 from __future__ import annotations
 
 import asyncio
 
 from baton.core.errors import PeerGone
-from baton.core.request import PeerRef
+from baton.core.request import PeerRef, RequestId
 from baton.core.worker_info import Epoch, Role
+from kvtransfer.messages import GiveUp, ReaderMessage, Watch
 from services.worker import peer_link
-from services.worker.peer_link import LinkState, PeerLink
+from services.worker.peer_link import (
+    FIRST_PAUSE_S,
+    MAX_PAUSE_S,
+    STEADY_S,
+    LinkState,
+    PeerLink,
+    next_pause_s,
+)
 
 
 class Listener:
@@ -16,6 +24,9 @@ class Listener:
         self.gone: list[Epoch] = []
 
     def on_message(self, peer, message):
+        pass
+
+    def on_open(self, peer):
         pass
 
     def on_broken(self, peer):
@@ -37,11 +48,11 @@ class SlowTransport:
         self.go_on = asyncio.Event()
         self.disconnected = 0
 
-    def card(self):
-        return self._transport.card()
+    def card(self, nonce):
+        return self._transport.card(nonce)
 
-    async def connect(self, card):
-        known = await self._transport.connect(card)
+    async def connect(self, card, *, nonce):
+        known = await self._transport.connect(card, nonce=nonce)
         self.connecting.set()
         while not self.go_on.is_set():
             # A call on another thread does not end when it is cancelled.
@@ -91,3 +102,46 @@ async def test_late_end_of_a_replaced_link_does_not_cut_its_successor(workers, m
     except PeerGone:
         return
     raise AssertionError("a closed link leaves no peer behind")
+
+
+async def test_what_is_given_up_while_the_stream_is_broken_is_told_on_the_next(
+    workers, monkeypatch, wait_for
+):
+    monkeypatch.setattr(peer_link, "FIRST_PAUSE_S", 0.3)
+    owner = await workers.start(Role.PREFILL)
+    reader = await workers.start(Role.DECODE)
+    received: list[ReaderMessage] = []
+    leases = owner.server.parts.leases
+    receive = leases._owner.receive
+    monkeypatch.setattr(
+        leases._owner,
+        "receive",
+        lambda name, message: received.append(message) or receive(name, message),
+    )
+    link = PeerLink(
+        owner.peer,
+        myself=reader.info,
+        transport=reader.server._backend.transport,
+        listener=Listener(),
+        connect_timeout_s=2.0,
+    )
+    await wait_for(lambda: leases._streams and link.state is LinkState.READY)
+    leases.close()
+    await wait_for(lambda: link.state is LinkState.RECONNECTING)
+    link.send(Watch(RequestId("asked again by its fetch")))
+    link.send(GiveUp(RequestId("a"), "cancelled"))
+    await wait_for(lambda: link.state is LinkState.READY)
+    link.send(Watch(RequestId("b")))
+    await wait_for(lambda: len(received) == 2)
+    # In order: the same request may be asked for anew.
+    assert received == [GiveUp(RequestId("a"), "cancelled"), Watch(RequestId("b"))]
+    await link.close()
+
+
+def test_streams_that_keep_breaking_are_made_anew_ever_more_slowly():
+    pauses = [next_pause_s(0.0, 0.0)]
+    for _ in range(10):
+        pauses.append(next_pause_s(pauses[-1], 0.0))
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == (FIRST_PAUSE_S, MAX_PAUSE_S)
+    assert next_pause_s(MAX_PAUSE_S, STEADY_S) == 0.0

@@ -75,7 +75,7 @@ def model(tmp_path_factory):
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
@@ -166,7 +166,7 @@ async def collect(call, *request_ids):
     return tokens, ends
 
 
-def request(name, work, peer=None, max_tokens=24):
+def request(name, work, peer=None, max_tokens=24, known=()):
     return pb.RouterMessage(
         submit=request_to_wire(
             GenerateRequest(
@@ -174,7 +174,8 @@ def request(name, work, peer=None, max_tokens=24):
                 work,
                 tuple(PROMPT),
                 SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
-                prefill_peer=peer,
+                kv_source=peer,
+                output_token_ids=tuple(known),
                 deadline_s=30,
             )
         )
@@ -244,6 +245,88 @@ async def test_killed_prefill_process_is_a_quick_retryable_error(processes, tran
         assert ends["after"].finish_reason is FinishReason.LENGTH
     await assert_all_blocks_back(decode.address)
     processes.processes.pop(0).wait(10)
+
+
+async def first_tokens(call, request_id, number):
+    """The first tokens of a running request, at least so many."""
+    tokens = []
+    async with asyncio.timeout(20):
+        while len(tokens) < number:
+            message = await call.read()
+            for delta in map(delta_from_wire, message.step.deltas):
+                if delta.request_id == request_id:
+                    tokens += delta.token_ids
+                    assert delta.finish_reason is None, "ended before it could move"
+    return tokens
+
+
+async def move(on_old, on_new, old, name, *, num_tokens):
+    """Run a request on the old worker and ask the new one to take it over.
+
+    Returns its tokens and whether it has moved: so small a model may generate more than the new
+    worker has room for, or end, before the two get round to it.
+    """
+    await on_old.write(request(name, Work.GENERATE, max_tokens=num_tokens))
+    known = await first_tokens(on_old, name, 5)
+    takeover = request(name, Work.TAKEOVER, peer_of(old), max_tokens=num_tokens, known=known)
+    await on_new.write(takeover)
+    before, ends = await collect(on_old, name)
+    tokens = known + before[name]
+    after, ends_after = await collect(on_new, name)
+    if ends[name].finish_reason is not None:
+        assert ends_after[name].is_retryable and not after[name]
+        return tokens, False
+    assert after[name], "handed on and ended at once"
+    return tokens + after[name], True
+
+
+@pytest.mark.nixl
+async def test_running_request_moves_to_another_process(processes):
+    if nixl_obstacle():
+        pytest.skip(nixl_obstacle())
+    for role in Role:
+        processes.spawn(role, "nixl")
+    infos = await processes.ready(2)
+    old, new = infos[Role.PREFILL], infos[Role.DECODE]
+    num_tokens = 1500
+    async with session(old.address) as on_old, session(new.address) as on_new:
+        await on_old.write(request("alone", Work.GENERATE, max_tokens=num_tokens))
+        alone, _ = await collect(on_old, "alone")
+        has_moved = []
+        for attempt in range(8):
+            name = f"moved-{attempt}"
+            tokens, moved = await move(on_old, on_new, old, name, num_tokens=num_tokens)
+            assert tokens == alone["alone"]
+            has_moved.append(moved)
+            if sum(has_moved) == 2:
+                break
+        assert any(has_moved)
+    await assert_all_blocks_back(old.address)
+    await assert_all_blocks_back(new.address)
+
+
+@pytest.mark.nixl
+async def test_request_goes_on_when_the_worker_it_moves_to_is_killed(processes):
+    if nixl_obstacle():
+        pytest.skip(nixl_obstacle())
+    for role in Role:
+        processes.spawn(role, "nixl")
+    infos = await processes.ready(2)
+    old, new = infos[Role.PREFILL], infos[Role.DECODE]
+    num_tokens = 400
+    async with session(old.address) as on_old, session(new.address) as on_new:
+        await on_old.write(request("alone", Work.GENERATE, max_tokens=num_tokens))
+        alone, _ = await collect(on_old, "alone")
+        await on_old.write(request("kept", Work.GENERATE, max_tokens=num_tokens))
+        known = await first_tokens(on_old, "kept", 5)
+        await on_new.write(
+            request("kept", Work.TAKEOVER, peer_of(old), max_tokens=num_tokens, known=known)
+        )
+        os.kill(new.pid, signal.SIGKILL)
+        rest, ends = await collect(on_old, "kept")
+        assert ends["kept"].finish_reason is FinishReason.LENGTH
+        assert known + rest["kept"] == alone["alone"]
+    await assert_all_blocks_back(old.address)
 
 
 async def assert_all_blocks_back(address):

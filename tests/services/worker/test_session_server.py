@@ -120,7 +120,7 @@ def _submit(make_request, **changes):
     [
         ({"work": pb.WORK_UNSPECIFIED}, "work 0"),
         ({"work": 99}, "work 99"),
-        ({"work": pb.WORK_DECODE}, "prefill_peer"),
+        ({"work": pb.WORK_DECODE}, "kv_source"),
         ({"prompt_token_ids": []}, "prompt is empty"),
         ({"prompt_token_ids": [97] * 22}, "token id 97"),
         ({"prompt_token_ids": [1] * 1000}, "1000 tokens"),

@@ -1,0 +1,290 @@
+"""Certificates of this process: settings, files, and what they are good for.
+
+All processes of a deployment hold a certificate of the deployment's own CA that names the
+deployment (a DNS name, not the address of a host: workers move). Both ends of a connection show
+theirs and check the other's. Files are read again when they have changed, so certificates are
+renewed by replacing files.
+
+Not known here: gRPC, sockets, who is allowed what beyond "a process of this deployment".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import ssl
+import stat
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baton.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEPLOYMENT_NAME = "baton"
+EXPIRY_WARNING_S = 14 * 86400.0
+EXPIRY_WARNING_PERIOD_S = 86400.0
+MAX_FILE_BYTES = 1 << 20
+_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_HANDSHAKE_ROUNDS = 8
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """TLS between the router and the workers, in both directions; all three files or none."""
+
+    ca_file: Path | None = None
+    """PEM certificates of the deployment's CA. Whoever it signs for is a process of the
+    deployment."""
+    cert_file: Path | None = None
+    """PEM certificate of this process, with the chain up to the CA; for servers and clients."""
+    key_file: Path | None = None
+    """PEM key of the certificate, not encrypted."""
+    name: str = DEPLOYMENT_NAME
+    """The DNS name that certificates of the deployment carry, whatever host they are used on."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"tls.name {self.name!r} is no DNS name of lower-case letters, digits, - and ."
+            )
+        missing = [name for name, path in self.files() if path is None]
+        if 0 < len(missing) < 3:
+            raise ConfigError(
+                f"tls.{missing[0]} is not set; TLS takes ca_file, cert_file and key_file, "
+                "or none of them"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        return self.ca_file is not None
+
+    def files(self) -> tuple[tuple[str, Path | None], ...]:
+        """The settings that name files, each with its value."""
+        return (
+            ("ca_file", self.ca_file),
+            ("cert_file", self.cert_file),
+            ("key_file", self.key_file),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TlsMaterial:
+    """What one state of the files holds; checked to work with itself."""
+
+    ca: bytes
+    cert: bytes
+    key: bytes
+    server_context: ssl.SSLContext
+    """TLS 1.3, asks for the client's certificate. Its name is checked by `names_deployment`."""
+    client_context: ssl.SSLContext
+    """TLS 1.3, shows our certificate; to be used with server_hostname = `TlsConfig.name`."""
+    expires_at_s: float
+    """Unix time at which our certificate ends."""
+
+
+class TlsFiles:
+    """The files of one process. Any thread may call."""
+
+    def __init__(self, config: TlsConfig) -> None:
+        """Read and check the files. Raises ConfigError naming the file and what to do."""
+        if not config.is_on:
+            raise ConfigError("tls.ca_file, tls.cert_file and tls.key_file are not set")
+        self.config = config
+        self._lock = threading.Lock()
+        self._stamp = _stamp(config)
+        self._refused: _Stamp | None = None
+        self._warned_at_s = 0.0
+        self._material = load_material(config)
+        self._warn_of_expiry()
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    def current(self) -> TlsMaterial:
+        """What the files hold now. Files that do not work are logged once and the last ones that
+        did stay in use, since they may be half replaced."""
+        with self._lock:
+            stamp = _stamp(self.config, is_strict=False)
+            if stamp not in (self._stamp, self._refused):
+                try:
+                    self._material = load_material(self.config)
+                    self._stamp, self._refused = stamp, None
+                    self._warned_at_s = 0.0
+                    logger.info("certificates were read anew")
+                except ConfigError as error:
+                    self._refused = stamp
+                    logger.error(
+                        "the certificates in use stay, the new ones do not work: %s", error
+                    )
+            self._warn_of_expiry()
+            return self._material
+
+    def _warn_of_expiry(self) -> None:
+        now_s = time.time()
+        left_s = self._material.expires_at_s - now_s
+        if left_s > EXPIRY_WARNING_S or now_s - self._warned_at_s < EXPIRY_WARNING_PERIOD_S:
+            return
+        self._warned_at_s = now_s
+        what = "has expired" if left_s <= 0 else f"expires in {left_s / 86400:.1f} days"
+        logger.warning(
+            "the certificate in %s %s; replace the files, they are read again by themselves",
+            self.config.cert_file,
+            what,
+        )
+
+
+def open_tls(config: TlsConfig) -> TlsFiles | None:
+    """The files of `config`, None where TLS is off. Raises ConfigError."""
+    return TlsFiles(config) if config.is_on else None
+
+
+def load_material(config: TlsConfig) -> TlsMaterial:
+    """Read the files and let them shake hands with themselves.
+
+    Raises ConfigError for files that are missing, unreadable or do not belong together, and for a
+    certificate that peers would refuse: expired, of another CA, without the deployment's name.
+    """
+    ca, cert, key = (_read(name, path) for name, path in config.files() if path is not None)
+    assert config.key_file is not None
+    _warn_of_open_key(config.key_file)
+    server_context = _context(config, ssl.PROTOCOL_TLS_SERVER, ca)
+    client_context = _context(config, ssl.PROTOCOL_TLS_CLIENT, ca)
+    try:
+        expires_at_s = _shake_hands(server_context, client_context, config.name)
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(
+            f"tls.cert_file {config.cert_file} would be refused by peers: "
+            f"{verification_reason(error, config.name)}"
+        ) from None
+    except ssl.SSLError as error:
+        raise ConfigError(f"tls.cert_file {config.cert_file} does not work: {error}") from None
+    return TlsMaterial(ca, cert, key, server_context, client_context, expires_at_s)
+
+
+def names_deployment(certificate: Mapping[str, Any] | None, name: str) -> bool:
+    """Whether a verified peer certificate, as `getpeercert()` tells it, carries `name`.
+
+    A server's TLS library checks whose CA signed a client's certificate, but not its names.
+    """
+    alternatives = (certificate or {}).get("subjectAltName", ())
+    return ("DNS", name) in alternatives
+
+
+def verification_reason(error: ssl.SSLCertVerificationError, name: str) -> str:
+    """Why a certificate was refused and what to do, in one line."""
+    match error.verify_code:
+        case 10:
+            return "it has expired; issue a new one"
+        case 9:
+            return "it is not valid yet; check the clocks of both hosts"
+        case 18 | 19 | 20 | 21:
+            return "it is not of the CA in tls.ca_file; give all processes the same CA"
+        case 62:
+            return f"it does not carry the DNS name {name!r}; give all processes the same tls.name"
+        case _:
+            return error.verify_message
+
+
+def _context(config: TlsConfig, protocol: ssl._SSLMethod, ca: bytes) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(cadata=ca.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(
+            f"tls.ca_file {config.ca_file} holds no certificate in PEM form"
+        ) from None
+    assert config.cert_file is not None and config.key_file is not None
+    is_encrypted = False
+
+    def no_password() -> str:
+        nonlocal is_encrypted
+        is_encrypted = True
+        return ""
+
+    try:
+        context.load_cert_chain(config.cert_file, config.key_file, password=no_password)
+    except (ssl.SSLError, OSError) as error:
+        if is_encrypted:
+            raise ConfigError(
+                f"tls.key_file {config.key_file} is encrypted; give an unencrypted key "
+                "that only this user can read"
+            ) from None
+        raise ConfigError(_pair_problem(config, error)) from None
+    return context
+
+
+def _pair_problem(config: TlsConfig, error: Exception) -> str:
+    if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+        return (
+            f"tls.key_file {config.key_file} is not the key of tls.cert_file {config.cert_file}; "
+            "give the pair that was issued together"
+        )
+    return (
+        f"tls.cert_file {config.cert_file} and tls.key_file {config.key_file} hold no certificate "
+        "and key in PEM form"
+    )
+
+
+def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> float:
+    """A handshake in memory; returns when the certificate ends. Raises ssl.SSLError."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname=name),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(_HANDSHAKE_ROUNDS):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    certificate = ends[0].getpeercert()
+    assert certificate is not None
+    return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
+
+
+def _read(setting: str, path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"tls.{setting} {path} has more than {MAX_FILE_BYTES} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"tls.{setting} {path} does not exist; `baton certs DIR` makes certificates"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"tls.{setting} {path} cannot be read ({error.strerror}); "
+            "make it readable for the user of this process"
+        ) from None
+
+
+def _warn_of_open_key(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & stat.S_IROTH:
+            logger.warning("tls.key_file %s has mode %04o; every user can read it", path, mode)
+
+
+def _stamp(config: TlsConfig, *, is_strict: bool = True) -> _Stamp:
+    """Changes when a file is replaced or rewritten."""
+    stamp: list[tuple[int, int, int]] = []
+    for name, path in config.files():
+        assert path is not None
+        try:
+            status = path.stat()
+        except OSError:
+            if is_strict:
+                _read(name, path)
+            stamp.append((0, 0, 0))
+        else:
+            stamp.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(stamp)
