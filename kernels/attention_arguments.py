@@ -43,6 +43,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return 2 if is_interpreted() else HOPPER_MULTIPROCESSORS
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels made for its instructions run there."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def compute_dtype(query: Tensor, pool: Tensor) -> tl.dtype:
     """Operands of the two products: the pool's dtype, or what its 8-bit values widen to.
 

@@ -118,7 +118,11 @@ def decode_attention_reference(
     return out
 
 
-def _tile(head_dim: int, element_bytes: int, group: int) -> DecodeTile:
+FEW_SEQS = 8
+"""Sequences up to which one program a multiprocessor is faster: fewer parts are left to merge."""
+
+
+def _tile(head_dim: int, element_bytes: int, group: int, num_seqs: int) -> DecodeTile:
     """About 16 KiB of K and of V a tile, three programs a multiprocessor.
 
     A tile's address depends on a load of the block table, which takes every other stage: five
@@ -129,12 +133,21 @@ def _tile(head_dim: int, element_bytes: int, group: int) -> DecodeTile:
         return DecodeTile(16, 4, 3, programs_per_sm=2, min_tiles=4)
     # 8-bit values are widened to 16 bits on the way to the tensor cores.
     block_n = min(64, max(16, 8192 // triton.next_power_of_2(head_dim)))
+    if num_seqs <= 2:
+        return DecodeTile(block_n, 4, 3, programs_per_sm=1, min_tiles=4)
+    if num_seqs <= FEW_SEQS:
+        return DecodeTile(block_n, 4, 5, programs_per_sm=1, min_tiles=2)
+    if element_bytes == 1 and head_dim <= 128 and group <= 8:
+        # Widening hides the loads of other programs; more of them instead of stages.
+        return DecodeTile(128, 4, 1, programs_per_sm=4, min_tiles=1, max_registers=128)
     if group > 8:
         return DecodeTile(block_n, 4, 5, programs_per_sm=2, min_tiles=2)
     return DecodeTile(block_n, 4, 5, programs_per_sm=3, min_tiles=2, max_registers=168)
 
 
-def candidate_tiles(head_dim: int, element_bytes: int, group: int) -> list[DecodeTile]:
+def candidate_tiles(
+    head_dim: int, element_bytes: int, group: int, num_seqs: int
+) -> list[DecodeTile]:
     """Tiles worth timing on a GPU; the table's own comes first."""
     registers = {1: None, 2: None, 3: 168, 4: 128}
     tiles = [
@@ -143,11 +156,11 @@ def candidate_tiles(head_dim: int, element_bytes: int, group: int) -> list[Decod
         )
         for block_n, num_warps in ((32, 4), (64, 4), (128, 4), (128, 8))
         for num_stages in (1, 3, 5, 7)
-        for programs_per_sm in ((1, 2) if num_warps == 8 else (2, 3, 4))
+        for programs_per_sm in ((1, 2) if num_warps == 8 else (1, 2, 3, 4))
         for min_tiles in (1, 2, 4)
         if block_n * head_dim * element_bytes * num_stages * programs_per_sm <= 220 * 1024
     ]
-    return list(dict.fromkeys([_tile(head_dim, element_bytes, group), *tiles]))
+    return list(dict.fromkeys([_tile(head_dim, element_bytes, group, num_seqs), *tiles]))
 
 
 def decode_workspace(
@@ -164,7 +177,7 @@ def decode_workspace(
     """
     num_seqs, num_heads, head_dim = query_shape
     num_kv_heads = pool.shape[1]
-    tile = tile or _tile(head_dim, pool.element_size(), num_heads // num_kv_heads)
+    tile = tile or _tile(head_dim, pool.element_size(), num_heads // num_kv_heads, num_seqs)
     num_programs = num_programs or num_multiprocessors(pool.device) * tile.programs_per_sm
     shape = (2 * num_programs, num_heads // num_kv_heads)
     return DecodeWorkspace(
@@ -258,7 +271,7 @@ def launch_decode(
     num_seqs, num_heads, head_dim = out.shape
     num_kv_heads, block_size = pool.shape[1], pool.shape[4]
     group = num_heads // num_kv_heads
-    tile = tile or _tile(head_dim, pool.element_size(), group)
+    tile = tile or _tile(head_dim, pool.element_size(), group, num_seqs)
     workspace = workspace or decode_workspace((num_seqs, num_heads, head_dim), pool, tile=tile)
     _check_workspace(workspace, num_seqs * num_kv_heads, group, head_dim)
     most_tiles = (
@@ -268,7 +281,8 @@ def launch_decode(
     block_r = triton.next_power_of_2(group)
     use_pdl = launch_pdl and not is_interpreted()
     kv = pool[:, :, options.layer]
-    decode_attention_kernel[(workspace.num_programs,)](
+    most_programs = num_multiprocessors(pool.device) * tile.programs_per_sm
+    decode_attention_kernel[(min(workspace.num_programs, most_programs),)](
         out,
         lse,
         rows,

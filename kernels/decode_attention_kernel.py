@@ -273,7 +273,6 @@ def decode_attention_kernel(
     # program -> an equal share of the tiles of all (sequence, KV head), in that order
     program = tl.program_id(0)
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
     seqs = tl.arange(0, BLOCK_B)
     seq_lens = tl.load(seq_lens_ptr + seqs, mask=seqs < num_seqs, other=0)  # [BLOCK_B]
@@ -364,6 +363,9 @@ def decode_attention_kernel(
             PACKED,
             NUM_STAGES,
         )
+        if USE_PDL:
+            # Not before: programs of the next kernel that wait would take the room of this one's.
+            gdc_launch_dependents()
         if IS_FUSED:
             is_owner = stop == head_end
             highest, total, acc = add_new_token(

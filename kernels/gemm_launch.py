@@ -98,7 +98,9 @@ def launch_gemm(
     """Launch the kernel of `tile` for checked operands: x [M, K], weight [N or 2 N, K]."""
     (m, k), n = x.shape, out.shape[1]
     residual = epilogue.residual
-    uses_pdl = launch_pdl and not is_interpreted()
+    # Programs of a tile kernel that wait early take the room of the kernel before: it costs more
+    # than an early start saves.
+    uses_pdl = launch_pdl and not tile.uses_dot and not is_interpreted()
     fuses_rms = epilogue.rms_eps is not None and m <= FUSED_RMS_MAX_NUM_ROWS
     if epilogue.rms_eps is not None and not fuses_rms:
         row_scale = rstd_of_rows(x, epilogue.rms_eps, uses_pdl)
@@ -243,7 +245,9 @@ NUM_PROGRAMS_TO_FILL = 120
 asynchronous copies each, that many keep the memory busy, and every further part costs traffic."""
 
 
-def num_splits_to_fill(num_tiles: int, k: int, block_k: int) -> int:
+def num_splits_to_fill(
+    num_tiles: int, k: int, block_k: int, *, num_programs: int = NUM_PROGRAMS_TO_FILL
+) -> int:
     """The fewest parts of K that give every multiprocessor a program; at most 8."""
     num_steps = triton.cdiv(k, block_k)
-    return max(1, min(triton.cdiv(NUM_PROGRAMS_TO_FILL, num_tiles), num_steps // 4, 8))
+    return max(1, min(triton.cdiv(num_programs, num_tiles), num_steps // 4, 8))

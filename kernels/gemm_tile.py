@@ -240,7 +240,6 @@ def _dot_kernel(
     weight_ptrs = weight_ptr + rows[:, None] * stride_wn + k[None, :]
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + k[None, :]
     if USE_PDL:
-        gdc_launch_dependents()
         lines = tl.minimum(k_begin + tl.arange(0, PREFETCH_LINES) * LINE, K - 1)
         prefetch_to_l2(weight_ptr + rows[:, None] * stride_wn + lines[None, :])
         gdc_wait()
@@ -251,6 +250,8 @@ def _dot_kernel(
     NUM_PAIRS: tl.constexpr = 2 if BLOCK_M < 16 else 1
     # Hopper adds e4m3 products with 14 bits; parts of BLOCK_K are moved to float32 registers.
     IMPRECISE: tl.constexpr = None if FAST_ACCUMULATION else BLOCK_K
+    IS_WIDENED: tl.constexpr = weight_ptr.dtype.element_ty != x_ptr.dtype.element_ty
+    ENDS_IN_STEP: tl.constexpr = HAS_RMS or IS_WIDENED
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     sum_sq = tl.zeros((BLOCK_M,), tl.float32)
     for k_0 in range(k_begin, k_end, BLOCK_K):
@@ -258,12 +259,24 @@ def _dot_kernel(
         x = tl.load(x_ptrs + k_0, mask=x_mask, other=0.0).to(DTYPE)
         weight = _load_rows(weight_ptrs + k_0, k_0 + k, K, EVEN_K)
         weight = widen(weight, DTYPE, NUM_PAIRS, INTERPRETED)
-        acc = tl.dot(
-            weight, x.T, acc, input_precision="ieee", max_num_imprecise_acc=IMPRECISE
-        )  # [BLOCK_N, BLOCK_M]
-        if HAS_RMS:
-            x_32 = x.to(tl.float32)
-            sum_sq += tl.sum(x_32 * x_32, axis=1)
+        if ENDS_IN_STEP:
+            # A sum of its own ends the product in this step. Left under way into the next one, as
+            # products are otherwise, it would still read x where the pipeline, which counts only
+            # on the squares below, already copies the x of three steps on; or widened weights in
+            # registers that the next step's take.
+            acc += tl.dot(
+                weight, x.T, input_precision="ieee", max_num_imprecise_acc=BLOCK_K
+            )  # [BLOCK_N, BLOCK_M]
+            if HAS_RMS:
+                x_32 = x.to(tl.float32)
+                sum_sq += tl.sum(x_32 * x_32, axis=1)
+        else:
+            acc = tl.dot(
+                weight, x.T, acc, input_precision="ieee", max_num_imprecise_acc=IMPRECISE
+            )  # [BLOCK_N, BLOCK_M]
+    if USE_PDL:
+        # Not before: programs of the next kernel that wait would take the room of this one's.
+        gdc_launch_dependents()
     finish_tile(
         acc, sum_sq, m, tile_n, tile, split,
         column_scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, parts_ptr, counters_ptr,

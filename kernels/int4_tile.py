@@ -98,7 +98,6 @@ def _int4_kernel(
     scale_ptrs = scale_ptr + rows * stride_sn
     x_ptrs = x_ptr + m.to(tl.int64)[:, None] * stride_xm + j[None, :]
     if USE_PDL:
-        gdc_launch_dependents()
         last_word = num_steps * STEP - 1
         lines = tl.minimum(begin * STEP + tl.arange(0, PREFETCH_LINES) * 64, last_word)
         prefetch_to_l2(words_ptr + rows[:, None] * stride_wn + lines[None, :])
@@ -139,6 +138,9 @@ def _int4_kernel(
                 acc += product * scale.to(tl.float32)[:, None]
         if HAS_RMS:
             sum_sq += tl.sum(squares, axis=1)
+    if USE_PDL:
+        # Not before: programs of the next kernel that wait would take the room of this one's.
+        gdc_launch_dependents()
     finish_tile(
         acc, sum_sq, m, tile_n, tile, split,
         None, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, parts_ptr, counters_ptr,

@@ -14,9 +14,8 @@ Source: Dao, "FlashAttention-2" (2023); Shah et al., "FlashAttention-3" (2024).
 One program takes a tile of queries of one head (or of all heads of a group, for few queries) from
 the first key it sees to its own diagonal; the latest queries, which see most, start first. Where
 the pool is contiguous and a block has 64 tokens or more, K and V arrive by bulk tensor copies,
-otherwise by one address a row. Large 16-bit prefills run one program a multiprocessor, whose warps
-are a producer of copies and two consumers of 64 queries each, so that one multiplies while the
-other exponentiates, and which takes tile after tile. No slot past a sequence's end is ever read.
+otherwise by one address a row. Large 16-bit prefills on Hopper have a kernel of their own
+(prefill_attention_specialized.py). No slot past a sequence's end is ever read.
 """
 
 from __future__ import annotations
@@ -33,13 +32,19 @@ from kernels.attention_arguments import (
     AttentionOptions,
     check_attention,
     compute_dtype,
+    is_hopper,
     num_multiprocessors,
 )
 from kernels.attention_reference import attend, gather_kv
 from kernels.platform import is_interpreted, runs_triton
-from kernels.prefill_attention_kernel import (
-    prefill_attention_kernel,
+from kernels.prefill_attention_kernel import prefill_attention_kernel
+from kernels.prefill_attention_specialized import (
+    SPECIALIZED_BOX,
+    SPECIALIZED_HEAD_DIMS,
+    SPECIALIZED_QUERIES,
+    SpecializedBoxes,
     prefill_attention_specialized_kernel,
+    specialized_boxes,
 )
 from kernels.prefill_attention_tile import PrefillTile, candidate_tiles, prefill_tile
 
@@ -137,15 +142,14 @@ def prefill_attention(
         return out
     group = num_heads // pool.shape[1]
     tile = tile or prefill_tile(head_dim, pool.element_size(), max_query_len, group)
-    rows = _pool_rows(pool, tile)
-    query_rows = _query_rows(query, pool, tile) if rows is not None else None
     batch = _Batch(out, lse, query, pool, block_tables, cu_query_lens, seq_lens)
     options = AttentionOptions(layer, scale, sliding_window, soft_cap, sinks, k_scale, v_scale)
-    use_pdl = launch_pdl and not is_interpreted()
-    if rows is not None and query_rows is not None:
-        _launch_specialized(batch, options, tile, max_query_len, rows, query_rows, use_pdl)
+    boxes = _specialized_boxes(query, pool, tile, options)
+    if boxes is not None:
+        _launch_specialized(batch, options, boxes, max_query_len)
     else:
-        _launch_general(batch, options, tile, max_query_len, rows, use_pdl)
+        use_pdl = launch_pdl and not is_interpreted()
+        _launch_general(batch, options, tile, max_query_len, _pool_rows(pool, tile), use_pdl)
     return out
 
 
@@ -214,31 +218,24 @@ def _launch_general(
         USE_BULK=rows is not None,
         NUM_STAGES=tile.num_stages,
         USE_PDL=use_pdl,
-        num_warps=tile.block_m // 16 if tile.is_specialized else tile.num_warps,
+        num_warps=tile.num_warps,
         maxnreg=tile.max_registers,
         launch_pdl=use_pdl,
     )
 
 
 def _launch_specialized(
-    batch: _Batch,
-    options: AttentionOptions,
-    tile: PrefillTile,
-    max_query_len: int,
-    rows: TensorDescriptor,
-    query_rows: TensorDescriptor,
-    use_pdl: bool,
+    batch: _Batch, options: AttentionOptions, boxes: SpecializedBoxes, max_query_len: int
 ) -> None:
     out, query, pool = batch.out, batch.query, batch.pool
     num_seqs, num_heads = batch.seq_lens.numel(), query.shape[1]
-    num_query_tiles = triton.cdiv(max_query_len, tile.block_m)
-    box = rows.block_shape[1]
+    num_query_tiles = triton.cdiv(max_query_len, SPECIALIZED_QUERIES)
     grid = min(num_multiprocessors(query.device), num_query_tiles * num_seqs * num_heads)
     prefill_attention_specialized_kernel[(grid,)](
         out,
         batch.lse,
-        query_rows,
-        rows,
+        boxes.query,
+        boxes.pool,
         batch.block_tables,
         batch.cu_query_lens,
         batch.seq_lens,
@@ -246,8 +243,6 @@ def _launch_specialized(
         num_seqs,
         num_query_tiles,
         options.scale,
-        options.soft_cap,
-        options.sliding_window,
         2 * options.layer,
         2 * pool.shape[2],
         2 * pool.shape[2] * pool.shape[1],
@@ -258,17 +253,7 @@ def _launch_specialized(
         GROUP=num_heads // pool.shape[1],
         BLOCK_SIZE=pool.shape[4],
         HEAD_DIM=query.shape[2],
-        BLOCK_M=tile.block_m,
-        BOX=box,
-        BOXES=tile.block_n // box,
-        BLOCK_D=_width(query),
-        HAS_WINDOW=options.sliding_window > 0,
-        HAS_SOFT_CAP=options.soft_cap > 0,
-        SPECIALIZE=not is_interpreted(),
-        NUM_STAGES=tile.num_stages,
-        USE_PDL=use_pdl,
-        num_warps=tile.num_warps,
-        launch_pdl=use_pdl,
+        num_warps=4,
     )
 
 
@@ -294,18 +279,27 @@ def _pool_rows(pool: Tensor, tile: PrefillTile) -> TensorDescriptor | None:
     return TensorDescriptor.from_tensor(sides, [1, box, max(16, triton.next_power_of_2(head_dim))])
 
 
-def _query_rows(query: Tensor, pool: Tensor, tile: PrefillTile) -> TensorDescriptor | None:
-    """[num_heads, num_tokens, head_dim], if the specialised kernel can take the call."""
-    strides = (query.stride(0) * query.element_size(), query.stride(1) * query.element_size())
+def _specialized_boxes(
+    query: Tensor, pool: Tensor, tile: PrefillTile, options: AttentionOptions
+) -> SpecializedBoxes | None:
+    """Descriptors for the specialised kernel, if it can take the call."""
     if (
         not tile.is_specialized
-        or tile.pack != 1
+        or is_interpreted()
+        or options.sliding_window
+        or options.soft_cap
         or pool.dtype != query.dtype
-        or query.data_ptr() % 16
-        or any(stride % 16 for stride in strides)
+        or query.element_size() != 2
+        or query.shape[2] not in SPECIALIZED_HEAD_DIMS
+        or pool.shape[4] < SPECIALIZED_BOX
+        or not pool.is_contiguous()
+        or not is_hopper(query.device)
     ):
         return None
-    return TensorDescriptor.from_tensor(query.transpose(0, 1), [1, tile.block_m, _width(query)])
+    strides = (query.stride(0) * query.element_size(), query.stride(1) * query.element_size())
+    if query.data_ptr() % 16 or pool.data_ptr() % 16 or any(stride % 16 for stride in strides):
+        return None
+    return specialized_boxes(query, pool)
 
 
 def _check_query_lens(cu_query_lens: Tensor, seq_lens: Tensor, max_query_len: int) -> None:

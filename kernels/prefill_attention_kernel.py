@@ -1,7 +1,5 @@
-"""The device side of prefill attention: which queries a program takes, and how its warps work.
+"""The device side of prefill attention for every dtype and layout: a program's queries.
 
-One kernel takes every dtype and layout; in the other, warps are specialised into a producer of
-copies and consumers that compute, for 16-bit pools of whole blocks.
 See prefill_attention.py for what is computed and how tiles are ordered.
 """
 
@@ -11,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention_steps import LOG2_E, as_operand, score_scale_of
+from kernels.attention_steps import as_operand, score_scale_of
 from kernels.prefill_attention_steps import attend_bulk, attend_gathered, store_tile
 
 
@@ -129,93 +127,3 @@ def prefill_attention_kernel(
         query_begin + tokens, heads, tokens < query_len, kv_head,
         stride_out_token, stride_out_head, NUM_HEADS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_seqs", "num_query_tiles"])
-def prefill_attention_specialized_kernel(
-    out_ptr,  # [num_tokens, num_heads, head_dim]
-    lse_ptr,  # [num_tokens, num_heads] float32, or None
-    query_rows,  # descriptor of [num_heads, num_tokens, head_dim], boxes of [1, BLOCK_M, BLOCK_D]
-    pool_rows,  # descriptor of [sides of heads of blocks, block_size, head_dim]
-    block_tables_ptr,  # [num_seqs, max_blocks_per_seq]
-    cu_query_lens_ptr,  # [num_seqs + 1]
-    seq_lens_ptr,  # [num_seqs]
-    sinks_ptr,  # [num_heads] float32, or None
-    num_seqs,
-    num_query_tiles,
-    scale,
-    soft_cap,
-    sliding_window,
-    first_row,
-    head_rows,
-    block_rows,
-    stride_out_token: tl.int64,
-    stride_out_head: tl.int64,
-    stride_table: tl.int64,
-    NUM_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BOX: tl.constexpr,
-    BOXES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    # program -> every num_programs-th (query tile, last first; sequence; query head)
-    BLOCK_N: tl.constexpr = BOX * BOXES
-    program = tl.program_id(0)
-    num_programs = tl.num_programs(0)
-    num_tiles = num_query_tiles * num_seqs * NUM_HEADS
-    if USE_PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    rows = tl.arange(0, BLOCK_M)
-    score_scale = scale
-    if not HAS_SOFT_CAP:
-        score_scale *= LOG2_E
-    # No branch below: the compiler specialises warps only where none has two arms.
-    for turn in tl.range(
-        0, tl.cdiv(num_tiles, num_programs), num_stages=1, warp_specialize=SPECIALIZE
-    ):
-        # Later tiles are smaller: dealing them out to and fro evens the programs' shares.
-        place = program + (turn % 2) * (num_programs - 1 - 2 * program)
-        index = turn * num_programs + place
-        is_tile = index < num_tiles
-        index = tl.minimum(index, num_tiles - 1)
-        head = index % NUM_HEADS
-        seq = index // NUM_HEADS % num_seqs
-        query_tile = num_query_tiles - 1 - index // NUM_HEADS // num_seqs
-        query_begin = tl.load(cu_query_lens_ptr + seq)
-        query_len = tl.load(cu_query_lens_ptr + seq + 1) - query_begin
-        seq_len = tl.load(seq_lens_ptr + seq)
-        first_query = query_tile * BLOCK_M
-        num_rows = tl.minimum(query_len - first_query, BLOCK_M) * is_tile.to(tl.int32)
-        first_position = seq_len - query_len + first_query
-        first_tile = tl.zeros([], tl.int32)
-        if HAS_WINDOW:
-            first_tile = tl.maximum(first_position - sliding_window + 1, 0) // BLOCK_N
-        # Without rows there is nothing to see, and no tile to begin.
-        last_tile = tl.cdiv((first_position + num_rows) * (num_rows > 0).to(tl.int32), BLOCK_N)
-        query = query_rows.load([head, query_begin + first_query, 0]).reshape(BLOCK_M, BLOCK_D)
-        kv_head = head // GROUP
-        highest, total, acc = attend_bulk(
-            tl.full([BLOCK_M], float("-inf"), tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-            query, first_position + rows, pool_rows,
-            block_tables_ptr + seq.to(tl.int64) * stride_table,
-            first_tile, last_tile, 0, seq_len,
-            first_row + kv_head * head_rows, block_rows, score_scale, soft_cap, sliding_window,
-            BLOCK_SIZE, BOX, BOXES, BLOCK_D, HAS_WINDOW, HAS_SOFT_CAP, False, True, NUM_STAGES,
-        )  # fmt: skip
-        store_tile(
-            out_ptr, lse_ptr, sinks_ptr, None, highest, total, acc,
-            query_begin + first_query + rows, head + tl.zeros([BLOCK_M], tl.int32),
-            rows < num_rows, kv_head,
-            stride_out_token, stride_out_head, NUM_HEADS, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip

@@ -123,7 +123,7 @@ def _bulk_scores(
     shift = tl.minimum(num_keys, BOX) - BOX
     offset = token % BLOCK_SIZE + shift
     keys = widen(pool_rows.load([row, offset, 0]).reshape(BOX, BLOCK_D), query.dtype, PACKED)
-    scores = tl.dot(query, keys.T)  # [BLOCK_M, BOX]
+    scores = tl.dot(query, keys.T, input_precision="ieee")  # [BLOCK_M, BOX]
     if HAS_SOFT_CAP:
         scores = cap_scores(scores * score_scale, soft_cap)
     columns = tl.arange(0, BOX) + shift
@@ -192,11 +192,11 @@ def attend_bulk(
             total = total * old + tl.sum(weights, 1)
         values = pool_rows.load([row + 1, offset, 0]).reshape(BOX, BLOCK_D)
         values = widen(values, query.dtype, PACKED)
-        acc = tl.dot(weights.to(query.dtype), values, acc * old[:, None])
+        acc = tl.dot(weights.to(query.dtype), values, acc * old[:, None], input_precision="ieee")
         if BOXES == 2:
             values_1 = pool_rows.load([row_1 + 1, offset_1, 0]).reshape(BOX, BLOCK_D)
             values_1 = widen(values_1, query.dtype, PACKED)
-            acc = tl.dot(weights_1.to(query.dtype), values_1, acc)
+            acc = tl.dot(weights_1.to(query.dtype), values_1, acc, input_precision="ieee")
         highest = highest_now
     return highest, total, acc
 

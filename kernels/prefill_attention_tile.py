@@ -22,7 +22,7 @@ class PrefillTile:
     is_bulk: bool = True
     """By bulk tensor copies where the pool allows it."""
     is_specialized: bool = False
-    """Producer and consumer warps where dtype and layout allow it; num_warps are a consumer's."""
+    """By the kernel of specialised warps where it takes the call; else as the rest says."""
     max_registers: int | None = None
 
 
@@ -37,7 +37,7 @@ def prefill_tile(head_dim: int, element_bytes: int, max_query_len: int, group: i
     if width > 128:
         return PrefillTile(block_m, 32 * element_bytes, block_m // 16, 2, pack)
     if element_bytes == 2 and pack == 1:
-        return PrefillTile(128, 128, 4, 2, is_specialized=True)
+        return PrefillTile(128, 64, 8, 3, is_specialized=True, max_registers=128)
     return PrefillTile(block_m, 128, block_m // 16, 2, pack)
 
 
@@ -56,10 +56,5 @@ def candidate_tiles(
         for is_bulk in (True, False)
         if (block_m + 2 * num_stages * block_n) * width * 2 <= 220 * 1024
     ]  # fmt: skip
-    specialized = [
-        PrefillTile(128, block_n, 4, num_stages, is_specialized=True)
-        for block_n, num_stages in ((64, 2), (64, 3), (64, 4), (128, 2))
-        if element_bytes == 2 and (256 + 2 * num_stages * block_n) * width * 2 <= 200 * 1024
-    ]
     table = prefill_tile(head_dim, element_bytes, max_query_len, group)
-    return list(dict.fromkeys([table, *specialized, *general]))
+    return list(dict.fromkeys([table, *general]))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.gemm_epilogue import Epilogue, finish_reference
 from kernels.gemm_launch import (
+    NUM_PROGRAMS_TO_FILL,
     GemmWorkspace,
     Tile,
     check_dtype,
@@ -64,10 +65,16 @@ def tile_for(num_rows: int, n: int, k: int, *, itemsize: int) -> Tile:
         # float32 is multiplied outside the tensor cores, in registers: small tiles.
         return Tile(16, 32, 32, num_warps=4, num_stages=2)
     block_m = max(8, triton.next_power_of_2(num_rows))
-    block_n = 64 if block_m <= 32 else 128
-    block_k = 128 if block_m <= 32 else 64
-    num_splits = num_splits_to_fill(triton.cdiv(n, block_n), k, block_k)
-    return Tile(block_m, block_n, block_k, num_warps=4, num_stages=4, num_splits=num_splits)
+    if n >= 128 * NUM_PROGRAMS_TO_FILL and block_m in (8, 64):
+        return Tile(block_m, 128, 64, num_warps=4, num_stages=4)
+    if block_m == 64:
+        num_splits = num_splits_to_fill(triton.cdiv(n, 64), k, 128, num_programs=240)
+        return Tile(block_m, 64, 128, num_warps=4, num_stages=3, num_splits=num_splits)
+    if block_m == 8 and n > 4096:
+        num_splits = num_splits_to_fill(triton.cdiv(n, 128), k, 64, num_programs=260)
+        return Tile(block_m, 128, 64, num_warps=4, num_stages=3, num_splits=num_splits)
+    num_splits = num_splits_to_fill(triton.cdiv(n, 64), k, 128)
+    return Tile(block_m, 64, 128, num_warps=4, num_stages=4, num_splits=num_splits)
 
 
 def _gemv_tile(num_rows: int, n: int, itemsize: int) -> Tile:

@@ -33,6 +33,7 @@ from torch import Tensor
 from kernels.gemm_epilogue import Epilogue, finish_reference
 from kernels.gemm_launch import (
     FUSED_RMS_MAX_NUM_ROWS,
+    NUM_PROGRAMS_TO_FILL,
     GemmWorkspace,
     Tile,
     check_dtype,
@@ -96,15 +97,19 @@ def tile_for(num_rows: int, n: int, k: int, *, group_size: int | None, itemsize:
         if group_size is None:
             return Tile(128, 128, 64, num_warps=8, num_stages=4)
         return Tile(128, 128, 128, num_warps=8, num_stages=3)
+    if num_rows == 1 and group_size is None and k <= 8192:
+        return Tile(1, 4, 1024, num_warps=4, uses_dot=False)
     block_m = max(8, triton.next_power_of_2(num_rows))
     if group_size is None:
-        block_n, num_warps = (64, 4) if block_m <= 32 else (128, 4)
+        block_n, num_warps = (64, 4) if block_m <= 32 else (128, 8)
         block_k = 256 if block_m == 8 else 128
     else:
         wide = block_m == 64 or (block_m == 8 and n > 8192)
         block_n, num_warps = (128, 8 if block_m == 64 else 4) if wide else (64, 4)
         block_k = NUM_PLANES * plane_size(group_size)
-    num_splits = num_splits_to_fill(triton.cdiv(n, block_n), k, block_k)
+    # Widening is work: with few rows, int4 takes two programs a multiprocessor and more.
+    num_programs = 260 if block_m == 8 and group_size is not None else NUM_PROGRAMS_TO_FILL
+    num_splits = num_splits_to_fill(triton.cdiv(n, block_n), k, block_k, num_programs=num_programs)
     return Tile(block_m, block_n, block_k, num_warps, 4, num_splits)
 
 

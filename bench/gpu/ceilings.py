@@ -37,7 +37,8 @@ def measure_ceilings(*, copy_bytes: int = 4 << 30, matmul_size: int = 8192) -> C
     )
     product = torch.empty_like(left)
     contenders: dict[str, list[Call]] = {
-        "copy": [lambda: target.copy_(source)],
+        # In a graph, copy_ would be left to a copy engine, which reaches 0.6 of what kernels do.
+        "copy": [lambda: torch.mul(source, 1.0, out=target)],
         "read": [lambda: source.sum()],
         "matmul": [lambda: torch.mm(left, right, out=product)],
     }

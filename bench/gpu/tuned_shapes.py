@@ -181,7 +181,11 @@ class DecodeShape:
     def tiles(self) -> list[Any]:
         heads = self.heads
         group = heads.num_heads // heads.num_kv_heads
-        return list(decode_attention.candidate_tiles(heads.head_dim, self._dtype.itemsize, group))
+        return list(
+            decode_attention.candidate_tiles(
+                heads.head_dim, self._dtype.itemsize, group, self.batch
+            )
+        )
 
     def compile_key(self, tile: Any) -> Hashable:
         # The number of sequences is rounded up to a power of two in the kernel.

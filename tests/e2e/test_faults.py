@@ -19,7 +19,7 @@ pytestmark = pytest.mark.model
 DEADLINE_S = 90.0
 
 
-@pytest.fixture(scope="module", params=["--no-ray", "--ray"])
+@pytest.fixture(scope="module", params=["--no-ray", pytest.param("--ray", marks=pytest.mark.slow)])
 def fragile(
     request: pytest.FixtureRequest,
     start_system: Callable[..., RunningSystem],

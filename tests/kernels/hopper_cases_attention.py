@@ -135,5 +135,6 @@ QUICK_CASES = [
     "prefill llama-3.2-1b bf16 block 16",
 ]
 
-# Some registers are saved around the loops over tiles and over parts; none is spilled inside them.
-ALLOWED_SPILL_BYTES = {name: 64 for name in CASES if "decode" in name and "bf16" in name}
+# bfloat16 decode: registers saved around the loops over tiles and over parts. The others: with more
+# registers fewer programs fit on a multiprocessor, which was slower on an H200.
+ALLOWED_SPILL_BYTES = {name: 64 for name in CASES if "decode" in name or "prefill" in name}

@@ -175,7 +175,7 @@ def test_no_sequences(device: torch.device) -> None:
 
 
 def test_candidates_start_with_the_table() -> None:
-    tiles = candidate_tiles(128, 2, 4)
+    tiles = candidate_tiles(128, 2, 4, 64)
     assert tiles[0] == DecodeTile(64, 4, 5, 3, 2, 168)
     assert len(tiles) == len(set(tiles)) > 10
 
@@ -258,7 +258,7 @@ def test_every_candidate_tile(pool_dtype: torch.dtype, device: torch.device) -> 
                   device=device)  # fmt: skip
     query = _query(2, 32, 128, torch.bfloat16).to(device)
     for tile in dict.fromkeys(
-        replace(tile, min_tiles=1) for tile in candidate_tiles(128, kv.pool.element_size(), 4)
+        replace(tile, min_tiles=1) for tile in candidate_tiles(128, kv.pool.element_size(), 4, 64)
     ):
         _check(kv, query, num_programs=None, tile=tile, scale=0.09)
 

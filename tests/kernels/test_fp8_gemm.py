@@ -41,9 +41,11 @@ def _check(
     options = {"bias": bias, "residual": residual, "swiglu": swiglu, "out_dtype": out_dtype}
     expected = fp8_gemm_reference(*operands, **options)
     actual = fp8_gemm(*operands, tile=tile, fast_accumulation=fast_accumulation, **options)
-    # The tensor cores add products of a step with 14 bits.
+    # The tensor cores add products with 14 bits: within a step, or along all of K.
     tolerance = 1e-2 if device.type == "cuda" else 2e-5 if out_dtype == FP32 else 1e-2
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    # K / 32 sums, each cut by up to 2^-13 of a value that reaches 2.
+    atol = max(tolerance, k / 32 * 2**-12) if fast_accumulation else tolerance
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=atol)
 
 
 @pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 1, 64), (3, 63, 300), (33, 70, 256)])

@@ -206,7 +206,7 @@ def test_nothing_to_do(device: torch.device) -> None:
 
 def test_candidates_start_with_the_table() -> None:
     tiles = candidate_tiles(128, 2, 8192, 4)
-    assert tiles[0] == PrefillTile(128, 128, 4, 2, is_specialized=True)
+    assert tiles[0] == PrefillTile(128, 64, 8, 3, is_specialized=True, max_registers=128)
     assert len(tiles) == len(set(tiles)) > 10
 
 
@@ -236,8 +236,9 @@ def test_refuses_what_it_cannot_compute(device: torch.device) -> None:
         ([4096 + 1024], [1024]),
         ([1, 63, 1000, 2049, 4097, 300], [1, 63, 100, 2049, 7, 0]),
         ([2048] * 4, [2048] * 4),
+        ([256, 384], [129, 257]),
     ],
-    ids=["1000", "4095", "prefix", "ragged", "4x2048"],
+    ids=["1000", "4095", "prefix", "ragged", "4x2048", "a last query that sees whole steps"],
 )
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("pool_dtype", [torch.bfloat16, FP8])

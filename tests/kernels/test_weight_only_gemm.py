@@ -58,7 +58,15 @@ def _check(
     weight, scale, group_size = _quantised(kind, n * epilogue.rows_per_column, k, device)
     operands = {**epilogue._asdict(), "group_size": group_size}
     expected = weight_only_gemm_reference(x, weight, scale, **operands)
-    assert_close(weight_only_gemm(x, weight, scale, tile=tile, **operands), expected)
+    actual = weight_only_gemm(x, weight, scale, tile=tile, **operands)
+    tile = tile or tile_for(num_rows, len(weight), k, group_size=group_size)
+    if group_size is not None and tile.block_m >= 128 and dtype == BF16:
+        # With many rows, weights are rounded once they are scaled: by 2^-9 of their size at most,
+        # 2^-9 / sqrt(3) of a sum's typical size; five times that in a million of results, and
+        # four times as much again behind SwiGLU, whose halves reach 4.
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2.3e-2)
+    else:
+        assert_close(actual, expected)
 
 
 def _small_tile(kind: torch.dtype | int, num_splits: int = 2) -> Tile:

@@ -20,9 +20,15 @@ def build_interpreted_rank(
     *,
     communicator: Communicator,
     pool_memory_factory: PoolMemoryFactory | None,
+    num_scratch_blocks: int = 0,
 ) -> BuiltRank:
     """In the place of `factory.build_rank`."""
-    return build_gpu_rank(config, communicator=communicator, device=InterpretedDevice())
+    return build_gpu_rank(
+        config,
+        communicator=communicator,
+        device=InterpretedDevice(),
+        num_scratch_blocks=num_scratch_blocks,
+    )
 
 
 if __name__ == "__main__":
