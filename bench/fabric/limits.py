@@ -34,6 +34,7 @@ class RawSocket:
         self._process = context.Process(target=_send_all, args=(listener.getsockname(),))
         self._process.start()
         self._connection, _ = listener.accept()
+        self._connection.settimeout(CONNECT_TIMEOUT_S)
         listener.close()
 
     def rate(self, target: NDArray[np.uint8], num_bytes: int) -> float:

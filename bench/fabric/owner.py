@@ -7,6 +7,7 @@ ends it.
 from __future__ import annotations
 
 import json
+import select
 import subprocess
 import sys
 from dataclasses import asdict
@@ -39,9 +40,12 @@ class Owner:
         return self._process.pid
 
     def card(self, nonce: bytes) -> bytes:
+        """Raises TimeoutError when the process does not answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(nonce.hex() + "\n")
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], START_TIMEOUT_S)[0]:
+            raise TimeoutError(f"{self.name} gave no card within {START_TIMEOUT_S:g} s")
         return bytes.fromhex(self._process.stdout.readline())
 
     def __enter__(self) -> Owner:
