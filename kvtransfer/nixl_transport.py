@@ -28,11 +28,9 @@ import numpy as np
 
 from baton.core.errors import IncompatiblePeer, PeerGone, TransferError
 from baton.core.worker_info import WorkerId
-from kvtransfer.block_read import MoverLimits
 from kvtransfer.cuda_driver import CudaDriver
 from kvtransfer.link import LinkBroken, OpenedPeer, Posted
 from kvtransfer.metadata import CANARY_BYTES, NixlEndpoint, PeerCard, PeerIdentity
-from kvtransfer.mover_transport import MoverTransport
 from kvtransfer.nixl_library import check_network_devices, errors_of, load, make_agent
 from kvtransfer.nixl_read import DEATH_CONFIRMED_S, NixlPeer, NixlRead
 from kvtransfer.peer_process import PeerProcess, allow_reads_by_siblings, read_memory
@@ -275,20 +273,6 @@ class NixlLink:
     @property
     def _errors(self) -> tuple[type[Exception], ...]:
         return errors_of(self._api)
-
-
-def nixl_transport(
-    region: PoolRegion,
-    identity: PeerIdentity,
-    secret: bytes,
-    *,
-    limits: MoverLimits | None = None,
-) -> MoverTransport:
-    """A transport with one NIXL agent over `region`. Raises TransferError when none is made."""
-    link = NixlLink(region, identity)
-    return MoverTransport(
-        links=[link], region=region, identity=identity, secret=secret, limits=limits
-    )
 
 
 def check_readable(card: PeerCard, endpoint: NixlEndpoint) -> None:

@@ -23,10 +23,8 @@ from numpy.typing import NDArray
 
 from baton.core.errors import ConfigError, IncompatiblePeer, PeerGone
 from baton.core.worker_info import WorkerId
-from kvtransfer.block_read import MoverLimits
 from kvtransfer.link import OpenedPeer, Posted
-from kvtransfer.metadata import CANARY_BYTES, PeerCard, PeerIdentity, ShmEndpoint
-from kvtransfer.mover_transport import MoverTransport
+from kvtransfer.metadata import CANARY_BYTES, PeerCard, ShmEndpoint
 from kvtransfer.peer_process import PeerProcess
 from kvtransfer.plan import BlockIds, PairPlan
 from kvtransfer.same_host import check_same_host
@@ -161,21 +159,6 @@ class ShmLink:
     def close(self) -> None:
         for peer in list(self._peers):
             self.drop_peer(peer)
-
-
-def shm_transport(
-    region: PoolRegion,
-    pool: ShmPool,
-    identity: PeerIdentity,
-    secret: bytes,
-    *,
-    limits: MoverLimits | None = None,
-) -> MoverTransport:
-    """A transport over the shared memory `pool` in which `region` lies."""
-    link = ShmLink(region, pool)
-    return MoverTransport(
-        links=[link], region=region, identity=identity, secret=secret, limits=limits
-    )
 
 
 def _map_readonly(card: PeerCard, endpoint: ShmEndpoint) -> NDArray[np.uint8]:

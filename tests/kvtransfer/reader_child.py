@@ -21,7 +21,7 @@ from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.block_read import MoverLimits
 from kvtransfer.metadata import PeerIdentity
-from kvtransfer.nixl_transport import nixl_transport
+from kvtransfer.select import create_transport
 from kvtransfer.transport import PoolRegion
 
 NUM_BLOCKS = 32
@@ -33,7 +33,8 @@ async def main(mode: str, card: bytes) -> None:
     memory = mmap.mmap(-1, NUM_BLOCKS * layout.block_bytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     words = np.frombuffer(memory, dtype=np.uint32).reshape(NUM_BLOCKS, -1)
-    transport = nixl_transport(
+    transport = create_transport(
+        "nixl",
         PoolRegion(address, len(memory), NUM_BLOCKS, layout),
         PeerIdentity(WorkerId("decode-0"), Epoch("d1")),
         b"secret",

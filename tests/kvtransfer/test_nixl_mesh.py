@@ -14,7 +14,7 @@ from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.block_read import MoverLimits
 from kvtransfer.metadata import PeerIdentity
 from kvtransfer.nixl_library import is_installed
-from kvtransfer.nixl_transport import nixl_transport
+from kvtransfer.select import create_transport
 
 pytestmark = [
     pytest.mark.nixl,
@@ -39,8 +39,8 @@ async def test_recycle_of_one_breaks_no_other_and_moves_no_card(make_pool):
     for number, pool in enumerate(pools.values()):
         pool.words[:] = (np.arange(8, dtype=np.uint32) + np.uint32(number * 100))[:, None]
     transports = {
-        name: nixl_transport(
-            pools[name].region, PeerIdentity(WorkerId(name), Epoch("e")), b"secret"
+        name: create_transport(
+            "nixl", pools[name].region, PeerIdentity(WorkerId(name), Epoch("e")), b"secret"
         )
         for name in names
     }

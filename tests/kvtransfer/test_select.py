@@ -153,14 +153,14 @@ from baton.core.errors import TransferError
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.metadata import PeerIdentity
-from kvtransfer.nixl_transport import nixl_transport
+from kvtransfer.select import create_transport
 from kvtransfer.transport import PoolRegion
 layout = KvLayout("test-model", 1, 1, 64, 16, "bfloat16")
 memory = mmap.mmap(-1, layout.block_bytes)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 region = PoolRegion(address, layout.block_bytes, 1, layout)
 try:
-    transport = nixl_transport(region, PeerIdentity(WorkerId("w"), Epoch("e")), b"secret")
+    transport = create_transport("nixl", region, PeerIdentity(WorkerId("w"), Epoch("e")), b"secret")
 except TransferError as error:
     print("refused:", error)
 else:
