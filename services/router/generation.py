@@ -42,6 +42,14 @@ class GenerationInput:
     """Seconds from arrival until the client gets an error."""
     arrived_at_s: float = 0.0
     """Wall-clock time at which the edge read the request."""
+    tenant: str = ""
+    """Who is charged: the owner of the API key; empty where there are no keys."""
+    priority: int = 0
+    """Among requests of one tenant; a larger number goes first."""
+    slo_class: str = ""
+    """Which service-level objectives hold; empty takes the default class."""
+    session_key: str = ""
+    """Requests of one conversation share it: a hint where their prefix may be cached."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,15 @@ class PrefixOffer(NamedTuple):
     """Those that the computing worker caches itself."""
 
 
+class Prediction(NamedTuple):
+    """What a placement would give its client if the request were placed now. Seconds."""
+
+    ttft_s: float
+    """From now to the first token: work queued before it, transfer of a fetched prefix, prefill."""
+    itl_s: float
+    """Between tokens in the decode batch it would join."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`prefill` and `decode` name workers; the kind says which of them are set."""
@@ -91,6 +100,8 @@ class Placement:
     terms: tuple[ScoreTerms, ...]
     """Of all candidates."""
     offer: PrefixOffer | None = None
+    predicted: Prediction | None = None
+    """None by policies that do not predict."""
 
     @property
     def computes_prompt(self) -> WorkerId:
