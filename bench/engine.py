@@ -207,10 +207,11 @@ def print_result(result: ModelResult, ceilings: Ceilings) -> None:
     print(f"\n{result.model} {result.weights}: ready in {result.start_s:.1f} s")
     if result.profile is not None:
         profile = result.profile
+        names = f" {profile.blocking_calls}" if profile.blocking_calls else ""
         print(
             f"one stream: {profile.busy_share:.1%} of the time in kernels, "
             f"{profile.kernels_per_step:.1f} kernels, {profile.blocking_calls_per_step:.2f} "
-            f"blocking calls and {profile.event_waits_per_step:.2f} event waits a step"
+            f"blocking calls{names} and {profile.event_waits_per_step:.2f} event waits a step"
         )
     for point in result.decode:
         print(decode_row(result, point, ceilings))

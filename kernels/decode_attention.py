@@ -12,17 +12,19 @@ over a fixed number of programs is Osama et al., "Stream-K" (PPoPP 2023).
 
 All query heads of a KV head are rows of one product, so K and V are read once. The tiles of all
 (sequence, KV head) pairs form one line that is cut into equal shares, one a program: the grid
-depends on the device alone and a captured graph serves any lengths; a lone long sequence fills the
-GPU, and unequal lengths leave no program idle. A pair cut by the end of a share is finished by
-whichever of its programs comes last: each writes its part and counts itself, the last one sums all
-parts in the order of the line (so runs are equal) and sets the counter back to zero. No program
-waits for another.
+depends on the device and the tile alone and a captured graph serves any lengths; a lone long
+sequence fills the GPU, and unequal lengths leave no program idle. Where it comes out nearly even,
+each pair has programs of its own. A pair cut by the end of a share is finished by whichever of its
+programs comes last: each writes its part and counts itself, the last one sums all parts in the
+order of the line (so runs are equal) and sets the counter back to zero. No program waits for
+another.
 
 Assumes head_dim contiguous in query, pool and out; never reads a slot past a sequence's end.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from kernels.attention_arguments import (
     FP8,
+    HOPPER_MULTIPROCESSORS,
     AttentionOptions,
     check_attention,
     compute_dtype,
@@ -44,6 +47,17 @@ from kernels.platform import is_interpreted, runs_triton
 
 MAX_SEQS = 4096
 """Every program looks at all lengths at once."""
+MOST_PROGRAMS_PER_SM = 4
+PART_ELEMENTS = 8192
+"""Of the parts that are merged at a time: 64 registers a thread, half of it where those are few."""
+FEW_PAIRS = 16
+"""(sequence, KV head) pairs up to which one program a multiprocessor is enough for 8-bit values."""
+KV_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    FP8: tl.float8e4nv,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ class DecodeTile:
     """Tiles of K and V in flight or in use."""
     programs_per_sm: int
     min_tiles: int
-    """Smallest share worth a program of its own: below it, merging costs more than it saves."""
+    """Pairs of so many tiles, on average, are not divided: merging costs more than it saves."""
     max_registers: int | None = None
 
 
@@ -118,49 +132,45 @@ def decode_attention_reference(
     return out
 
 
-FEW_SEQS = 8
-"""Sequences up to which one program a multiprocessor is faster: fewer parts are left to merge."""
+def _tile(head_dim: int, element_bytes: int, group: int, num_pairs: int) -> DecodeTile:
+    """About 32 KiB of K and V a 16-bit tile; as many programs as there are pairs, up to four.
 
-
-def _tile(head_dim: int, element_bytes: int, group: int, num_seqs: int) -> DecodeTile:
-    """About 16 KiB of K and of V a tile, three programs a multiprocessor.
-
-    A tile's address depends on a load of the block table, which takes every other stage: five
-    stages keep two tiles of keys and values in flight.
+    Few programs have deep pipelines instead: each part to merge costs as much as some tiles.
     """
     if element_bytes == 4:
         # Products of float32 run outside the tensor cores and hold whole operands in registers.
         return DecodeTile(16, 4, 3, programs_per_sm=2, min_tiles=4)
-    # 8-bit values are widened to 16 bits on the way to the tensor cores.
+    # 8-bit values are widened to 16 bits in the registers of the tensor cores' operands.
     block_n = min(64, max(16, 8192 // triton.next_power_of_2(head_dim)))
-    if num_seqs <= 2:
-        return DecodeTile(block_n, 4, 3, programs_per_sm=1, min_tiles=4)
-    if num_seqs <= FEW_SEQS:
-        return DecodeTile(block_n, 4, 5, programs_per_sm=1, min_tiles=2)
-    if element_bytes == 1 and head_dim <= 128 and group <= 8:
-        # Widening hides the loads of other programs; more of them instead of stages.
-        return DecodeTile(128, 4, 1, programs_per_sm=4, min_tiles=1, max_registers=128)
-    if group > 8:
-        return DecodeTile(block_n, 4, 5, programs_per_sm=2, min_tiles=2)
-    return DecodeTile(block_n, 4, 5, programs_per_sm=3, min_tiles=2, max_registers=168)
+    is_fp8 = element_bytes == 1
+    pairs_per_sm = triton.cdiv(num_pairs, HOPPER_MULTIPROCESSORS)
+    if num_pairs <= FEW_PAIRS or (pairs_per_sm == 1 and not is_fp8):
+        return DecodeTile(block_n, 4, 5, programs_per_sm=1, min_tiles=4)
+    if pairs_per_sm <= 2 or group > 8:
+        return DecodeTile(block_n, 4, 5 if is_fp8 else 3, programs_per_sm=2, min_tiles=2)
+    if pairs_per_sm == 4 and head_dim <= 128:
+        block_n = block_n if is_fp8 else max(16, block_n // 2)
+        return DecodeTile(block_n, 4, 4, programs_per_sm=4, min_tiles=2, max_registers=128)
+    num_stages = 4 if is_fp8 else 3
+    return DecodeTile(block_n, 4, num_stages, programs_per_sm=3, min_tiles=2, max_registers=168)
 
 
 def candidate_tiles(
-    head_dim: int, element_bytes: int, group: int, num_seqs: int
+    head_dim: int, element_bytes: int, group: int, num_pairs: int
 ) -> list[DecodeTile]:
-    """Tiles worth timing on a GPU; the table's own comes first."""
+    """Tiles worth timing on a GPU for `num_pairs` (sequence, KV head); the table's own is first."""
     registers = {1: None, 2: None, 3: 168, 4: 128}
     tiles = [
         DecodeTile(
             block_n, num_warps, num_stages, programs_per_sm, min_tiles, registers[programs_per_sm]
         )
         for block_n, num_warps in ((32, 4), (64, 4), (128, 4), (128, 8))
-        for num_stages in (1, 3, 5, 7)
+        for num_stages in (2, 3, 4, 5)
         for programs_per_sm in ((1, 2) if num_warps == 8 else (1, 2, 3, 4))
-        for min_tiles in (1, 2, 4)
-        if block_n * head_dim * element_bytes * num_stages * programs_per_sm <= 220 * 1024
+        for min_tiles in (1, 4)
+        if 2 * block_n * head_dim * element_bytes * (num_stages - 1) * programs_per_sm <= 208 * 1024
     ]
-    return list(dict.fromkeys([_tile(head_dim, element_bytes, group, num_seqs), *tiles]))
+    return list(dict.fromkeys([_tile(head_dim, element_bytes, group, num_pairs), *tiles]))
 
 
 def decode_workspace(
@@ -173,12 +183,13 @@ def decode_workspace(
     """Buffers for queries up to [num_seqs, num_heads, head_dim] and one pool, on its device.
 
     8 * num_programs * group * (head_dim + 1) + 4 * num_seqs * num_kv_heads bytes. `num_programs`
-    is the grid that decode_attention will launch; None takes what suits the device.
+    is the largest grid that decode_attention will launch; None takes what suits the device, and
+    any batch without a `tile`.
     """
     num_seqs, num_heads, head_dim = query_shape
     num_kv_heads = pool.shape[1]
-    tile = tile or _tile(head_dim, pool.element_size(), num_heads // num_kv_heads, num_seqs)
-    num_programs = num_programs or num_multiprocessors(pool.device) * tile.programs_per_sm
+    programs_per_sm = tile.programs_per_sm if tile else MOST_PROGRAMS_PER_SM
+    num_programs = num_programs or num_multiprocessors(pool.device) * programs_per_sm
     shape = (2 * num_programs, num_heads // num_kv_heads)
     return DecodeWorkspace(
         torch.empty(*shape, head_dim, dtype=torch.float32, device=pool.device),
@@ -271,16 +282,20 @@ def launch_decode(
     num_seqs, num_heads, head_dim = out.shape
     num_kv_heads, block_size = pool.shape[1], pool.shape[4]
     group = num_heads // num_kv_heads
-    tile = tile or _tile(head_dim, pool.element_size(), group, num_seqs)
+    num_pairs = num_seqs * num_kv_heads
+    tile = tile or _tile(head_dim, pool.element_size(), group, num_pairs)
     workspace = workspace or decode_workspace((num_seqs, num_heads, head_dim), pool, tile=tile)
-    _check_workspace(workspace, num_seqs * num_kv_heads, group, head_dim)
-    most_tiles = (
-        num_seqs * num_kv_heads * triton.cdiv(block_tables.shape[1] * block_size, tile.block_n)
-    )
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    block_r = triton.next_power_of_2(group)
-    use_pdl = launch_pdl and not is_interpreted()
+    _check_workspace(workspace, num_pairs, group, head_dim)
+    most_tiles = num_pairs * triton.cdiv(block_tables.shape[1] * block_size, tile.block_n)
+    is_paired = _is_paired(pool, rows.dtype)
     kv = pool[:, :, options.layer]
+    if is_paired:
+        kv = kv.view(torch.int16)
+    # The tensor cores take 16 elements at least, pairs count as one.
+    block_d = max(32 if is_paired else 16, triton.next_power_of_2(head_dim))
+    block_r = triton.next_power_of_2(group)
+    part_elements = PART_ELEMENTS // 2 if tile.max_registers else PART_ELEMENTS
+    use_pdl = launch_pdl and not is_interpreted()
     most_programs = num_multiprocessors(pool.device) * tile.programs_per_sm
     decode_attention_kernel[(min(workspace.num_programs, most_programs),)](
         out,
@@ -320,14 +335,17 @@ def launch_decode(
         BLOCK_B=triton.next_power_of_2(num_seqs),
         BLOCK_G=max(16, block_r),
         BLOCK_R=block_r,
-        BLOCK_S=min(16, max(1, 4096 // (block_r * block_d))),
+        BLOCK_S=min(16, max(1, part_elements // (block_r * block_d))),
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
         HAS_WINDOW=options.sliding_window > 0,
         HAS_SOFT_CAP=options.soft_cap > 0,
         COMPUTE_DTYPE=compute_dtype(rows, pool),
+        KV_DTYPE=KV_DTYPES[pool.dtype],
         PRECISION="ieee",
-        PACKED=pool.dtype == FP8 and rows.dtype != torch.float32 and not is_interpreted(),
+        IS_PAIRED=is_paired,
+        INTERPRETED=is_interpreted(),
+        TOKEN_ALIGNMENT=math.gcd(kv.stride(3), 16),
         # A share's bounds are products of tiles and programs; 64-bit division is slow.
         INDEX_DTYPE=tl.int32 if most_tiles * workspace.num_programs < 2**31 else tl.int64,
         NUM_STAGES=tile.num_stages,
@@ -336,6 +354,12 @@ def launch_decode(
         maxnreg=tile.max_registers,
         launch_pdl=use_pdl,
     )
+
+
+def _is_paired(pool: Tensor, query_dtype: torch.dtype) -> bool:
+    """Whether 8-bit values are read two at a time: they begin at even places everywhere."""
+    places = (pool.shape[5], pool.storage_offset(), *pool.stride()[:5])
+    return pool.dtype == FP8 and query_dtype != torch.float32 and all(p % 2 == 0 for p in places)
 
 
 def _check_workspace(workspace: DecodeWorkspace, num_pairs: int, group: int, head_dim: int) -> None:

@@ -7,93 +7,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
-from kernels.attention_steps import (
-    LN_2,
-    LOG2_E,
-    as_operand,
-    cap_scores,
-    finite_anchor,
-    score_scale_of,
-    widen,
+from kernels.attention_steps import LN_2, LOG2_E, as_operand, score_scale_of
+from kernels.decode_attention_tiles import attend_tiles, blocks_of_tile
+from kernels.decode_new_token import (
+    add_new_token,
+    as_stored,
+    load_angles,
+    load_rotated,
+    score_new_token,
 )
-from kernels.decode_new_token import add_new_token, as_stored, load_angles, load_rotated
-
-
-@triton.jit
-def _attend_tiles(
-    query,  # [BLOCK_G, BLOCK_D]
-    kv_ptr,  # one KV head of the pool
-    table_ptr,  # [max_blocks_per_seq]
-    first_tile,
-    last_tile,
-    seq_len,
-    first_token,
-    score_scale,
-    soft_cap,
-    stride_block: tl.int64,
-    stride_kv: tl.int64,
-    stride_token: tl.int64,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    MAY_BE_EMPTY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PACKED: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    """Softmax state (highest log2 score, sum, weighted values) over tiles [first, last)."""
-    dims = tl.arange(0, BLOCK_D)
-    highest = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    columns = tl.arange(0, BLOCK_N)
-    in_block = columns[:, None] * stride_token.to(tl.int32) + dims[None, :]
-    for tile in tl.range(first_tile, last_tile, num_stages=NUM_STAGES):
-        tokens = tile * BLOCK_N + columns
-        is_valid = tokens < seq_len
-        if HAS_WINDOW:
-            is_valid &= tokens >= first_token
-        if BLOCK_SIZE % BLOCK_N == 0:
-            # One address a tile: what differs from row to row is the same in every tile.
-            block = tl.load(table_ptr + tile * BLOCK_N // BLOCK_SIZE).to(tl.int64)
-            first = block * stride_block + tile * BLOCK_N % BLOCK_SIZE * stride_token
-            at = kv_ptr + first + in_block
-        else:
-            block = tl.load(table_ptr + tokens // BLOCK_SIZE, mask=is_valid, other=0).to(tl.int64)
-            rows = block * stride_block + tokens % BLOCK_SIZE * stride_token
-            at = kv_ptr + rows[:, None] + dims[None, :]
-        # Slots past the end hold anything, NaN included, so they are never read.
-        mask = is_valid[:, None]
-        if HEAD_DIM != BLOCK_D:
-            mask = mask & (dims < HEAD_DIM)[None, :]
-        keys = tl.load(at, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        values = tl.load(at + stride_kv, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        scores = (
-            tl.dot(query, widen(keys, query.dtype, PACKED).T, input_precision=PRECISION)
-            * score_scale
-        )
-        if HAS_SOFT_CAP:
-            scores = cap_scores(scores, soft_cap) * LOG2_E
-        scores = tl.where(is_valid[None, :], scores, float("-inf"))  # [BLOCK_G, BLOCK_N]
-        highest_now = tl.maximum(highest, tl.max(scores, 1))
-        anchor = finite_anchor(highest_now, MAY_BE_EMPTY)
-        weights = tl.exp2(scores - anchor[:, None])
-        old = tl.exp2(highest - anchor)
-        total = total * old + tl.sum(weights, 1)
-        acc = tl.dot(
-            weights.to(query.dtype),
-            widen(values, query.dtype, PACKED),
-            acc * old[:, None],
-            input_precision=PRECISION,
-        )
-        highest = highest_now
-    return highest, total, acc
 
 
 @triton.jit
@@ -216,12 +140,24 @@ def _store_empty_rows(
         seq += tl.num_programs(0)
 
 
+@triton.jit
+def _num_sharers(all_tiles, num_pairs, min_tiles):
+    """Programs that get a share of the tiles of `num_pairs` (sequence, KV head)."""
+    # A short pair of its own costs less than merging; a tile each is best for longer ones.
+    most = tl.where(all_tiles > min_tiles * num_pairs, all_tiles, num_pairs)
+    sharers = tl.minimum(most, tl.num_programs(0))
+    # As many to each pair, where that leaves few without work: a share that goes on in another
+    # pair fills its pipeline of tiles, and merges, once more.
+    whole = sharers // tl.maximum(num_pairs, 1) * num_pairs
+    return tl.where(4 * whole >= 3 * sharers, whole, sharers)
+
+
 @triton.jit(do_not_specialize=["num_seqs"])
 def decode_attention_kernel(
     out_ptr,  # [num_seqs, num_heads, head_dim]
     lse_ptr,  # [num_seqs, num_heads] float32, or None
     query_ptr,  # [num_seqs, num_heads, head_dim]
-    kv_ptr,  # [num_blocks, num_kv_heads, 2, block_size, head_dim], one layer
+    kv_ptr,  # [num_blocks, num_kv_heads, 2, block_size, head_dim], one layer; int16 if IS_PAIRED
     block_tables_ptr,  # [num_seqs, max_blocks_per_seq]
     seq_lens_ptr,  # [num_seqs]
     sinks_ptr,  # [num_heads] float32, or None
@@ -264,8 +200,11 @@ def decode_attention_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
+    KV_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PACKED: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    TOKEN_ALIGNMENT: tl.constexpr,
     INDEX_DTYPE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -273,6 +212,8 @@ def decode_attention_kernel(
     # program -> an equal share of the tiles of all (sequence, KV head), in that order
     program = tl.program_id(0)
     if USE_PDL:
+        # The next kernel is not let in before the end: its programs would take the room of this
+        # one's. At one row of 8k tokens that doubles the time between the kernels around it.
         gdc_wait()
     seqs = tl.arange(0, BLOCK_B)
     seq_lens = tl.load(seq_lens_ptr + seqs, mask=seqs < num_seqs, other=0)  # [BLOCK_B]
@@ -286,7 +227,8 @@ def decode_attention_kernel(
         num_tiles = tl.where(seq_lens > 0, tl.maximum(num_tiles, 1), 0)
     ends = tl.cumsum(num_tiles, 0) * NUM_KV_HEADS  # [BLOCK_B] tiles up to a sequence's last
     all_tiles = (tl.sum(num_tiles, 0) * NUM_KV_HEADS).to(INDEX_DTYPE)
-    sharers = tl.minimum(tl.num_programs(0), tl.cdiv(all_tiles, min_tiles)).to(INDEX_DTYPE)
+    num_pairs = tl.sum((seq_lens > 0).to(tl.int32), 0) * NUM_KV_HEADS
+    sharers = _num_sharers(all_tiles, num_pairs, min_tiles).to(INDEX_DTYPE)
     begin = tl.zeros([], INDEX_DTYPE)
     end = tl.zeros([], INDEX_DTYPE)
     if program < sharers:
@@ -310,7 +252,12 @@ def decode_attention_kernel(
         if HAS_WINDOW:
             first_token = tl.maximum(seq_len - sliding_window, 0)
         first_tile = (begin - head_begin).to(tl.int32) + first_token // BLOCK_N
+        last_tile = first_tile + (stop - begin).to(tl.int32)
         first_head = kv_head * GROUP
+        kv_at = kv_ptr + kv_head.to(tl.int64) * stride_kv_head
+        table_at = block_tables_ptr + seq.to(tl.int64) * stride_table
+        num_stored = seq_len - NUM_NEW
+        blocks = blocks_of_tile(table_at, first_tile, num_stored, BLOCK_SIZE, BLOCK_N)
 
         token_ptr = query_ptr + seq.to(tl.int64) * stride_query_seq
         query_at = token_ptr + (first_head + rows)[:, None] * stride_query_head
@@ -321,62 +268,45 @@ def decode_attention_kernel(
             query = load_rotated(
                 query_at, (rows < GROUP)[:, None], cos, sin, q_norm_ptr, eps, HEAD_DIM, BLOCK_D
             ).to(query_ptr.dtype.element_ty)
-            key_at = token_ptr + (NUM_KV_HEADS * GROUP + kv_head) * stride_query_head
+            new_key_at = token_ptr + (NUM_KV_HEADS * GROUP + kv_head) * stride_query_head
             one = tl.zeros([1, 1], tl.int32)
-            key = load_rotated(key_at + one, one == 0, cos, sin, k_norm_ptr, eps, HEAD_DIM, BLOCK_D)
-            key = as_stored(key, k_scale_ptr, kv_head, kv_ptr.dtype.element_ty)
+            key = load_rotated(
+                new_key_at + one, one == 0, cos, sin, k_norm_ptr, eps, HEAD_DIM, BLOCK_D
+            )
+            key = as_stored(key, k_scale_ptr, kv_head, KV_DTYPE)
             value = tl.load(
-                key_at + NUM_KV_HEADS * stride_query_head + dims[None, :],
+                new_key_at + NUM_KV_HEADS * stride_query_head + dims[None, :],
                 mask=(dims < HEAD_DIM)[None, :],
                 other=0.0,
             ).to(tl.float32)
-            value = as_stored(value, v_scale_ptr, kv_head, kv_ptr.dtype.element_ty)
+            value = as_stored(value, v_scale_ptr, kv_head, KV_DTYPE)
             pool_slot = tl.load(slot_mapping_ptr + seq).to(tl.int64)
         else:
             query = tl.load(query_at + dims[None, :], mask=in_query, other=0.0)
         # [BLOCK_G, BLOCK_D]
         query = as_operand(query, COMPUTE_DTYPE, query_ptr.dtype.element_ty)
         score_scale = score_scale_of(scale, k_scale_ptr, kv_head, HAS_SOFT_CAP)
-        kv_at = kv_ptr + kv_head.to(tl.int64) * stride_kv_head
-        highest, total, acc = _attend_tiles(
-            query,
-            kv_at,
-            block_tables_ptr + seq.to(tl.int64) * stride_table,
-            first_tile,
-            first_tile + (stop - begin).to(tl.int32),
-            seq_len - NUM_NEW,
-            first_token,
-            score_scale,
-            soft_cap,
-            stride_block,
-            stride_kv,
-            stride_token,
-            BLOCK_SIZE,
-            HEAD_DIM,
-            BLOCK_G,
-            BLOCK_N,
-            BLOCK_D,
-            HAS_WINDOW,
-            HAS_SOFT_CAP,
-            IS_FUSED,
-            PRECISION,
-            PACKED,
-            NUM_STAGES,
-        )
-        if USE_PDL:
-            # Not before: programs of the next kernel that wait would take the room of this one's.
-            gdc_launch_dependents()
+        if IS_FUSED:
+            new_score = score_new_token(query, key, score_scale, soft_cap, HAS_SOFT_CAP)
+        highest, total, acc = attend_tiles(
+            query, kv_at, table_at, blocks, first_tile, last_tile, num_stored, first_token,
+            score_scale, soft_cap, stride_block, stride_kv, stride_token,
+            BLOCK_SIZE, HEAD_DIM, BLOCK_G, BLOCK_N, BLOCK_D, HAS_WINDOW, HAS_SOFT_CAP,
+            IS_FUSED, PRECISION, IS_PAIRED, INTERPRETED, TOKEN_ALIGNMENT, NUM_STAGES,
+        )  # fmt: skip
         if IS_FUSED:
             is_owner = stop == head_end
-            highest, total, acc = add_new_token(
-                highest, total, acc, query, key, value, is_owner,
-                score_scale, soft_cap, HAS_SOFT_CAP,
-            )  # fmt: skip
-            slot_at = kv_at + pool_slot // BLOCK_SIZE * stride_block
-            slot_at += pool_slot % BLOCK_SIZE * stride_token + dims[None, :]
+            new_score = tl.where(is_owner, new_score, float("-inf"))
+            highest, total, acc = add_new_token(highest, total, acc, new_score, value)
+            key_at = kv_at + pool_slot // BLOCK_SIZE * stride_block
+            key_at += pool_slot % BLOCK_SIZE * stride_token
+            value_at = key_at + stride_kv
+            if IS_PAIRED:
+                key_at = key_at.to(tl.pointer_type(KV_DTYPE), bitcast=True)
+                value_at = value_at.to(tl.pointer_type(KV_DTYPE), bitcast=True)
             is_stored = (dims < HEAD_DIM)[None, :] & is_owner & (pool_slot >= 0)
-            tl.store(slot_at, key, mask=is_stored)
-            tl.store(slot_at + stride_kv, value, mask=is_stored)
+            tl.store(key_at + dims[None, :], key, mask=is_stored)
+            tl.store(value_at + dims[None, :], value, mask=is_stored)
         if v_scale_ptr is not None:
             acc *= tl.load(v_scale_ptr + kv_head)
 

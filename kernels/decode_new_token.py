@@ -69,23 +69,29 @@ def as_stored(values, scale_ptr, kv_head, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def add_new_token(
-    highest,  # [BLOCK_G]
-    total,  # [BLOCK_G]
-    acc,  # [BLOCK_G, BLOCK_D]
+def score_new_token(
     query,  # [BLOCK_G, BLOCK_D]
     key,  # [1, BLOCK_D], as stored
-    value,  # [1, BLOCK_D], as stored
-    is_owner,
     score_scale,
     soft_cap,
     HAS_SOFT_CAP: tl.constexpr,
 ):
-    """The softmax state with one more key, where this program owns it."""
+    """The new key's scores for exp2, [BLOCK_G]."""
     scores = tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * score_scale
     if HAS_SOFT_CAP:
         scores = cap_scores(scores, soft_cap) * LOG2_E
-    scores = tl.where(is_owner, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def add_new_token(
+    highest,  # [BLOCK_G]
+    total,  # [BLOCK_G]
+    acc,  # [BLOCK_G, BLOCK_D]
+    scores,  # [BLOCK_G]; -inf adds nothing
+    value,  # [1, BLOCK_D], as stored
+):
+    """The softmax state with one more key."""
     highest_now = tl.maximum(highest, scores)
     old = tl.exp2(highest - highest_now)
     weight = tl.exp2(scores - highest_now)

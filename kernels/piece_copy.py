@@ -30,11 +30,31 @@ from torch import Tensor
 
 from kernels.platform import runs_triton
 
-TILE_BYTES = 16384
-NUM_WARPS = 8
-"""256 threads with four 16-byte loads each under way."""
-MAX_PROGRAMS = 132 * 2
-"""4 MiB under way: several times what a link's latency needs, on a quarter of an H200's slots."""
+MAX_PROGRAMS = 33
+"""1 MiB under way, which is enough for NVLink: more programs copy no faster and take more from
+other work on the GPU that copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTile:
+    """What a program moves at a time: a part of a long piece, or several short ones."""
+
+    num_bytes: int = 32768
+    num_warps: int = 8
+    """256 threads with eight 16-byte loads each under way."""
+
+
+TILE = CopyTile()
+
+
+def candidate_tiles() -> list[CopyTile]:
+    """What is worth timing: one to eight 16-byte loads a thread."""
+    return [
+        CopyTile(num_bytes, num_warps)
+        for num_bytes in (8192, 16384, 32768, 65536)
+        for num_warps in (4, 8, 16)
+        if 1 <= num_bytes // (num_warps * 32 * 16) <= 8
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,15 +189,15 @@ def _copy_pieces_kernel(
         tl.store(targets[:, None] + words[None, :], values, mask=is_moved)
 
 
-class _Tile(NamedTuple):
+class _Shape(NamedTuple):
     pieces: int
     words: int
 
 
-def _tile(num_words: int, word_bytes: int) -> _Tile:
-    tile_words = TILE_BYTES // word_bytes
+def _shape(tile: CopyTile, num_words: int, word_bytes: int) -> _Shape:
+    tile_words = tile.num_bytes // word_bytes
     words = min(tile_words, triton.next_power_of_2(num_words))
-    return _Tile(tile_words // words, words)
+    return _Shape(tile_words // words, words)
 
 
 def copy_pieces(
@@ -187,6 +207,7 @@ def copy_pieces(
     src_units: Tensor,
     dst_units: Tensor,
     max_programs: int = MAX_PROGRAMS,
+    tile: CopyTile = TILE,
 ) -> None:
     """Copy the pieces of unit src_units[i] to those of unit dst_units[i], in one launch.
 
@@ -199,7 +220,7 @@ def copy_pieces(
     if not len(src_units):
         return
     if runs_triton(src_units):
-        _launch(src, dst, src_units, dst_units, max_programs)
+        _launch(src, dst, src_units, dst_units, max_programs, tile)
     else:
         copy_pieces_reference(src, dst, src_units=src_units, dst_units=dst_units)
 
@@ -212,19 +233,24 @@ def compile_pieces(src: PieceSide, dst: PieceSide) -> None:
     none = torch.empty(0, dtype=torch.int32, device=dst.offsets.device)
     _check(src, dst, none, none)
     if runs_triton(none):
-        _launch(src, dst, none, none, 1)
+        _launch(src, dst, none, none, 1, TILE)
 
 
 def _launch(
-    src: PieceSide, dst: PieceSide, src_units: Tensor, dst_units: Tensor, max_programs: int
+    src: PieceSide,
+    dst: PieceSide,
+    src_units: Tensor,
+    dst_units: Tensor,
+    max_programs: int,
+    tile: CopyTile,
 ) -> None:
     num_entries, num_pieces = len(src_units), src.offsets.shape[1]
     alignment = min(src.alignment, dst.alignment)
     word_bytes = min(alignment, 4)
     num_words = src.piece_bytes // word_bytes
-    tile = _tile(num_words, word_bytes)
-    num_tiles = triton.cdiv(num_entries * num_pieces, tile.pieces) * triton.cdiv(
-        num_words, tile.words
+    shape = _shape(tile, num_words, word_bytes)
+    num_tiles = triton.cdiv(num_entries * num_pieces, shape.pieces) * triton.cdiv(
+        num_words, shape.words
     )
     _copy_pieces_kernel[(max(1, min(num_tiles, max_programs)),)](
         src.address,
@@ -241,10 +267,10 @@ def _launch(
         NUM_PIECES=num_pieces,
         NUM_WORDS=num_words,
         WORD=tl.int32 if word_bytes == 4 else tl.uint8,
-        P=tile.pieces,
-        W=tile.words,
+        P=shape.pieces,
+        W=shape.words,
         IS_ALIGNED=alignment == 16,
-        num_warps=NUM_WARPS,
+        num_warps=tile.num_warps,
     )
 
 

@@ -15,7 +15,8 @@ One program takes a tile of queries of one head (or of all heads of a group, for
 the first key it sees to its own diagonal; the latest queries, which see most, start first. Where
 the pool is contiguous and a block has 64 tokens or more, K and V arrive by bulk tensor copies,
 otherwise by one address a row. Large 16-bit prefills on Hopper have a kernel of their own
-(prefill_attention_specialized.py). No slot past a sequence's end is ever read.
+(prefill_attention_specialized.py), for blocks of 16 tokens or more. No slot past a sequence's end
+is ever read.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from kernels.attention_reference import attend, gather_kv
 from kernels.platform import is_interpreted, runs_triton
 from kernels.prefill_attention_kernel import prefill_attention_kernel
 from kernels.prefill_attention_specialized import (
-    SPECIALIZED_BOX,
     SPECIALIZED_HEAD_DIMS,
+    SPECIALIZED_MIN_BLOCK,
     SPECIALIZED_QUERIES,
     SpecializedBoxes,
     prefill_attention_specialized_kernel,
@@ -291,7 +292,7 @@ def _specialized_boxes(
         or pool.dtype != query.dtype
         or query.element_size() != 2
         or query.shape[2] not in SPECIALIZED_HEAD_DIMS
-        or pool.shape[4] < SPECIALIZED_BOX
+        or pool.shape[4] < SPECIALIZED_MIN_BLOCK
         or not pool.is_contiguous()
         or not is_hopper(query.device)
     ):

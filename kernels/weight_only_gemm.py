@@ -12,6 +12,10 @@ Shapes: x [M, K] bfloat16, float16 or float32, any M; bias [N]; residual and y [
 float32, bfloat16 or float16. f, rstd and residual as in `skinny_gemm`. int4 scales are read
 fastest when scale.t() is contiguous.
 
+Up to 4 rows of bfloat16 with int8 or int4 weights go to `streamed_gemm`, which widens nothing; here
+are the others. From some 500 rows on, widening the weight once (`dequantize_weight`) and
+multiplying by cuBLAS is faster.
+
 Bytes: N K bits / 8 + scales + M (K + N) itemsize; FLOPs: 2 M N K. Bound: reading the weights once
 up to about 64 rows, the tensor cores in x's dtype from a few hundred on. A multiprocessor issues
 128 instructions of a thread a clock; at the memory's rate int8 leaves it 7.5 a weight and int4
@@ -30,6 +34,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.dequantize_weight import dequantize_weight_reference
 from kernels.gemm_epilogue import Epilogue, finish_reference
 from kernels.gemm_launch import (
     FUSED_RMS_MAX_NUM_ROWS,
@@ -48,6 +53,14 @@ from kernels.gemm_launch import (
 from kernels.int4_packing import NUM_PLANES, pack_int4, packed_width, plane_size, unpack_int4
 from kernels.int4_tile import _int4_kernel
 from kernels.platform import is_interpreted, runs_triton
+from kernels.streamed_gemm import MAX_NUM_ROWS as STREAMED_MAX_NUM_ROWS
+from kernels.streamed_gemm import (
+    StreamedTile,
+    can_stream,
+    candidate_streamed_tiles,
+    launch_streamed,
+    streamed_tile_for,
+)
 
 __all__ = ["candidate_tiles", "pack_int4", "tile_for", "unpack_int4", "weight_only_gemm"]
 
@@ -59,10 +72,8 @@ DECODE_MAX_NUM_ROWS = 64
 
 def dequantize(weight: Tensor, scale: Tensor, k: int, group_size: int | None) -> Tensor:
     """float32 [N, K] of quantised weights."""
-    if group_size is None:
-        return weight.float() * scale.float()[:, None]
-    scales = scale.float().repeat_interleave(group_size, dim=1)[:, :k]
-    return unpack_int4(weight, k, group_size=group_size).float() * scales
+    out = torch.empty(weight.shape[0], k, dtype=torch.float32, device=weight.device)
+    return dequantize_weight_reference(weight, scale, group_size=group_size, out=out)
 
 
 def weight_only_gemm_reference(
@@ -94,14 +105,12 @@ def tile_for(num_rows: int, n: int, k: int, *, group_size: int | None, itemsize:
         block_k = 32 if group_size is None else NUM_PLANES * plane_size(group_size)
         return Tile(16, 32, block_k, num_warps=4, num_stages=2)
     if num_rows > DECODE_MAX_NUM_ROWS:
-        if group_size is None:
-            return Tile(128, 128, 64, num_warps=8, num_stages=4)
-        return Tile(128, 128, 128, num_warps=8, num_stages=3)
+        return _tile_for_many_rows(num_rows, n, k, group_size)
     if num_rows == 1 and group_size is None and k <= 8192:
         return Tile(1, 4, 1024, num_warps=4, uses_dot=False)
     block_m = max(8, triton.next_power_of_2(num_rows))
     if group_size is None:
-        block_n, num_warps = (64, 4) if block_m <= 32 else (128, 8)
+        block_n, num_warps = 64, 4
         block_k = 256 if block_m == 8 else 128
     else:
         wide = block_m == 64 or (block_m == 8 and n > 8192)
@@ -113,9 +122,27 @@ def tile_for(num_rows: int, n: int, k: int, *, group_size: int | None, itemsize:
     return Tile(block_m, block_n, block_k, num_warps, 4, num_splits)
 
 
-def candidate_tiles(num_rows: int, n: int, k: int, *, group_size: int | None) -> list[Tile]:
-    """Tiles worth timing for a shape, the table's own first."""
-    tiles = [tile_for(num_rows, n, k, group_size=group_size)]
+def _tile_for_many_rows(num_rows: int, n: int, k: int, group_size: int | None) -> Tile:
+    """Tiles of 128 rows; K is split until every multiprocessor has a program or two."""
+    if group_size is None:
+        block_n, block_k, num_warps, num_programs = 64, 64, 4, 200
+    else:
+        block_n, block_k, num_warps, num_programs = 128, 128, 8, NUM_PROGRAMS_TO_FILL
+    num_tiles = triton.cdiv(n, block_n) * triton.cdiv(num_rows, 128)
+    num_splits = num_splits_to_fill(num_tiles, k, block_k, num_programs=num_programs)
+    # Two programs of 8 warps fit a multiprocessor with three stages, where there are as many.
+    num_stages = 4 if group_size is None or num_tiles * num_splits <= 132 else 3
+    return Tile(128, block_n, block_k, num_warps, num_stages, num_splits)
+
+
+def candidate_tiles(
+    num_rows: int, n: int, k: int, *, group_size: int | None, streams: bool = False
+) -> list[Tile | StreamedTile]:
+    """Tiles worth timing for a shape, the table's own first; `streams` where `can_stream` holds."""
+    tiles: list[Tile | StreamedTile] = []
+    if streams and num_rows <= STREAMED_MAX_NUM_ROWS:
+        tiles += candidate_streamed_tiles(num_rows, group_size=group_size)
+    tiles.append(tile_for(num_rows, n, k, group_size=group_size))
     if group_size is None and num_rows <= 4:
         tiles += [
             Tile(triton.next_power_of_2(num_rows), block_n, block_k, num_warps, uses_dot=False)
@@ -129,7 +156,7 @@ def candidate_tiles(num_rows: int, n: int, k: int, *, group_size: int | None) ->
         block_ks = (128,) if group_size == 32 else (128, 256)
     if num_rows > DECODE_MAX_NUM_ROWS:
         shapes = [(128, 64, 4), (128, 128, 8), (256, 64, 8), (256, 128, 8), (64, 128, 4)]
-        splits: tuple[int, ...] = (1,)
+        splits: tuple[int, ...] = (1, 2, 4) if num_rows <= 256 else (1,)
     else:
         block_m = max(8, triton.next_power_of_2(num_rows))
         shapes = [(block_m, 64, 4), (block_m, 128, 4), (block_m, 128, 8), (block_m, 256, 8)]
@@ -158,7 +185,7 @@ def weight_only_gemm(
     swiglu: bool = False,
     out: Tensor | None = None,
     workspace: GemmWorkspace | None = None,
-    tile: Tile | None = None,
+    tile: Tile | StreamedTile | None = None,
     launch_pdl: bool = False,
 ) -> Tensor:
     """y [M, N], or [M, N/2] with swiglu, in x's dtype.
@@ -187,6 +214,8 @@ def weight_only_gemm(
             swiglu=swiglu,
             out=out,
         )
+    if tile is None and can_stream(x, weight, scale, group_size):
+        tile = streamed_tile_for(x.shape[0], group_size=group_size)
     if tile is None:
         tile = tile_for(
             x.shape[0],
@@ -195,7 +224,9 @@ def weight_only_gemm(
             group_size=group_size,
             itemsize=x.element_size(),
         )
-    if group_size is None:
+    if isinstance(tile, StreamedTile):
+        launch_streamed(x, weight, scale, out, epilogue, tile, group_size=group_size)
+    elif group_size is None:
         launch_gemm(
             x,
             weight,

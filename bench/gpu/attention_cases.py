@@ -39,6 +39,12 @@ def decode_cases(scale: Scale) -> Iterator[PlannedCase]:
         (1, 4096, 16, BF16),
         (64, 1024, 64, FP8),
         (1, 4096, 64, FP8),
+        (1, 128, 64, BF16),
+        (1, 1024, 64, BF16),
+        (16, 1024, 64, BF16),
+        (128, 4096, 16, FP8),
+        (8, 4096, 64, FP8),
+        (1, 32768, 64, FP8),
     ):
         yield _planned_decode(scale, heads, batch, length, block_size, dtype)
     yield _planned_decode(scale, Heads(32, 8, 64), 128, 4096, 64, BF16)

@@ -2,14 +2,16 @@
 
 Two questions: does a step's time consist of kernels (busy share), and does the host ever make the
 device wait (blocking calls a step)? Waiting for the event of the step before, while the next one
-is already running, is how results come back and holds nobody up; it is counted apart.
+is already running, is how results come back and holds nobody up; it is counted apart. What the
+profiler itself calls is seen in a window in which nothing is done, and is taken off.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 BLOCKING_CALLS = (
     "cudaStreamSynchronize",
@@ -34,10 +36,27 @@ class StepProfile:
     kernels_per_step: float
     blocking_calls_per_step: float
     event_waits_per_step: float
+    blocking_calls: dict[str, int] = field(default_factory=dict)
+    """By name, over all steps; empty when the host never waited for the device."""
+
+
+class Window(NamedTuple):
+    """What a profile shows of a stretch of time."""
+
+    kernels: list[tuple[float, float]]
+    """(start, end) of each, in one unit."""
+    calls: Counter[str]
+    """Of the runtime and of everything else on the host, by name."""
 
 
 def profile_steps(run: Callable[[], object], num_steps: int) -> StepProfile:
     """Profile `run`, which does `num_steps` steps on the current GPU."""
+    idle = _profiled(lambda: None)
+    return summarise(_profiled(run), idle, num_steps)
+
+
+def _profiled(run: Callable[[], object]) -> Window:
+    """`run`, to the end of what it launched."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -45,32 +64,31 @@ def profile_steps(run: Callable[[], object], num_steps: int) -> StepProfile:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    kernels: list[tuple[float, float]] = []
-    calls: Counter[str] = Counter()
+    window = Window([], Counter())
     for event in profiler.events():
         if event.name.startswith(COPIES):
             continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            kernels.append((event.time_range.start, event.time_range.end))
+            window.kernels.append((event.time_range.start, event.time_range.end))
         else:
-            calls[event.name] += 1
-    # The engine has no part in the one that ends the window, nor in the profiler's own.
-    calls["cudaDeviceSynchronize"] -= 2
-    return summarise(kernels, calls, num_steps)
+            window.calls[event.name] += 1
+    return window
 
 
-def summarise(
-    kernels: Iterable[tuple[float, float]], calls: Counter[str], num_steps: int
-) -> StepProfile:
-    """From kernels' (start, end) in one unit and counts of runtime calls by name."""
-    intervals = sorted(kernels)
+def summarise(steps: Window, idle: Window, num_steps: int) -> StepProfile:
+    """`idle`: a window without steps, profiled in the same way."""
+    intervals = sorted(steps.kernels)
     window = max(end for _, end in intervals) - intervals[0][0] if intervals else 0.0
+    # Subtraction of counters keeps what is above zero.
+    calls = steps.calls - idle.calls
+    blocking = {name: calls[name] for name in BLOCKING_CALLS if calls[name]}
     return StepProfile(
         num_steps=num_steps,
         busy_share=covered(intervals) / window if window else 0.0,
         kernels_per_step=len(intervals) / num_steps,
-        blocking_calls_per_step=sum(max(calls[name], 0) for name in BLOCKING_CALLS) / num_steps,
+        blocking_calls_per_step=sum(blocking.values()) / num_steps,
         event_waits_per_step=calls[EVENT_WAIT] / num_steps,
+        blocking_calls=blocking,
     )
 
 

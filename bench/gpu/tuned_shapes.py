@@ -183,7 +183,7 @@ class DecodeShape:
         group = heads.num_heads // heads.num_kv_heads
         return list(
             decode_attention.candidate_tiles(
-                heads.head_dim, self._dtype.itemsize, group, self.batch
+                heads.head_dim, self._dtype.itemsize, group, self.batch * heads.num_kv_heads
             )
         )
 

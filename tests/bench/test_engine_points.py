@@ -24,9 +24,10 @@ from bench.gpu.engine_goals import evaluate_engine
 from bench.gpu.engine_points import DecodePoint, EngineDriver, PrefillPoint, TooFewRunning
 from bench.gpu.engine_results import ModelResult
 from bench.gpu.shapes import LLAMA_2_7B, LLAMA_3_1_8B, LLAMA_3_2_1B
-from bench.gpu.step_profile import StepProfile, covered, summarise
+from bench.gpu.step_profile import StepProfile, Window, covered, summarise
 
 CEILINGS = Ceilings(4e12, 4.4e12, 800e12)
+NOTHING = Window([], Counter())
 
 
 @pytest.fixture
@@ -97,12 +98,24 @@ def test_unknown_models_and_weights_are_refused(capsys: pytest.CaptureFixture[st
 def test_busy_share_counts_overlapping_kernels_once() -> None:
     assert covered([(0.0, 2.0), (1.0, 3.0), (5.0, 6.0), (5.5, 5.6)]) == 4.0
     calls = Counter(cudaEventSynchronize=3, cudaStreamSynchronize=1, cudaLaunchKernel=9)
-    profile = summarise([(0.0, 2.0), (1.0, 3.0), (4.0, 5.0)], calls, 2)
+    steps = Window([(0.0, 2.0), (1.0, 3.0), (4.0, 5.0)], calls)
+    profile = summarise(steps, NOTHING, 2)
     assert profile.busy_share == pytest.approx(0.8)
     assert profile.kernels_per_step == 1.5
     assert profile.blocking_calls_per_step == 0.5
+    assert profile.blocking_calls == {"cudaStreamSynchronize": 1}
     assert profile.event_waits_per_step == 1.5
-    assert summarise([], Counter(), 1).busy_share == 0.0
+    assert summarise(NOTHING, NOTHING, 1).busy_share == 0.0
+
+
+def test_calls_of_an_empty_window_are_the_profilers_own() -> None:
+    idle = Window([], Counter(cudaDeviceSynchronize=2, cudaMalloc=1))
+    same = summarise(Window([], Counter(cudaDeviceSynchronize=2)), idle, 4)
+    assert same.blocking_calls_per_step == 0.0
+    assert same.blocking_calls == {}
+    more = summarise(Window([], Counter(cudaDeviceSynchronize=3, cudaFree=1)), idle, 4)
+    assert more.blocking_calls_per_step == 0.5
+    assert more.blocking_calls == {"cudaDeviceSynchronize": 1, "cudaFree": 1}
 
 
 def test_a_batch_that_does_not_fit_is_no_point(driver: EngineDriver) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.dequantize_weight import dequantize_weight
 from kernels.fp8_gemm import fp8_gemm, quantize_fp8_rows
 from kernels.int4_packing import packed_width
 from kernels.skinny_gemm import skinny_gemm
@@ -75,7 +76,7 @@ def _eight_bit(layer: str, num_rows: int, n: int, k: int, dtype: torch.dtype) ->
 def _int4(layer: str, num_rows: int, n: int, k: int, group_size: int = 128) -> None:
     x = torch.empty(num_rows, k, dtype=BF16)
     weight = torch.empty(n, packed_width(k, group_size), dtype=torch.int16)
-    scale = torch.empty(k // group_size, n, dtype=BF16).t()
+    scale = torch.empty(-(-k // group_size), n, dtype=BF16).t()
     weight_only_gemm(
         x,
         weight,
@@ -93,6 +94,16 @@ def _fp8(layer: str, num_rows: int, n: int, k: int) -> None:
     )
     weight = torch.empty(n, k, dtype=FP8)
     fp8_gemm(x_fp8, scale, weight, torch.empty(n), launch_pdl=True, **_epilogue(layer, num_rows, n))  # type: ignore[arg-type]
+
+
+def _dequantize(kind: torch.dtype | int, n: int, k: int) -> None:
+    out = torch.empty(n, k, dtype=BF16)
+    if isinstance(kind, int):
+        words = torch.empty(n, packed_width(k, kind), dtype=torch.int16)
+        scale = torch.empty(k // kind, n, dtype=torch.float16).t()
+        dequantize_weight(words, scale, group_size=kind, out=out)
+    else:
+        dequantize_weight(torch.empty(n, k, dtype=kind), torch.empty(n), out=out)
 
 
 def _cases() -> dict[str, Callable[[], None]]:
@@ -122,7 +133,21 @@ def _cases() -> dict[str, Callable[[], None]]:
                     "qkv", num_rows, 6144, 4096, group_size
                 )
             )
+    for kind in (torch.int8, FP8, 32, 64, 128):
+        cases[f"dequantize {kind}"] = lambda kind=kind: _dequantize(kind, 28672, 4096)
+    for num_rows in (2, 4):
+        cases[f"int8 odd sizes M={num_rows}"] = lambda num_rows=num_rows: _eight_bit(
+            "qkv", num_rows, 1000, 1040, torch.int8
+        )
+        cases[f"int4 odd sizes M={num_rows}"] = lambda num_rows=num_rows: _int4(
+            "qkv", num_rows, 1000, 1040, 64
+        )
     return cases
 
 
 CASES = _cases()
+
+ALLOWED_SPILL_BYTES = {
+    # Four scales a block: addresses wait in local memory, so that two programs still fit.
+    "int4 group 64 M=1": 96,
+}

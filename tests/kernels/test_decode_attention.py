@@ -94,6 +94,25 @@ def test_dtypes(query_dtype: torch.dtype, pool_dtype: torch.dtype, device: torch
     _check(kv, _query(2, 6, 64, query_dtype).to(device), scale=0.125, **scales)
 
 
+@pytest.mark.parametrize("head_dim", [16, 18, 80])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 20, "soft_cap": 5.0}], ids=str)
+def test_fp8_head_dims(head_dim: int, options: dict[str, Any], device: torch.device) -> None:
+    kv = paged_kv([37, 5], num_kv_heads=2, head_dim=head_dim, dtype=FP8, device=device)
+    _check(kv, _query(2, 6, head_dim, torch.float16).to(device), scale=head_dim**-0.5, **options)
+
+
+@pytest.mark.parametrize(("first", "head_dim"), [(1, 32), (0, 17), (2, 30)])
+def test_fp8_values_at_any_place(first: int, head_dim: int, device: torch.device) -> None:
+    """Two values are read at a time where that is possible; odd places and widths are not."""
+    kv = paged_kv([40, 9], num_kv_heads=2, head_dim=40, dtype=FP8, device=device)
+    part = kv.pool[..., first : first + head_dim]
+    _check(
+        PagedKv(part, kv.block_tables, kv.seq_lens, kv.layer),
+        _query(2, 4, head_dim, torch.bfloat16).to(device),
+        scale=0.2,
+    )
+
+
 @pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 40, 200])
 @pytest.mark.parametrize("lengths", [[1], [300], [5, 0, 33, 0], [200, 3, 70, 16, 1]])
 def test_any_division_of_the_work(
@@ -112,6 +131,28 @@ def test_small_work_is_not_divided(device: torch.device) -> None:
     args = (query, kv.pool, kv.block_tables, kv.seq_lens)
     decode_attention(*args, layer=kv.layer, workspace=workspace, tile=tile)
     assert workspace.partial_lse.isnan().all()
+
+
+def test_equal_pairs_get_programs_of_their_own(device: torch.device) -> None:
+    kv = paged_kv([40] * 5, num_kv_heads=3, head_dim=16, device=device)
+    query = _query(5, 6, 16, torch.float32).to(device)
+    workspace = decode_workspace((5, 6, 16), kv.pool, num_programs=16, tile=SMALL)
+    args = (query, kv.pool, kv.block_tables, kv.seq_lens)
+    decode_attention(
+        *args, layer=kv.layer, workspace=workspace, tile=replace(SMALL, programs_per_sm=8)
+    )
+    assert workspace.partial_lse.isnan().all()
+
+
+@pytest.mark.parametrize("num_seqs", [1, 2, 5, 16, 31, 48, 64, 200])
+def test_a_workspace_serves_smaller_batches(num_seqs: int) -> None:
+    """Whatever tile the table has for them, the grid finds room for its parts."""
+    pool = torch.empty(1, 8, 1, 2, 64, 128, dtype=torch.bfloat16)
+    programs_per_sm = candidate_tiles(128, 2, 4, num_seqs * 8)[0].programs_per_sm
+    largest = decode_workspace((256, 32, 128), pool).num_programs
+    own = decode_workspace((num_seqs, 32, 128), pool, tile=replace(
+        SMALL, programs_per_sm=programs_per_sm)).num_programs  # fmt: skip
+    assert own <= largest
 
 
 OPTIONS = [
@@ -175,8 +216,8 @@ def test_no_sequences(device: torch.device) -> None:
 
 
 def test_candidates_start_with_the_table() -> None:
-    tiles = candidate_tiles(128, 2, 4, 64)
-    assert tiles[0] == DecodeTile(64, 4, 5, 3, 2, 168)
+    tiles = candidate_tiles(128, 2, 4, 1024)
+    assert tiles[0] == DecodeTile(64, 4, 3, 3, 2, 168)
     assert len(tiles) == len(set(tiles)) > 10
 
 
@@ -252,13 +293,27 @@ def test_shapes_on_the_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, FP8])
+@pytest.mark.parametrize("num_seqs", [1, 3, 16, 17, 33, 40, 50, 64, 67])
+def test_every_tile_of_the_table(
+    num_seqs: int, pool_dtype: torch.dtype, block_size: int, device: torch.device
+) -> None:
+    lengths = [1 + 977 * seq % 1500 for seq in range(num_seqs)]
+    kv = paged_kv(lengths, num_kv_heads=8, head_dim=128, block_size=block_size, dtype=pool_dtype,
+                  device=device)  # fmt: skip
+    query = _query(num_seqs, 32, 128, torch.bfloat16).to(device)
+    _check(kv, query, num_programs=None, tile=None, scale=0.09)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("pool_dtype", [torch.bfloat16, FP8])
 def test_every_candidate_tile(pool_dtype: torch.dtype, device: torch.device) -> None:
     kv = paged_kv([3000, 100], num_kv_heads=8, head_dim=128, block_size=64, dtype=pool_dtype,
                   device=device)  # fmt: skip
     query = _query(2, 32, 128, torch.bfloat16).to(device)
     for tile in dict.fromkeys(
-        replace(tile, min_tiles=1) for tile in candidate_tiles(128, kv.pool.element_size(), 4, 64)
+        replace(tile, min_tiles=1) for tile in candidate_tiles(128, kv.pool.element_size(), 4, 16)
     ):
         _check(kv, query, num_programs=None, tile=tile, scale=0.09)
 

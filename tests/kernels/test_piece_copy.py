@@ -8,7 +8,9 @@ from torch import Tensor
 
 from compiler_process import run_compiling
 from kernels.piece_copy import (
+    TILE,
     PieceSide,
+    candidate_tiles,
     copy_pieces,
     copy_pieces_reference,
     make_side,
@@ -100,6 +102,26 @@ def test_pieces_go_where_they_belong(case: str, max_programs: int, device: torch
     )
     assert torch.equal(dst, expected)
     assert torch.equal(src, before)
+
+
+def test_candidate_tiles_agree(device: torch.device) -> None:
+    block, piece = 10240, 5120
+    src, dst = random_bytes(8 * block, device, 0), random_bytes(8 * piece, device, 1)
+    sides = side_of(src, [[block - piece]], block, piece), side_of(dst, [[0]], piece, piece)
+    units = [5, 0, 2, 7, 1, 3, 6], [1, 2, 0, 4, 5, 7, 3]
+    expected = moved((src, dst), sides, units)
+    assert TILE in candidate_tiles()
+    for tile in candidate_tiles():
+        target = dst.clone()
+        there = side_of(target, [[0]], piece, piece)
+        copy_pieces(
+            sides[0],
+            there,
+            src_units=units_of(units[0], device),
+            dst_units=units_of(units[1], device),
+            tile=tile,
+        )
+        assert torch.equal(target, expected), tile
 
 
 def test_the_reference_is_the_same() -> None:

@@ -253,6 +253,7 @@ def test_full_size(
                  block_size=block_size, pool_dtype=pool_dtype, device=device)  # fmt: skip
     first = _check(*case, tile=None)
     assert torch.equal(first, _check(*case, tile=None))
+    _check(*case, tile=None, sinks=torch.linspace(-3, 9, 32, device=device))
     _check(*case, tile=None, sliding_window=300, soft_cap=20.0,
            sinks=torch.ones(32, device=device))  # fmt: skip
 
@@ -270,6 +271,22 @@ def test_shapes_on_the_gpu(
                  dtype=torch.bfloat16 if dtype == FP8 else dtype, pool_dtype=dtype,
                  device=device)  # fmt: skip
     _check(*case, tile=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sequences_that_end_anywhere_in_a_block(
+    head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What lies behind a sequence's end is NaN; many tiles a program, each with few steps."""
+    seq_lens = [*range(1, 131, 3), 255, 256, 257, 511, 639, 640, 641]
+    query_lens = [min(n, 1 + 37 * i % 300) for i, n in enumerate(seq_lens)]
+    case = _case(seq_lens, query_lens, num_heads=8, head_dim=head_dim, block_size=block_size,
+                 dtype=dtype, device=device)  # fmt: skip
+    first = _check(*case, tile=None)
+    assert torch.equal(first, _check(*case, tile=None))
 
 
 @pytest.mark.gpu

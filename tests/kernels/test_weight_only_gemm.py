@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemm_cases import assert_close, full_epilogue, poisoned_workspace, rows_apart
+from gemm_cases import Epilogues, assert_close, full_epilogue, poisoned_workspace, rows_apart
+from kernels.gemm_epilogue import Epilogue, finish_reference
 from kernels.gemm_launch import Tile
 from kernels.int4_packing import packed_width
 from kernels.weight_only_gemm import (
@@ -60,13 +61,28 @@ def _check(
     expected = weight_only_gemm_reference(x, weight, scale, **operands)
     actual = weight_only_gemm(x, weight, scale, tile=tile, **operands)
     tile = tile or tile_for(num_rows, len(weight), k, group_size=group_size)
-    if group_size is not None and tile.block_m >= 128 and dtype == BF16:
-        # With many rows, weights are rounded once they are scaled: by 2^-9 of their size at most,
-        # 2^-9 / sqrt(3) of a sum's typical size; five times that in a million of results, and
-        # four times as much again behind SwiGLU, whose halves reach 4.
-        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=2.3e-2)
+    if group_size is not None and isinstance(tile, Tile) and tile.block_m >= 128 and dtype == BF16:
+        # With many rows, weights are rounded once they are scaled. Behind SwiGLU what that leaves
+        # is multiplied by the other half, so that no bound of the results holds for all of
+        # millions and is still narrow: the sums are compared with those of the rounded weights,
+        # and the rounding as a whole with what two steps of 2^-8 / sqrt(12) leave.
+        rounded = _product_of_rounded(x, weight, scale, group_size, epilogue)
+        assert_close(actual, rounded)
+        error = (rounded.float() - expected.float()).norm() / expected.float().norm()
+        assert error < 4e-3
     else:
         assert_close(actual, expected)
+
+
+def _product_of_rounded(
+    x: Tensor, weight: Tensor, scale: Tensor, group_size: int, epilogue: Epilogues
+) -> Tensor:
+    """The reference's result with scales, and weights after they are scaled, in bfloat16."""
+    rounded = dequantize(weight, scale.to(BF16), x.shape[1], group_size).to(BF16)
+    layer = Epilogue(epilogue.bias, epilogue.residual, epilogue.rms_eps, epilogue.swiglu)
+    num_columns = len(weight) // epilogue.rows_per_column
+    out = torch.empty(x.shape[0], num_columns, dtype=BF16, device=x.device)
+    return finish_reference(x.float() @ rounded.float().T, x, layer, out)
 
 
 def _small_tile(kind: torch.dtype | int, num_splits: int = 2) -> Tile:
@@ -228,6 +244,23 @@ def test_candidate_tiles_agree(
     group_size = kind if isinstance(kind, int) else None
     for tile in candidate_tiles(num_rows, 4096, 4096, group_size=group_size)[::9]:
         _check(kind, num_rows, 4096, 4096, device, tile=tile)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.int8, E4M3, 64])
+@pytest.mark.parametrize(("n", "k"), [(28672, 4096), (4096, 14336)])
+def test_prompts_of_real_layers(
+    n: int, k: int, kind: torch.dtype | int, device: torch.device
+) -> None:
+    """Products that one step leaves under way must not read what the next overwrites."""
+    weight, scale, group_size = _quantised(kind, n, k, device)
+    for num_rows in (128, 256, 1024, 4096):
+        x = torch.randn(num_rows, k, device=device).to(BF16)
+        runs = [weight_only_gemm(x, weight, scale, group_size=group_size) for _ in range(2)]
+        assert torch.equal(runs[0], runs[1])
+        expected = weight_only_gemm_reference(x, weight, scale, group_size=group_size).float()
+        error = (runs[0].float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert float(error.max()) < 5e-3
 
 
 @pytest.mark.slow

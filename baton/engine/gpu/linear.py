@@ -2,15 +2,17 @@
 
 Up to SKINNY_ROWS rows a product is bound by reading the weights; the kernels for them take the
 normalisation before the product and the activation or residual after it into the same launch.
-Above, cuBLAS multiplies plain weights and the rest runs by itself, while the quantised kernels
-keep everything in one launch.
+Above, cuBLAS multiplies plain weights and the rest runs by itself. The quantised kernels keep
+everything in one launch; from BULK_ROWS rows on, weights that are only stored in 8 or 4 bits are
+widened into a scratch buffer, which all layers share, and multiplied like plain ones.
 
 Not known here: where weights come from, tensor parallelism.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from baton.core.quantization import Scheme
 from baton.engine.quantization.weight import QuantizedWeight
+from kernels.dequantize_weight import dequantize_weight
 from kernels.fp8_gemm import fp8_gemm, quantize_fp8_rows
 from kernels.gemm_launch import GemmWorkspace
 from kernels.rms_norm import rms_norm
@@ -28,6 +31,11 @@ from kernels.swiglu import swiglu
 from kernels.weight_only_gemm import pack_int4, weight_only_gemm
 
 SKINNY_ROWS = 64
+BULK_ROWS = 512
+"""Widening a weight takes as long as multiplying some 300 rows by it; widening it inside the
+product costs cuBLAS's lead, more than half the time with many rows."""
+SCRATCH_BYTES = 256 << 20
+"""Of widened weights at once; larger matrices are multiplied in parts."""
 WORKSPACE_FLOATS = 16 << 20
 """Parts of one split product: some 530 programs of 64 rows by 128 columns, SwiGLU twice as many."""
 WORKSPACE_TILES = 1 << 14
@@ -51,6 +59,27 @@ class GpuLinear(Protocol):
         ...
 
 
+class Scratch:
+    """Memory for one widened weight at a time, taken when the first is."""
+
+    __slots__ = ("_buffer", "_num_values")
+
+    def __init__(self) -> None:
+        self._num_values = 0
+        self._buffer: Tensor | None = None
+
+    def reserve(self, num_values: int) -> None:
+        """Views may have this many values."""
+        self._num_values = max(self._num_values, num_values)
+
+    def view(self, like: Tensor, num_rows: int, width: int) -> Tensor:
+        """[num_rows, width] of `like`'s dtype and device; holds what the last user left."""
+        if self._buffer is None or self._buffer.numel() < num_rows * width:
+            size = max(self._num_values, num_rows * width)
+            self._buffer = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._buffer[: num_rows * width].view(num_rows, width)
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
     """What all linear layers of a rank share."""
@@ -59,6 +88,7 @@ class LaunchOptions:
     """Of split products; kernels of one stream use it in turn."""
     is_pdl: bool
     """Kernels start while the one before ends."""
+    scratch: Scratch = field(default_factory=Scratch)
 
     @classmethod
     def allocate(cls, device: torch.device, *, is_pdl: bool) -> LaunchOptions:
@@ -145,24 +175,78 @@ class PlainGpuLinear:
         return residual if self._bias is None else residual.add_(self._bias)
 
 
-def weight_only_kernel(
-    weight: QuantizedWeight, bias: Tensor | None, options: LaunchOptions
-) -> FusedKernel:
+class WeightOnlyLinear:
     """Weights of 8 or 4 bits, widened on their way to the product; activations as they are."""
-    data, scale = weight.data, weight.scale
-    if weight.group_size is not None:
-        data = pack_int4(weight.numbers().to(torch.int8), group_size=weight.group_size)
-        # The kernel walks along rows within a group: neighbouring rows' scales side by side.
-        scale = scale.to(int4_scale_dtype(scale)).t().contiguous().t()
-    return partial(
-        weight_only_gemm,
-        weight=data,
-        scale=scale,
-        group_size=weight.group_size,
-        bias=bias,
-        workspace=options.workspace,
-        launch_pdl=options.is_pdl,
-    )
+
+    __slots__ = ("_bias", "_data", "_fused", "_group_size", "_scale", "_scratch", "_shape")
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, options: LaunchOptions
+    ) -> None:
+        data, scale = weight.data, weight.scale
+        if weight.group_size is not None:
+            data = pack_int4(weight.numbers().to(torch.int8), group_size=weight.group_size)
+            # The kernel walks along rows within a group: neighbouring rows' scales side by side.
+            scale = scale.to(int4_scale_dtype(scale)).t().contiguous().t()
+        self._data, self._scale, self._group_size = data, scale, weight.group_size
+        self._bias = bias
+        self._shape = weight.shape
+        self._scratch = options.scratch
+        self._scratch.reserve(self._part_rows * weight.shape[1])
+        self._fused = FusedGpuLinear(
+            partial(
+                weight_only_gemm,
+                weight=data,
+                scale=scale,
+                group_size=weight.group_size,
+                bias=bias,
+                workspace=options.workspace,
+                launch_pdl=options.is_pdl,
+            )
+        )
+
+    def project(
+        self, x: Tensor, *, rms_eps: float | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if x.shape[0] < BULK_ROWS:
+            return self._fused.project(x, rms_eps=rms_eps, out=out)
+        x = x if rms_eps is None else rms_norm(x, eps=rms_eps)
+        if out is None:
+            out = x.new_empty(x.shape[0], self._shape[0])
+        for rows, weight in self._widened(x):
+            torch.mm(x, weight.t(), out=out[:, rows])
+        return out if self._bias is None else out.add_(self._bias)
+
+    def project_swiglu(self, x: Tensor, *, rms_eps: float) -> Tensor:
+        if x.shape[0] < BULK_ROWS:
+            return self._fused.project_swiglu(x, rms_eps=rms_eps)
+        return swiglu(self.project(x, rms_eps=rms_eps))
+
+    def add_to_(self, residual: Tensor, x: Tensor) -> Tensor:
+        if x.shape[0] < BULK_ROWS:
+            return self._fused.add_to_(residual, x)
+        for rows, weight in self._widened(x):
+            residual[:, rows].addmm_(x, weight.t())
+        return residual if self._bias is None else residual.add_(self._bias)
+
+    @property
+    def _part_rows(self) -> int:
+        """Rows that are widened at once."""
+        num_rows, width = self._shape
+        return min(num_rows, max(SCRATCH_BYTES // (2 * width), 1))
+
+    def _widened(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the weight in x's dtype, valid until the next are taken."""
+        num_rows, width = self._shape
+        for first in range(0, num_rows, self._part_rows):
+            rows = slice(first, min(first + self._part_rows, num_rows))
+            weight = self._scratch.view(x, rows.stop - first, width)
+            yield (
+                rows,
+                dequantize_weight(
+                    self._data[rows], self._scale[rows], group_size=self._group_size, out=weight
+                ),
+            )
 
 
 def int4_scale_dtype(scale: Tensor) -> torch.dtype:
@@ -225,7 +309,7 @@ class GpuLinears:
     def quantized(self, weight: QuantizedWeight, bias: Tensor | None) -> GpuLinear:
         if weight.scheme is Scheme.FP8:
             return FusedGpuLinear(fp8_kernel(weight, bias, self._options, self._dtype))
-        return FusedGpuLinear(weight_only_kernel(weight, bias, self._options))
+        return WeightOnlyLinear(weight, bias, self._options)
 
     def gain_factor(self, hidden_size: int) -> float:
         """The kernels divide by the root of the mean square."""
