@@ -1,12 +1,17 @@
 """The KV fabric beside its limits: rates of reads, and (with --system) what a user feels of them.
 
     python -m bench.transfer [--rounds N] [--budget-s S] [--links | --system] [--out DIR]
+    python -m bench.transfer --gpu --tokenizer DIR ...       the same between two GPUs
 
 links    GB/s of scattered blocks by transport, block size, count and tensor-parallel pair, beside
          memcpy and a raw socket in the same rounds; latency of the first block
 system   share of the transfer hidden behind prefill by prompt length, what the hand-off adds to
          the first decode step, the pause of a stream that moves to another worker, a fetched or
          restored prefix beside computing it
+
+With --gpu the links are read beside the driver's own copy between the two GPUs, every tile of the
+copying kernel is timed, and so is other work on both GPUs while blocks are read; the system serves
+random weights of Llama-3.1-8B's shape with the tokenizer of DIR.
 
 Prints tables of medians; every round is in the JSON under bench/results.
 """
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
+from bench.fabric import gpu
 from bench.fabric.links import MEMCPY, RAW_SOCKET, LinkCase, LinkResult, measure_links
 
 TRANSPORTS = ("nixl", "shm", "socket")
@@ -87,16 +93,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--budget-s", type=float, default=900.0, help="stop starting cases after")
     parser.add_argument("--out", type=Path, default=machine.RESULTS)
+    parser.add_argument("--commit", help="names the tree where there is no git to ask")
+    gpu.add_arguments(parser)
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--links", action="store_true", help="the links alone")
     only.add_argument("--system", action="store_true", help="the running system alone")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.gpu and not args.links and args.tokenizer is None:
+        parser.error("--gpu needs --tokenizer, or --links alone")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     args.until_s = time.monotonic() + args.budget_s
-    result: dict[str, Any] = {"machine": machine.describe()}
+    about = machine.describe()
+    about["commit"] = args.commit or about["commit"]
+    result: dict[str, Any] = {"machine": about}
+    if args.gpu:
+        about |= machine.describe_gpu()
+        run_on_gpus(args, result)
+    else:
+        run_on_cpu(args, result)
+    name = "transfer-nvlink" if args.gpu else "transfer"
+    path = machine.store(name, json.loads(json.dumps(result, default=str)), args.out)
+    print(f"written to {path}")
+
+
+def run_on_cpu(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if not args.system:
         links = run_links(args)
         print_verdicts(links)
@@ -105,8 +129,16 @@ def main() -> None:
         from bench.fabric.system import run_system
 
         result["system"] = run_system(args)
-    path = machine.store("transfer", json.loads(json.dumps(result, default=str)), args.out)
-    print(f"written to {path}")
+
+
+def run_on_gpus(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    def keep(name: str, part: Any) -> None:
+        result[name] = part
+
+    if not args.system:
+        gpu.run_links(args, keep)
+    if not args.links:
+        gpu.run_system(args, keep)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ class MoverLimits:
     """Age of a quarantined piece at which the link is recycled."""
     recycle_pause_s: float = 5.0
     """Between two recycles, so that a hopeless link does not keep the thread busy."""
+    min_poll_s: float = 0.0001
+    """Between two looks at a piece in flight. Shorter ones take the time of a link's own thread
+    where it has one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_piece_bytes <= self.max_bytes_in_flight:
@@ -88,6 +91,7 @@ class Piece:
     read: BlockRead
     local: BlockIds
     posted: Posted
+    posted_at_s: float
     given_up_at_s: float | None = None
 
     @property

@@ -69,12 +69,13 @@ class GroupRead:
         self,
         parts: Sequence[Callable[[], Awaitable[ReadStats]]],
         *,
-        block_ids: Iterable[BlockId],
+        block_ids: Callable[[], Iterable[BlockId]],
         quarantine: GroupQuarantine,
         on_over: Callable[[GroupRead], None],
     ) -> None:
-        """`block_ids`: of the local pool, each once. `on_over` is called when no part runs."""
-        self._block_ids = tuple(block_ids)
+        """`block_ids`: of the local pool, each once; asked for when they are given up. `on_over` is
+        called when no part runs."""
+        self._block_ids = block_ids
         self._quarantine = quarantine
         self._on_over = on_over
         self._is_cancelled = False
@@ -129,7 +130,7 @@ class GroupRead:
     def _quarantine_blocks(self, num_parts: int) -> None:
         if not self._is_given_up:
             self._is_given_up = True
-            self._quarantine.given_up(self._block_ids, num_parts)
+            self._quarantine.given_up(self._block_ids(), num_parts)
 
 
 def _is_given_up(task: asyncio.Task[ReadStats], part: _Part) -> bool:

@@ -184,7 +184,7 @@ class GroupTransport:
                 )
                 for s in known.sources
             ],
-            block_ids=dict.fromkeys(BlockId(unit // units_per_block) for unit in local),
+            block_ids=lambda: dict.fromkeys(BlockId(unit // units_per_block) for unit in local),
             quarantine=self._quarantine,
             on_over=self._reads.discard,
         )

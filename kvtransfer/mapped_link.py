@@ -9,9 +9,10 @@
     quarantine, unless the GPU itself hangs.
 
 An owner that dies while it is read has freed its memory, and what a mapping of it gives then is
-left open by the driver's manual: old bytes, or an error of the GPU. Old bytes are thrown away with
-the read, which fails; the error is met by the engine's next step as well, which ends the worker.
-The mapping is closed behind its last launch.
+left open by the driver's manual: old bytes, or an error of the GPU. Old bytes, which is what H200s
+gave, are thrown away with the read, which fails; the error would be met by the engine's next step
+as well, which ends the worker. The mapping is closed behind its last launch. Neither process needs
+to see the other's GPU (CUDA_VISIBLE_DEVICES).
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class CudaMapper:
         except CudaError as error:
             raise IncompatiblePeer(
                 f"memory of GPU {endpoint.device_uuid} cannot be mapped ({error.name}); the two "
-                "GPUs need peer access, and each process must see both (CUDA_VISIBLE_DEVICES)"
+                "GPUs need peer access (nvidia-smi topo -p2p r)"
             ) from None
         mapping = _CudaMapping(driver, base, endpoint.pool_offset)
         try:

@@ -34,14 +34,17 @@ from baton.core.errors import PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
 from kvtransfer.block_read import BlockRead, MoverCounters, MoverLimits, Piece
 from kvtransfer.link import ConnectionLost, Link, LinkBroken
-from kvtransfer.plan import BlockIds, merge_runs
+from kvtransfer.peer_process import sharpen_timers
+from kvtransfer.plan import BlockIds, count_runs
 from kvtransfer.transport import ReadStats
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-POLL_S = 0.0001
-"""Between polls of pieces in flight; shorter polls take the progress thread's time."""
+POLL_SHARE = 0.05
+"""Between two polls, of the time that the youngest piece has been in flight: what has ended is seen
+late by about that share, and a short piece soon."""
+MAX_POLL_S = 0.0001
 QUARANTINE_POLL_S = 0.01
 
 
@@ -160,6 +163,7 @@ class Mover:
         self._link.drop_peer(peer)
 
     def _run(self) -> None:
+        sharpen_timers(self._limits.min_poll_s / 10)
         while not self._is_stopping:
             self._wait()
             self.step()
@@ -177,6 +181,12 @@ class Mover:
         if wants_recycle:
             self._try_recycle()
         self._has_moved |= self._post_next(spares_recycled=wants_recycle)
+
+    def poll_s(self) -> float:
+        """Between two looks at the pieces in flight. Mover's thread only."""
+        youngest_s = max((p.posted_at_s for p in self._pieces if p.is_healthy), default=0.0)
+        age_s = self._clock.now() - youngest_s
+        return min(MAX_POLL_S, max(self._limits.min_poll_s, POLL_SHARE * age_s))
 
     def check_integrity(self) -> None:
         """Raises AssertionError when reads and pieces disagree. Mover's thread only."""
@@ -205,7 +215,7 @@ class Mover:
 
     def _idle_s(self) -> float | None:
         if self._queued or any(p.is_healthy for p in self._pieces):
-            return POLL_S
+            return self.poll_s()
         return QUARANTINE_POLL_S if self._pieces or self._recycles else None
 
     def _bytes_in_flight(self) -> int:
@@ -243,7 +253,7 @@ class Mover:
         read.num_descriptors += _num_descriptors(read, remote, local)
         if posted is not None:
             read.num_in_flight += 1
-            self._pieces.append(Piece(read, local, posted))
+            self._pieces.append(Piece(read, local, posted, self._clock.now()))
         if read.num_posted < len(read.local):
             self._queued.append(read)
         else:
@@ -437,7 +447,7 @@ def _named(error: Exception) -> TransferError:
 
 def _num_descriptors(read: BlockRead, remote: BlockIds, local: BlockIds) -> int:
     if read.plan.is_whole_blocks:
-        return len(merge_runs(remote, local))
+        return count_runs(remote, local)
     return len(local) * int(read.plan.local.offsets.shape[1])
 
 

@@ -47,6 +47,7 @@ class RunningSystem:
 
     process: subprocess.Popen[str]
     http_port: int
+    grpc_port: int
     ready_s: float
     """From the start of the command, as it says itself."""
     stop_s: float = 0.0
@@ -54,18 +55,21 @@ class RunningSystem:
 
 
 @contextlib.contextmanager
-def running_system(*options: str) -> Iterator[RunningSystem]:
+def running_system(
+    *options: str, start_timeout_s: float = START_TIMEOUT_S
+) -> Iterator[RunningSystem]:
     """`baton serve` with `options` on free ports. Its workers share the cores by themselves."""
-    http_port = free_port()
+    http_port, grpc_port = free_port(), free_port()
     command = [
         *(sys.executable, "-m", "baton.cli.main", "serve", *options),
-        *("--http-port", str(http_port), "--grpc-port", str(free_port())),
+        *("--http-port", str(http_port), "--grpc-port", str(grpc_port)),
     ]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, text=True, start_new_session=True)
-        system = RunningSystem(process, http_port, ready_s=0.0)
+        system = RunningSystem(process, http_port, grpc_port, ready_s=0.0)
         try:
-            system.ready_s = _wait_until_ready(process, Path(f"/proc/self/fd/{output.fileno()}"))
+            printed = Path(f"/proc/self/fd/{output.fileno()}")
+            system.ready_s = _wait_until_ready(process, printed, start_timeout_s)
             yield system
         finally:
             start = time.perf_counter()
@@ -74,8 +78,8 @@ def running_system(*options: str) -> Iterator[RunningSystem]:
             system.stop_s = time.perf_counter() - start
 
 
-def _wait_until_ready(process: subprocess.Popen[str], output: Path) -> float:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait_until_ready(process: subprocess.Popen[str], output: Path, timeout_s: float) -> float:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
         match = re.search(r"^ready in ([0-9.]+) s", output.read_text(), re.MULTILINE)
         if match:

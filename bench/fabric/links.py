@@ -8,6 +8,7 @@ and its limit meet the same noise.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import secrets
 import statistics
 import time
@@ -28,6 +29,9 @@ from kvtransfer.plan import heads_of_rank, plan_sources
 MEMCPY = "memcpy"
 RAW_SOCKET = "raw socket"
 READ_TIMEOUT_S = 30.0
+CASE_TIMEOUT_S = 300.0
+"""A library that never comes back may hold the interpreter's lock, so that no other limit is
+noticed: then every thread's stack is printed and the process ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,16 @@ def measure_links(
     case: LinkCase, transports: Sequence[str], *, pool_bytes: int, rounds: int, seed: int
 ) -> LinkResult:
     """All contenders of one case, interleaved."""
+    faulthandler.dump_traceback_later(CASE_TIMEOUT_S, exit=True)
+    try:
+        return _measure_links(case, transports, pool_bytes=pool_bytes, rounds=rounds, seed=seed)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _measure_links(
+    case: LinkCase, transports: Sequence[str], *, pool_bytes: int, rounds: int, seed: int
+) -> LinkResult:
     numbers = np.random.default_rng(seed)
     num_pool_blocks = max(case.num_blocks, pool_bytes // case.block_bytes)
     sources = plan_sources(case.owner_tp, 0, case.reader_tp, NUM_KV_HEADS)

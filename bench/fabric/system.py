@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cpu.contender_system import RunningSystem, running_system
+from bench.cpu.contender_system import START_TIMEOUT_S, RunningSystem, running_system
 from bench.cpu.workload import PROMPT_LEN, prompts
 from bench.stream import token_times
 
@@ -44,7 +44,9 @@ LOG_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
-class _System:
+class System:
+    """A running `baton serve` and what its logs say."""
+
     running: RunningSystem
     folder: Path
 
@@ -69,12 +71,15 @@ class _System:
 
 
 @contextmanager
-def _system(*options: str) -> Iterator[_System]:
+def serving(*options: str, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[System]:
+    """`baton serve` with `options`, and its logs as long as it runs."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_system("--no-ray", "--run-dir", folder, *options) as running,
+        running_system(
+            *("--no-ray", "--run-dir", folder), *options, start_timeout_s=start_timeout_s
+        ) as running,
     ):
-        yield _System(running, Path(folder))
+        yield System(running, Path(folder))
 
 
 def run_system(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def _run_hidden(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"\n{'prompt':>8}{'KV MB':>8}{'transfer ms':>13}{'exposed ms':>12}{'hidden':>9}"
           f"{'2nd token ms':>14}{'colocated':>11}{'added ms':>10}")  # fmt: skip
     rows = []
-    with _system("--prefill", "1", "--decode", "1") as apart, _system("--prefill", "0") as together:
+    with serving("--prefill", "1", "--decode", "1") as apart, serving("--prefill", "0") as together:
         for system in (apart, together):
             asyncio.run(_use_whole_pool(system, args.seed))
         for num_chunks in NUM_CHUNKS:
@@ -103,28 +108,28 @@ def _run_hidden(args: argparse.Namespace) -> list[dict[str, Any]]:
             )
     late = [r for r in rows if r["prompt_tokens"] >= 2 * CHUNK_TOKENS]
     hidden, added = min(r["hidden"] for r in late), max(r["added_s"] for r in rows)
-    print(f"hidden at two chunks and more: at least {hidden:.1%}: {_word(hidden >= HIDDEN_GOAL)}")
-    print(f"hand-off adds at most {added * 1e3:.1f} ms: {_word(added <= HANDOFF_GOAL_S)}")
+    print(f"hidden at two chunks and more: at least {hidden:.1%}: {reached(hidden >= HIDDEN_GOAL)}")
+    print(f"hand-off adds at most {added * 1e3:.1f} ms: {reached(added <= HANDOFF_GOAL_S)}")
     return rows
 
 
-async def _use_whole_pool(system: _System, seed: int) -> None:
+async def _use_whole_pool(system: System, seed: int) -> None:
     """Memory that is written or mapped for the first time is slow: serve until none is."""
     for number in range(WARM_UP_PROMPTS):
-        await token_times(system.port, _prompt(WARM_UP_TOKENS, -seed * 100 - number - 1), 2)
+        await token_times(system.port, random_prompt(WARM_UP_TOKENS, -seed * 100 - number - 1), 2)
 
 
 def _hidden_row(
-    apart: _System, together: _System, num_tokens: int, args: argparse.Namespace
+    apart: System, together: System, num_tokens: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     gaps: dict[str, list[float]] = {"apart": [], "together": []}
     num_before = len(apart.ended_requests())
     for round_number in range(args.rounds):
-        prompt = _prompt(num_tokens, args.seed * 1000 + num_tokens + round_number)
+        prompt = random_prompt(num_tokens, args.seed * 1000 + num_tokens + round_number)
         for name, system in (("apart", apart), ("together", together)):
             times = asyncio.run(token_times(system.port, prompt, OUTPUT_TOKENS))
             gaps[name].append(times[1] - times[0])
-    ended = _wait_for_ended(apart, num_before + args.rounds)[num_before:]
+    ended = wait_for_ended(apart, num_before + args.rounds)[num_before:]
     transfers = [r["kv_transfer_seconds"] for r in ended]
     exposed = [r["kv_transfer_exposed_seconds"] for r in ended]
     second = {name: statistics.median(values) for name, values in gaps.items()}
@@ -141,7 +146,7 @@ def _hidden_row(
     }
 
 
-def _wait_for_ended(system: _System, count: int) -> list[dict[str, Any]]:
+def wait_for_ended(system: System, count: int) -> list[dict[str, Any]]:
     deadline_s = time.monotonic() + LOG_TIMEOUT_S
     while len(ended := system.ended_requests()) < count:
         if time.monotonic() > deadline_s:
@@ -155,7 +160,7 @@ def _run_migration(args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{'context':>8}{'median gap ms':>15}{'longest gap ms':>16}{'pause ms':>10}")
     rounds = []
     options = ("--prefill", "1", "--decode", "2")
-    with _system(*options) as system:
+    with serving(*options) as system:
         for number in range(args.rounds):
             rounds.append(asyncio.run(_move_one(system, args.seed + number)))
             last = rounds[-1]
@@ -164,20 +169,20 @@ def _run_migration(args: argparse.Namespace) -> dict[str, Any]:
                 f"{last['longest_gap_s'] * 1e3:16.1f}{last['pause_s'] * 1e3:10.1f}",
                 flush=True,
             )
-            _wait_for_workers(system, 2)
+            wait_for_workers(system, 2)
     pause_s = statistics.median(r["pause_s"] for r in rounds)
     goal = f"{PAUSE_GOAL_S * 1e3:.0f} ms, set for NVLink"
     print(f"pause, median of moves: {pause_s * 1e3:.1f} ms (goal {goal})")
     return {"pause_s": pause_s, "rounds": rounds}
 
 
-async def _move_one(system: _System, seed: int) -> dict[str, Any]:
+async def _move_one(system: System, seed: int) -> dict[str, Any]:
     before = len(system.ended_requests())
     pids = system.decode_pids()
-    prompt = _prompt(MIGRATED_PROMPT_TOKENS, seed * 7919)
+    prompt = random_prompt(MIGRATED_PROMPT_TOKENS, seed * 7919)
 
     def end_busiest() -> None:
-        os.kill(pids[_busiest(pids)], signal.SIGTERM)
+        os.kill(pids[busiest(pids)], signal.SIGTERM)
 
     def on_token(number: int) -> None:
         if number == TOKENS_BEFORE_MOVE:
@@ -189,7 +194,7 @@ async def _move_one(system: _System, seed: int) -> dict[str, Any]:
     gaps = [b - a for a, b in itertools.pairwise(times)]
     median = statistics.median(gaps)
     longest = max(gaps[TOKENS_BEFORE_MOVE - 2 :])
-    ended = _wait_for_ended(system, before + 1)[-1]
+    ended = wait_for_ended(system, before + 1)[-1]
     return {
         "context_tokens": MIGRATED_PROMPT_TOKENS + TOKENS_BEFORE_MOVE,
         "num_tokens": len(times),
@@ -201,7 +206,7 @@ async def _move_one(system: _System, seed: int) -> dict[str, Any]:
     }
 
 
-def _busiest(pids: dict[str, int]) -> str:
+def busiest(pids: dict[str, int]) -> str:
     """The worker that has computed most since a moment ago: it holds the only stream."""
     before = {name: _cpu_s(pid) for name, pid in pids.items()}
     time.sleep(0.2)
@@ -213,7 +218,7 @@ def _cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _wait_for_workers(system: _System, count: int) -> None:
+def wait_for_workers(system: System, count: int) -> None:
     deadline_s = time.monotonic() + 60
     while True:
         alive = [pid for pid in system.decode_pids().values() if Path(f"/proc/{pid}").exists()]
@@ -226,10 +231,10 @@ def _wait_for_workers(system: _System, count: int) -> None:
         time.sleep(0.2)
 
 
-def _prompt(num_tokens: int, seed: int) -> list[int]:
+def random_prompt(num_tokens: int, seed: int) -> list[int]:
     """Fresh random tokens."""
     return [t for p in prompts(-(-num_tokens // PROMPT_LEN), seed=seed) for t in p][:num_tokens]
 
 
-def _word(is_reached: bool) -> str:
+def reached(is_reached: bool) -> str:
     return "reached" if is_reached else "MISSED"

@@ -20,6 +20,7 @@ import errno
 import logging
 import os
 import threading
+from itertools import islice
 from pathlib import Path
 
 from baton.core.block import BlockHash
@@ -186,6 +187,29 @@ class DiskTier:
         self.reason = "closed"
         self._retry_at_s = float("inf")
 
+    def watch(self) -> None:
+        """Keep note of blocks that come or go, for `take_changes`."""
+        with self._lock:
+            self._index.changes = {}
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._index.changes)
+
+    def take_changes(self, max_blocks: int) -> list[BlockHash]:
+        """Blocks that came or went since they were last taken, the earliest first."""
+        with self._lock:
+            changes = self._index.changes or {}
+            taken = list(islice(changes, max_blocks))
+            for block_hash in taken:
+                del changes[block_hash]
+        return taken
+
+    def hashes(self) -> list[BlockHash]:
+        """Of all blocks held. O(blocks)."""
+        with self._lock:
+            return self._index.hashes()
+
     def report(self) -> TierReport:
         num_blocks = len(self)
         num_bytes = num_blocks * self._format.slot_bytes
@@ -224,9 +248,9 @@ class DiskTier:
             clock=self._clock,
             max_scan_s=self._max_scan_s,
         )
-        index = SlotIndex(self._index.num_slots)
-        index.adopt((entry.block_hash, entry.slot) for entry in found.entries)
         with self._lock:
+            index = SlotIndex(self._index.num_slots, self._index.changes)
+            index.adopt((entry.block_hash, entry.slot) for entry in found.entries)
             self._index = index
             self._claim = held
             self._stamp = max((entry.stamp for entry in found.entries), default=0)
@@ -236,7 +260,10 @@ class DiskTier:
         with self._lock:
             held, self._claim = self._claim, None
             # Readers keep the index that they pinned a slot of.
-            self._index = SlotIndex(self._index.num_slots)
+            changes = self._index.changes
+            if changes is not None:
+                changes.update(dict.fromkeys(self._index.hashes()))
+            self._index = SlotIndex(self._index.num_slots, changes)
         if held is not None:
             held.release()
 

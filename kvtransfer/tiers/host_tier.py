@@ -16,6 +16,7 @@ import mmap
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from baton.core.block import BlockHash
@@ -136,6 +137,29 @@ class HostTier:
     def hottest_first(self) -> Sequence[BlockHash]:
         with self._lock:
             return self._index.hottest_first()
+
+    def watch(self) -> None:
+        """Keep note of blocks that come or go, for `take_changes`."""
+        with self._lock:
+            self._index.changes = {}
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._index.changes)
+
+    def take_changes(self, max_blocks: int) -> list[BlockHash]:
+        """Blocks that came or went since they were last taken, the earliest first."""
+        with self._lock:
+            changes = self._index.changes or {}
+            taken = list(islice(changes, max_blocks))
+            for block_hash in taken:
+                del changes[block_hash]
+        return taken
+
+    def hashes(self) -> list[BlockHash]:
+        """Of all blocks held. O(blocks)."""
+        with self._lock:
+            return self._index.hashes()
 
     def report(self) -> TierReport:
         num_blocks = len(self)

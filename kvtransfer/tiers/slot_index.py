@@ -27,10 +27,12 @@ class Reserved(NamedTuple):
 class SlotIndex:
     """All methods cost O(1), or O(blocks named), but for pinned blocks at the cold end."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, changes: dict[BlockHash, None] | None = None) -> None:
+        """`changes`: gets the hashes of blocks that come or go; shared with the tier."""
         if num_slots < 1:
             raise InternalError(f"a tier needs at least one slot, got {num_slots}")
         self.num_slots = num_slots
+        self.changes = changes
         self._held: OrderedDict[BlockHash, int] = OrderedDict()
         """Least recently used first."""
         self._writing: dict[BlockHash, int] = {}
@@ -69,12 +71,14 @@ class SlotIndex:
             if evicted is None:
                 return None
             slot = self._held.pop(evicted)
+            self._note(evicted)
         self._writing[block_hash] = slot
         return Reserved(slot, evicted)
 
     def commit(self, block_hash: BlockHash) -> None:
         """The block is in its slot: from now on it is found, as the most recently used."""
         self._held[block_hash] = self._writing.pop(block_hash)
+        self._note(block_hash)
 
     def abort(self, block_hash: BlockHash) -> None:
         """Nothing useful is in the slot."""
@@ -108,6 +112,7 @@ class SlotIndex:
         slot = self._held.pop(block_hash, None)
         if slot is None:
             return None
+        self._note(block_hash)
         if slot in self._pins:
             self._doomed.add(slot)
         else:
@@ -125,9 +130,14 @@ class SlotIndex:
         """Start with blocks found in slots, coldest first. On a new index only; slots differ."""
         for block_hash, slot in found:
             self._held[block_hash] = slot
+            self._note(block_hash)
         used = set(self._held.values())
         self._num_touched = max(used, default=-1) + 1
         self._returned = [s for s in range(self._num_touched - 1, -1, -1) if s not in used]
+
+    def hashes(self) -> list[BlockHash]:
+        """Of all blocks held."""
+        return list(self._held)
 
     def coldest(self, num_blocks: int) -> list[BlockHash]:
         return list(islice(self._held, max(0, num_blocks)))
@@ -149,6 +159,10 @@ class SlotIndex:
         for law, holds in laws.items():
             if not holds:
                 raise InternalError(f"tier index broke a law: {law}")
+
+    def _note(self, block_hash: BlockHash) -> None:
+        if self.changes is not None:
+            self.changes[block_hash] = None
 
     @property
     def is_quiet(self) -> bool:

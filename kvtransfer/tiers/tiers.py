@@ -22,6 +22,7 @@ from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock
 from baton.core.fabric import TierReport
 from baton.core.kv_layout import KvLayout
+from baton.core.tier import Tier
 from kvtransfer.tiers.config import TierConfig
 from kvtransfer.tiers.copier import BlockCopier
 from kvtransfer.tiers.disk_tier import DiskTier
@@ -40,6 +41,7 @@ class Tiers:
     def __init__(self, host: HostTier, disk: DiskTier | None, *, max_piece_bytes: int) -> None:
         self.host = host
         self.disk = disk
+        self._all: tuple[HostTier | DiskTier, ...] = (host,) if disk is None else (host, disk)
         self.piece_blocks = max(1, max_piece_bytes // host.block_bytes)
         """Copied in one go; at most half of the host tier, so that two can be at once."""
         self.piece_blocks = min(self.piece_blocks, max(1, host.num_slots // 2))
@@ -59,6 +61,32 @@ class Tiers:
     def num_restorable(self, block_hashes: Sequence[BlockHash]) -> int:
         """Length of the longest leading part of `block_hashes` that is held here now."""
         return sum(1 for _ in takewhile(self.__contains__, block_hashes))
+
+    def watch(self) -> None:
+        """Keep note of blocks that come or go, for `take_changes`."""
+        for tier in self._all:
+            tier.watch()
+
+    @property
+    def has_changes(self) -> bool:
+        return any(tier.has_changes for tier in self._all)
+
+    def take_changes(self, max_blocks: int) -> list[BlockHash]:
+        """Blocks that came to a tier or left one since they were last taken; see `tier_of`."""
+        taken: list[BlockHash] = []
+        for tier in self._all:
+            taken += tier.take_changes(max_blocks - len(taken))
+        return taken
+
+    def tier_of(self, block_hash: BlockHash) -> Tier | None:
+        """The better of the tiers that hold the block now."""
+        if block_hash in self.host:
+            return Tier.HOST
+        return Tier.DISK if self.disk is not None and block_hash in self.disk else None
+
+    def held(self) -> tuple[list[BlockHash], list[BlockHash]]:
+        """Hashes in the host tier and in the disk tier. O(blocks)."""
+        return self.host.hashes(), [] if self.disk is None else self.disk.hashes()
 
     def save(
         self, blocks: Sequence[tuple[BlockHash, BlockId]], copier: BlockCopier
@@ -156,8 +184,7 @@ class Tiers:
             self.disk.close()
 
     def reports(self) -> tuple[TierReport, ...]:
-        tiers = (self.host,) if self.disk is None else (self.host, self.disk)
-        return tuple(tier.report() for tier in tiers)
+        return tuple(tier.report() for tier in self._all)
 
     @property
     def is_quiet(self) -> bool:

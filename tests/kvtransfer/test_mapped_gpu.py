@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,12 @@ import torch
 from baton.core.block import BlockId
 from baton.core.errors import PeerGone
 from baton.core.worker_info import Epoch, WorkerId
+from kvtransfer.block_read import MoverLimits
 from kvtransfer.group_transport import GroupTransport
+from kvtransfer.mapped_link import MappedLink
+from kvtransfer.mapped_memory import CudaMapper
 from kvtransfer.metadata import PeerIdentity
+from kvtransfer.mover_transport import MoverTransport
 from kvtransfer.nixl_library import is_installed
 from kvtransfer.plan import RankPool
 from kvtransfer.select import create_transport
@@ -27,12 +32,14 @@ from mapped_files import (
     layout_of,
     region_of,
     start_owner,
+    start_script,
     token_pattern,
 )
 
 pytestmark = pytest.mark.gpu
 HEADS, NUM_TOKENS, NUM_SCRATCH = 4, 256, 2
 PEER = WorkerId("p")
+CHILD = Path(__file__).parents[1] / "support" / "gpu_reader_child.py"
 
 kinds = pytest.mark.parametrize(
     "kind",
@@ -189,3 +196,104 @@ async def test_what_arrived_is_seen_by_the_next_launch(pair):
             seen = reader.memories[0].clone()
         compute.synchronize()
         assert torch.equal(seen.cpu()[: expected.numel()], expected.flatten())
+
+
+async def test_an_owner_killed_in_the_middle_of_a_launch_leaves_the_gpu_usable():
+    """A launch that takes a second and more, because one program copies the same blocks over and
+    over."""
+    from kernels.piece_stream import PieceStream
+
+    num_blocks = NUM_TOKENS // 64
+    process = start_owner(
+        worker_id=PEER,
+        epoch="e1",
+        heads=HEADS,
+        block_size=64,
+        num_blocks=num_blocks,
+        tp_rank=0,
+        tp_size=1,
+        device_id=device_of(0),
+        kind="mapped",
+    )
+    device_id = device_of(1)
+    pool = RankPool(layout_of(HEADS, 64), 0, 1, num_blocks + NUM_SCRATCH)
+    memory = torch.zeros(pool.num_bytes, dtype=torch.uint8, device=f"cuda:{device_id}")
+    region = region_of(pool, memory.data_ptr(), device_id=device_id, num_scratch_blocks=NUM_SCRATCH)
+    transport = MoverTransport(
+        links=[
+            MappedLink(
+                region, CudaMapper(device_id), lambda: PieceStream(device_id, max_programs=1)
+            )
+        ],
+        region=region,
+        identity=PeerIdentity(WorkerId("d"), Epoch("e2")),
+        secret=SECRET,
+        limits=MoverLimits(max_piece_bytes=1 << 40, max_bytes_in_flight=1 << 40),
+    )
+    owner = Owner([process])
+    try:
+        nonce = secrets.token_bytes(16)
+        card = await asyncio.to_thread(owner.card, nonce)
+        name, _ = await transport.connect(card, nonce=nonce)
+        blocks = ids(list(range(num_blocks)) * 500_000)
+        reading = asyncio.create_task(transport.read(name, blocks, blocks, timeout_s=20.0))
+        await asyncio.sleep(0.5)
+        assert not reading.done()
+        process.kill()
+        # Its memory is gone for good while the launch still has most of its way to go.
+        process.wait()
+        assert not reading.done()
+        with pytest.raises(PeerGone):
+            await asyncio.wait_for(reading, 30)
+        torch.cuda.synchronize(memory.device)
+        x = torch.randn(64, 64, device=memory.device)
+        torch.testing.assert_close(x @ torch.eye(64, device=x.device), x)
+    finally:
+        await transport.close()
+        owner.stop()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+async def test_processes_that_see_one_gpu_each_read_each_other():
+    shape = {"heads": HEADS, "block_size": 64, "num_blocks": NUM_TOKENS // 64}
+    owner = Owner(
+        [
+            start_owner(
+                environ={"CUDA_VISIBLE_DEVICES": "0"},
+                worker_id=PEER,
+                epoch="e1",
+                tp_rank=0,
+                tp_size=1,
+                device_id=0,
+                kind="mapped",
+                **shape,
+            )
+        ]
+    )
+    environ = {"CUDA_VISIBLE_DEVICES": "1"}
+    reader = start_script(CHILD, "read", str(HEADS), str(NUM_TOKENS), environ=environ)
+    try:
+        assert reader.stdout is not None
+        nonce = await asyncio.to_thread(_line_of, reader, "nonce ")
+        card = await asyncio.to_thread(owner.card, bytes.fromhex(nonce))
+        printed, _ = await asyncio.to_thread(reader.communicate, card.hex() + "\n", 60)
+        assert printed.splitlines()[-1] == "all tokens arrived", printed
+    finally:
+        reader.kill()
+        reader.communicate()
+        owner.stop()
+
+
+def _line_of(process: Any, prefix: str) -> str:
+    for line in process.stdout:
+        if line.startswith(prefix):
+            return line.removeprefix(prefix).strip()
+    raise AssertionError(f"the process ended without a line {prefix!r}")
+
+
+def test_a_pool_in_expandable_segments_is_refused_with_a_reason():
+    environ = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    child = start_script(CHILD, "open", str(HEADS), str(NUM_TOKENS), environ=environ)
+    printed, _ = child.communicate(timeout=60)
+    assert "must not come from expandable segments" in printed, printed
+    assert "PYTORCH_CUDA_ALLOC_CONF" in printed

@@ -17,7 +17,7 @@ from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTime
 from baton.core.worker_info import WorkerId
 from kvtransfer.block_read import BlockRead, MoverLimits
 from kvtransfer.link import ConnectionLost, LinkBroken
-from kvtransfer.mover import Mover
+from kvtransfer.mover import MAX_POLL_S, Mover
 from kvtransfer.plan import PairPlan, SidePlan, checked_ids
 
 PEER = WorkerId("prefill-0")
@@ -219,6 +219,21 @@ def test_read_is_cut_into_pieces_and_bounded_in_flight(make):
     h.until(lambda: h.link.land_all() or read.future.done())
     stats = read.future.result(1)
     assert stats.num_bytes == 150 and len(h.link.posted) == 8
+
+
+def test_short_pieces_are_looked_at_soon_and_long_ones_rarely():
+    """Without the thread: how long it would sleep between two looks."""
+    clock, link = ManualClock(), SlowLink()
+    limits = MoverLimits(**LIMITS, min_poll_s=1e-5)
+    mover = Mover(link, pool_bytes=1000, limits=limits, name="never started", clock=clock)
+    ids = checked_ids([1], 100, "the")
+    mover.read(BlockRead(PEER, WHOLE, ids, ids, deadline_s=clock.now() + 10))
+    mover.step()
+    sleeps = [mover.poll_s()]
+    for seconds in (0.0004, 0.0008, 0.0088):
+        clock.advance(seconds)
+        sleeps.append(mover.poll_s())
+    assert sleeps == pytest.approx([1e-5, 2e-5, 6e-5, MAX_POLL_S])
 
 
 def test_reads_take_turns(make):

@@ -23,6 +23,7 @@ from kvtransfer.plan import (
     Run,
     SidePlan,
     checked_ids,
+    count_runs,
     heads_of_rank,
     merge_runs,
     plan_pair,
@@ -36,6 +37,7 @@ def test_runs_are_consecutive_on_both_sides():
     assert merge_runs(remote, local) == [Run(4, 0, 3), Run(9, 7, 1)]
     assert merge_runs(remote[:0], local[:0]) == []
     assert len(merge_runs(remote, checked_ids([3, 2, 1, 0], 10, "b"))) == 4
+    assert count_runs(remote[:0], local[:0]) == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -48,6 +50,7 @@ def test_runs_cover_every_pair_once_and_are_maximal(seed):
     remote = checked_ids([BlockId(a) for a, _ in pairs], 1000, "a")
     local = checked_ids([BlockId(b) for _, b in pairs], 1000, "b")
     runs = merge_runs(remote, local)
+    assert count_runs(remote, local) == len(runs)
     assert [(x.remote + i, x.local + i) for x in runs for i in range(x.num_blocks)] == pairs
     for a, b in itertools.pairwise(runs):
         assert (a.remote + a.num_blocks, a.local + a.num_blocks) != (b.remote, b.local)

@@ -12,6 +12,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,15 +157,25 @@ def main(values: dict[str, Any]) -> None:
         print(transport.card(bytes.fromhex(line)).hex(), flush=True)
 
 
-def start_owner(**values: object) -> subprocess.Popen[str]:
+def start_owner(
+    *, environ: Mapping[str, str] | None = None, **values: object
+) -> subprocess.Popen[str]:
     """A rank of an owner, in a process of its own."""
-    script = Path(__file__)
+    return start_script(Path(__file__), json.dumps(values), environ=environ or {})
+
+
+def start_script(
+    script: Path, *arguments: str, environ: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    """A script of this folder that answers on its standard output; `environ` beside ours."""
+    folders = (str(script.parents[2]), str(script.parent), os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(filter(None, folders))
     return subprocess.Popen(
-        [sys.executable, str(script), json.dumps(values)],
+        [sys.executable, str(script), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(script.parents[2])},
+        env={**os.environ, **environ, "PYTHONPATH": path},
     )
 
 
