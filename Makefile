@@ -19,7 +19,7 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 # A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
 GPU_TIMEOUT := --timeout-method=thread
 
-.PHONY: help install serve test test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-gpu tune-gpu bench-quality bench-vllm-env clean
+.PHONY: help install serve test test-deploy chart test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,10 +40,12 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 $(TEST_STAMP): $(STAMP)
 	@$(PIP) -c $(CONSTRAINTS) -e '.[test]'
+	@$(PIP) --no-deps -r tests/deploy/requirements-no-deps.txt
 	@touch $@
 
 $(LINT_STAMP): $(STAMP)
 	@$(PIP) -c $(CONSTRAINTS) -e '.[test,lint]'
+	@$(PIP) --no-deps -r tests/deploy/requirements-no-deps.txt
 	@touch $@
 
 serve: $(STAMP)  ## router, one prefill and one decode worker on this machine (ARGS="--no-ray ...")
@@ -72,6 +74,12 @@ lint: $(LINT_STAMP)  ## ruff, mypy, sizes of the largest files and functions
 format: $(LINT_STAMP)  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chart: $(LINT_STAMP)  ## regenerate the schema, README and rendered examples of the Helm chart
+	$(BIN)/python -m tools.chart_files
+
+test-deploy: $(TEST_STAMP)  ## the Helm chart and the image, with the minute on a real Ray
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/deploy $(ARGS)
 
 protos: $(LINT_STAMP)  ## regenerate baton/rpc/v1 from proto/v1
 	$(BIN)/python tools/generate_protos.py

@@ -25,7 +25,10 @@ COMMANDS = {
     "serve": "start router, prefill and decode workers on this machine",
     "chat": "talk to a served model in the terminal",
     "doctor": "measure the links between running workers and say what is wrong",
+    "probe": "whether this container's processes live or are ready",
+    "drain": "let this container finish before it is stopped",
     "certs": "make TLS certificates for a deployment's router and workers",
+    "keys": "make, list and revoke API keys",
     "model": "import a model, or show what it costs to run one",
 }
 EXIT_ERROR = 2

@@ -38,6 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", metavar="ADDR", help="listen address (default: 127.0.0.1)")
     parser.add_argument("--http-port", type=int, metavar="N", help="default: 8000")
     parser.add_argument("--grpc-port", type=int, metavar="N", help="default: 9000")
+    parser.add_argument(
+        "--routers", type=int, metavar="N", help="copies of the router, at the same ports (1)"
+    )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="redis://[user:password@]host:port/db for what the routers share; with a password "
+        "better as BATON_REDIS_URL in the environment, where others do not see it",
+    )
     parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--decode", type=int, metavar="N", help="decode workers (default: 1)")
     for pool in ("prefill", "decode"):
@@ -92,7 +101,7 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.core.logging import setup_logging
     from services.launch.pools import check_pools
-    from services.launch.readiness import check_model_folder, check_ports_free
+    from services.launch.readiness import check_model_folder, check_ports_free, check_redis
     from services.launch.run_directory import RunDirectory
     from services.launch.tls import check_tls
 
@@ -105,6 +114,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     check_ports_free(
         system.host, {"--http-port": system.http_port, "--grpc-port": system.grpc_port}
     )
+    if system.redis_url is not None:
+        check_redis(system.redis_url)
     _serve(system, RunDirectory.create(args.run_dir), args, ready_timeout_s)
     return 0
 
@@ -125,6 +136,8 @@ def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Syst
         "host": args.host,
         "http_port": args.http_port,
         "grpc_port": args.grpc_port,
+        "num_routers": args.routers,
+        "redis_url": args.redis,
         "num_prefill": args.prefill,
         "num_decode": args.decode,
         "prefill": merge(both, {"engine": {"tp_size": args.prefill_tp}}),
@@ -174,8 +187,8 @@ def _serve(
         local = _start(system, directory, args)
         # Ray installs handlers of its own.
         _interrupt_on_signals()
-        _wait_until_ready(system, local, ready_timeout_s)
-        print(_ready_text(system, directory, time.monotonic() - started_at_s), flush=True)
+        copies = _wait_until_ready(system, directory, local, ready_timeout_s)
+        print(_ready_text(system, directory, time.monotonic() - started_at_s, copies), flush=True)
         while True:
             time.sleep(POLL_S)
             local.poll()
@@ -214,19 +227,32 @@ def _start(system: SystemConfig, directory: RunDirectory, args: argparse.Namespa
     return processes.start_system(system, directory)
 
 
-def _wait_until_ready(system: SystemConfig, local: LocalSystem, timeout_s: float) -> None:
-    """Raises Unavailable when the system will not come up."""
-    from services.launch.readiness import wait_until_healthy
+def _wait_until_ready(
+    system: SystemConfig, directory: RunDirectory, local: LocalSystem, timeout_s: float
+) -> list[str]:
+    """Addresses of the router copies where there are several. Raises Unavailable when the system
+    will not come up."""
+    from services.launch.readiness import wait_until_copies_healthy, wait_until_healthy
 
     def keep_going() -> str | None:
         local.poll()
         return local.hopeless()
 
+    copies = []
+    if system.num_routers > 1:
+        copies = wait_until_copies_healthy(
+            directory.targets,
+            system.num_routers,
+            timeout_s=timeout_s,
+            still_running=keep_going,
+        )
     wait_until_healthy(_url(system), timeout_s=timeout_s, still_running=keep_going)
+    return [copy.address for copy in copies]
 
 
 def _processes(system: SystemConfig) -> str:
-    return f"a router, {system.num_prefill} prefill and {system.num_decode} decode workers"
+    routers = "a router" if system.num_routers == 1 else f"{system.num_routers} routers"
+    return f"{routers}, {system.num_prefill} prefill and {system.num_decode} decode workers"
 
 
 def _url(system: SystemConfig) -> str:
@@ -242,13 +268,18 @@ def _reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _ready_text(system: SystemConfig, directory: RunDirectory, seconds: float) -> str:
+def _ready_text(
+    system: SystemConfig, directory: RunDirectory, seconds: float, copies: list[str]
+) -> str:
     url = _url(system)
+    each = "".join(f"router at http://{address} (metrics, health)\n" for address in copies)
+    if copies:
+        each += f"for Prometheus (file_sd_configs): {directory.targets}/*.json\n"
     return (
         f"ready in {seconds:.1f} s: HTTP {url}  gRPC {_reachable(system.host)}:{system.grpc_port}  "
         f"metrics {url}/metrics  (Ctrl-C stops)\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '"
         f'{{"model": "{system.served_model_name}", "stream": true, "temperature": 0, "messages": '
         '[{"role": "user", "content": "Which city is the capital of France?"}]}\'\n\n'
-        f"logs: {directory.path / 'logs'}"
+        f"{each}logs: {directory.path / 'logs'}"
     )

@@ -83,6 +83,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} is a section of settings, got {value!r}")
         return build(typing.cast(type[Any], hint), value, where=f"{where}.")
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is a section of settings by name, got {value!r}")
+        item = typing.get_args(hint)[1]
+        return {str(k): _convert(item, v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         item = typing.get_args(hint)[0]
         items = value.split(",") if isinstance(value, str) else value

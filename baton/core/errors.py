@@ -11,6 +11,7 @@
     │   ├── MethodNotAllowed       405  UNIMPLEMENTED
     │   ├── PayloadTooLarge        413  INVALID_ARGUMENT
     │   ├── Overloaded             429  RESOURCE_EXHAUSTED   (carries retry_after_s)
+    │   │   └── QuotaExceeded          the tenant has used what it may (carries rate_limits)
     │   └── RequestCancelled       499  CANCELLED
     ├── ServiceError           the platform could not do it
     │   ├── InternalError          500  INTERNAL
@@ -83,6 +84,31 @@ class Overloaded(RequestError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimit(NamedTuple):
+    """Where a tenant stands with one of its rates."""
+
+    name: str
+    """requests or tokens, per minute."""
+    limit: int
+    remaining: int
+    reset_s: float
+    """Until all of it is there again, if nothing more is used."""
+
+
+class QuotaExceeded(Overloaded):
+    """The tenant has used what it may for now."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float = 1.0,
+        rate_limits: tuple[RateLimit, ...] = (),
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.rate_limits = rate_limits
 
 
 class RequestCancelled(RequestError):

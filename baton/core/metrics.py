@@ -80,6 +80,13 @@ MIGRATIONS = Series(
     "when the request ended meanwhile.",
     ("reason", "result"),
 )
+PERF_ERROR = Series(
+    "baton_perf_model_error_ratio",
+    Kind.GAUGE,
+    "Mean share by which recent measurements differ from what the router's performance model "
+    "predicts: prefill and itl of workers of a role, ttft of requests whose prompt they computed.",
+    ("quantity", "role"),
+)
 PREFIX_OFFERS = Series(
     "baton_prefix_offers_total",
     Kind.COUNTER,
@@ -110,11 +117,42 @@ REJECTED = Series(
     "Requests refused before any work, by HTTP status.",
     ("status",),
 )
+SLOW_CLIENTS = Series(
+    "baton_router_slow_clients_total",
+    Kind.COUNTER,
+    "Requests given up because their client did not take what was there for it.",
+)
+RETRIES_REFUSED = Series(
+    "baton_router_retries_refused_total",
+    Kind.COUNTER,
+    "Requests that failed on a worker and were not placed again: the retry budget was spent.",
+)
+BREAKER_OPEN = Series(
+    "baton_router_breaker_open",
+    Kind.GAUGE,
+    "1 while the worker gets no new requests because too many of its last ones failed.",
+    ("worker",),
+)
 PLACEMENTS = Series(
     "baton_placements_total",
     Kind.COUNTER,
     "Placement decisions: remote_prefill, local_prefill, prefill_only, replay.",
     ("kind",),
+)
+INDEX_ENTRIES = Series(
+    "baton_router_prefix_entries", Kind.GAUGE, "Distinct KV blocks in the prefix index."
+)
+KV_UNMATCHED = Series(
+    "baton_router_kv_unmatched",
+    Kind.GAUGE,
+    "1 while the worker's KV events are not used and it is placed by load alone.",
+    ("worker",),
+)
+KV_EVENT_FAULTS = Series(
+    "baton_router_kv_event_faults_total",
+    Kind.COUNTER,
+    "What was wrong with workers' KV events: gap, replayed, malformed, too_large, hashing.",
+    ("reason",),
 )
 RUNNING = Series("baton_requests_running", Kind.GAUGE, "Requests in the router.", ())
 WORKER_RUNNING = Series(
@@ -217,6 +255,101 @@ PREFIX_QUERY_TOKENS = Series(
     Kind.COUNTER,
     "Prompt tokens looked up in a worker's prefix cache.",
     ("role",),
+)
+ADMISSIONS = Series(
+    "baton_admissions_total",
+    Kind.COUNTER,
+    "Requests by what admission did: at_once or waited (admitted), or why they were sent away: "
+    "ttft, itl, late, queue_full, pushed_out, no_worker.",
+    ("slo_class", "result"),
+)
+ADMISSION_WAIT = Series(
+    "baton_admission_wait_seconds",
+    Kind.HISTOGRAM,
+    "Waiting in the router of requests that waited and were admitted.",
+    ("slo_class",),
+    LATENCY_BUCKETS_S,
+)
+ADMISSION_QUEUE = Series(
+    "baton_admission_queue_requests", Kind.GAUGE, "Requests waiting in the router.", ("slo_class",)
+)
+ADMISSION_OLDEST = Series(
+    "baton_admission_queue_oldest_seconds",
+    Kind.GAUGE,
+    "Age of the oldest waiting request.",
+    ("slo_class",),
+)
+ADMISSION_TENANT_QUEUE = Series(
+    "baton_admission_tenant_queue_requests",
+    Kind.GAUGE,
+    "Requests waiting in the router, of the tenants with most of them; the others together.",
+    ("tenant",),
+)
+ADMISSION_QUEUED_TOKENS = Series(
+    "baton_admission_queue_tokens", Kind.GAUGE, "Work waiting in the router, in prompt tokens."
+)
+ADMISSION_SHEDDING = Series(
+    "baton_admission_shedding", Kind.GAUGE, "1 while requests have been sent away lately."
+)
+ADMISSION_MARGIN = Series(
+    "baton_admission_margin_seconds",
+    Kind.GAUGE,
+    "Added to predicted times, so that nearly all are on the safe side.",
+    ("objective",),
+)
+TENANT_WORK = Series(
+    "baton_tenant_work_tokens_total",
+    Kind.COUNTER,
+    "Work of ended requests through both pools, in prompt tokens, of the first tenants seen; the "
+    "others together.",
+    ("tenant",),
+)
+SLO_REQUESTS = Series(
+    "baton_slo_requests_total",
+    Kind.COUNTER,
+    "Admitted requests with targets by objective (ttft, itl, all) and result: met or missed.",
+    ("slo_class", "objective", "result"),
+)
+PREDICTION_RATIO = Series(
+    "baton_prediction_ratio",
+    Kind.HISTOGRAM,
+    "What came, as a share of what was predicted at admission: time to first token from arrival "
+    "(ttft), mean time between tokens (itl).",
+    ("objective",),
+    (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0),
+)
+UNAUTHORIZED = Series(
+    "baton_requests_unauthorized_total",
+    Kind.COUNTER,
+    "Requests without a valid API key: missing, malformed or unknown.",
+    ("reason",),
+)
+SHARED_UP = Series(
+    "baton_router_shared_state_up",
+    Kind.GAUGE,
+    "1 while the store that router copies share answers; 0: quotas are estimated.",
+    ("backend",),
+)
+ROUTER_COPIES = Series(
+    "baton_router_copies", Kind.GAUGE, "Live routers of this deployment, this one included."
+)
+SHARED_GARBAGE = Series(
+    "baton_router_shared_garbage_total",
+    Kind.COUNTER,
+    "Values refused in the shared store: key, quota, copies, placement or registration.",
+    ("kind",),
+)
+QUOTA_ANSWERS = Series(
+    "baton_router_quota_answers_total",
+    Kind.COUNTER,
+    "Questions to tenants' quotas: granted or refused, exact or estimated.",
+    ("answer", "source"),
+)
+SHARED_NOTES = Series(
+    "baton_router_placement_notes_total",
+    Kind.COUNTER,
+    "Placements told between router copies: sent, received, or dropped.",
+    ("direction",),
 )
 
 ALL_SERIES: tuple[Series, ...] = tuple(v for v in list(globals().values()) if isinstance(v, Series))

@@ -12,7 +12,7 @@ WorkerId = NewType("WorkerId", str)
 Epoch = NewType("Epoch", str)
 """Random per process start: a restarted worker is another worker to everyone who held its ids."""
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Version of the worker session and of the transfer protocol; peers of another are refused."""
 
 

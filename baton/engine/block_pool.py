@@ -250,6 +250,10 @@ class BlockPool:
             self._num_quarantined -= 1
             self._retire(block)
 
+    def has(self, block_hash: BlockHash) -> bool:
+        """Whether the hash is matchable."""
+        return block_hash in self._by_hash
+
     def cached_hashes(self) -> list[BlockHash]:
         """Every matchable hash, whether its block has holders or not. O(pool)."""
         return list(self._by_hash)

@@ -378,6 +378,10 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
         )
 
+    def is_cached(self, block_hash: BlockHash) -> bool:
+        """Whether a new request could match the block now."""
+        return self._pool.has(block_hash)
+
     def cached_hashes(self) -> list[BlockHash]:
         """Every hash that a new request could match now."""
         return self._pool.cached_hashes()

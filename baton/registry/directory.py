@@ -15,25 +15,28 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import secrets
 import stat
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from baton.core.clock import Clock
-from baton.core.config import build
 from baton.core.errors import BatonError, ConfigError, Unavailable
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
+from baton.registry.registration import (
+    FORMAT,
+    check_format,
+    check_worker_id,
+    info_from_values,
+    info_to_values,
+)
 
 POLL_S = 0.2
 SECRET_FILE = "cluster-secret"
 SECRET_BYTES = 32
 _SUFFIX = ".json"
-_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_FORMAT = 1
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ class DirectoryRegistry:
                 self._remove_dead(path, registration)
         return live
 
-    async def watch(self) -> AsyncIterator[Mapping[WorkerId, WorkerInfo]]:
+    async def watch(self) -> AsyncGenerator[Mapping[WorkerId, WorkerInfo], None]:
         last: Mapping[WorkerId, WorkerInfo] | None = None
         while True:
             current = await self.list()
@@ -118,11 +121,11 @@ class DirectoryRegistry:
                 yield current
             await asyncio.sleep(POLL_S)
 
+    async def close(self) -> None:
+        """Nothing is held between calls."""
+
     def _path(self, worker_id: WorkerId) -> Path:
-        if not _WORKER_ID.fullmatch(worker_id):
-            raise ConfigError(
-                f"worker id {worker_id!r} is not usable; take 1 to 128 of A-Z a-z 0-9 . _ -"
-            )
+        check_worker_id(worker_id)
         return self._directory / f"{worker_id}{_SUFFIX}"
 
     def _write(self, registration: _Registration) -> None:
@@ -184,21 +187,18 @@ def private_directory(directory: Path) -> Path:
 
 
 def _to_json(registration: _Registration) -> dict[str, Any]:
-    info = dataclasses.asdict(registration.info)
-    info["role"] = registration.info.role.value
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "ttl_s": registration.ttl_s,
         "renewed_at_s": registration.renewed_at_s,
-        "info": info,
+        "info": info_to_values(registration.info),
     }
 
 
 def _from_json(values: Any) -> _Registration:
-    if values["format"] != _FORMAT:
-        raise ValueError(f"format {values['format']}, this version reads {_FORMAT}")
+    check_format(values)
     return _Registration(
-        info=build(WorkerInfo, values["info"]),
+        info=info_from_values(values["info"]),
         ttl_s=float(values["ttl_s"]),
         renewed_at_s=float(values["renewed_at_s"]),
     )

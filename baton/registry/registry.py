@@ -7,7 +7,7 @@ an older one, and calls of the older epoch no longer change anything.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
@@ -34,6 +34,10 @@ class Registry(Protocol):
         """The live workers."""
         ...
 
-    def watch(self) -> AsyncIterator[Snapshot]:
+    def watch(self) -> AsyncGenerator[Snapshot, None]:
         """The live workers now, and again upon every change, until the caller stops."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections. Registrations stay until their leases end."""
         ...

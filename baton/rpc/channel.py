@@ -72,16 +72,20 @@ async def unreachable_reason(
 
 
 def new_server(
-    *, max_receive_bytes: int = MAX_MESSAGE_BYTES, tls: ServerTls | None = None
+    *,
+    max_receive_bytes: int = MAX_MESSAGE_BYTES,
+    tls: ServerTls | None = None,
+    shares_port: bool = False,
 ) -> grpc.aio.Server:
-    """A server with the project's limits; ports are never shared with another process.
+    """A server with the project's limits. Its port is another process's as well only if both ask
+    for it by `shares_port`.
 
     Messages longer than `max_receive_bytes` end their call with RESOURCE_EXHAUSTED, unread. With
     `tls` the server listens by `listen` with the same.
     """
     options = dict(_OPTIONS)
     options["grpc.max_receive_message_length"] = max_receive_bytes
-    options["grpc.so_reuseport"] = 0
+    options["grpc.so_reuseport"] = int(shares_port)
     interceptors = () if tls is None else (tls.interceptor,)
     return grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
-from baton.core.block import join_hashes, split_hashes
+from baton.core.block import HASH_SCHEME, first_hash, join_hashes, split_hashes
 from baton.core.errors import InvalidRequest
 from baton.core.fabric import FabricCounters, FabricReport, LinkReport, TierName, TierReport
 from baton.core.kv_layout import KvLayout
@@ -261,6 +261,16 @@ def worker_info_from_wire(message: pb.WorkerInfo) -> WorkerInfo:
         max_num_seqs=message.max_num_seqs,
         transport=message.transport,
         pid=message.pid,
+    )
+
+
+def hashing_to_wire(layout: KvLayout) -> pb.BlockHashing:
+    """How this process names blocks of `layout`."""
+    return pb.BlockHashing(
+        scheme=HASH_SCHEME,
+        block_size=layout.block_size,
+        fingerprint=layout.fingerprint,
+        first_hash=first_hash(layout.fingerprint, layout.block_size),
     )
 
 

@@ -6,6 +6,8 @@ of that process's own configuration. Nothing here knows how processes are starte
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 from baton.core.config import merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
+from baton.registry.redis_connection import check_deployment, check_redis_url
 
+MAX_ROUTERS = 64
 LOCAL_DRAIN_S = 3.0
 """A person pressed Ctrl-C and waits: short, so that all is over within ten seconds."""
 
@@ -31,6 +35,13 @@ class SystemConfig:
     """Address of the HTTP and gRPC front doors. Workers always listen on loopback here."""
     http_port: int = 8000
     grpc_port: int = 9000
+    num_routers: int = 1
+    """Copies of the router; all answer at the ports above."""
+    redis_url: str | None = field(default=None, repr=False)
+    """What the copies share lies there, and workers announce themselves there. None: with Ray an
+    actor keeps it; without, each copy grants its share of the quotas."""
+    deployment: str | None = None
+    """Names this system among others in the same Redis; None makes it of host name and port."""
     num_prefill: int = 1
     num_decode: int = 1
     router: Mapping[str, Any] = field(default_factory=dict)
@@ -46,6 +57,13 @@ class SystemConfig:
             raise ConfigError(
                 f"http_port and grpc_port are both {self.http_port}; they must differ"
             )
+        if not 1 <= self.num_routers <= MAX_ROUTERS:
+            raise ConfigError(
+                f"num_routers must be between 1 and {MAX_ROUTERS}, got {self.num_routers}"
+            )
+        if self.redis_url is not None:
+            check_redis_url("redis_url", self.redis_url)
+        check_deployment("deployment", self.deployment_name)
         if self.num_decode < 1 or self.num_prefill < 0:
             raise ConfigError(
                 f"{self.num_prefill} prefill and {self.num_decode} decode workers cannot serve; "
@@ -58,6 +76,13 @@ class SystemConfig:
         return (Role.PREFILL, Role.DECODE) if self.num_prefill else (Role.DECODE,)
 
     @property
+    def deployment_name(self) -> str:
+        if self.deployment is not None:
+            return self.deployment
+        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:48].strip("-")
+        return f"{host or 'host'}-{self.http_port}"
+
+    @property
     def served_model_name(self) -> str:
         return self.model_name or self.model_path.resolve().name
 
@@ -65,8 +90,10 @@ class SystemConfig:
 def worker_values(system: SystemConfig, role: Role, index: int) -> dict[str, Any]:
     """The settings of one worker, short of where it announces itself."""
     section = system.prefill if role is Role.PREFILL else system.decode
+    announced = {"url": system.redis_url, "deployment": system.deployment_name}
     return merge(
         {
+            "registry": announced if system.redis_url is not None else {},
             "model_name": system.served_model_name,
             "worker_id": f"{role.value}-{index}",
             "drain_s": LOCAL_DRAIN_S,
@@ -76,10 +103,25 @@ def worker_values(system: SystemConfig, role: Role, index: int) -> dict[str, Any
     )
 
 
-def router_values(system: SystemConfig) -> dict[str, Any]:
-    """The settings of the router, short of where it finds its workers."""
+def router_values(
+    system: SystemConfig, *, index: int = 0, targets_dir: Path | None = None, use_ray: bool = False
+) -> dict[str, Any]:
+    """The settings of one router copy, short of a registry directory.
+
+    `targets_dir`: where several copies say at which address each can be asked.
+    """
+    copy: dict[str, Any] = {}
+    if system.num_routers > 1:
+        copy = {
+            "shares_ports": True,
+            "own_port": 0,
+            "targets_dir": None if targets_dir is None else str(targets_dir),
+            "name": "router" if use_ray else f"router-{index}",
+        }
     return merge(
         {
+            "shared": _shared_values(system, use_ray=use_ray),
+            "copy": copy,
             "host": system.host,
             "http_port": system.http_port,
             "grpc_port": system.grpc_port,
@@ -89,3 +131,14 @@ def router_values(system: SystemConfig) -> dict[str, Any]:
         },
         system.router,
     )
+
+
+def _shared_values(system: SystemConfig, *, use_ray: bool) -> dict[str, Any]:
+    """Where the copies keep what they share."""
+    if system.redis_url is not None:
+        return {"url": system.redis_url, "deployment": system.deployment_name}
+    if system.num_routers == 1:
+        return {}
+    if use_ray:
+        return {"place": "ray", "deployment": system.deployment_name}
+    return {"num_copies": system.num_routers}

@@ -24,8 +24,11 @@ POOLS = {Role.PREFILL: PrefillDeployment, Role.DECODE: DecodeDeployment}
 def build_graph(system: SystemConfig, run: RunDirectory, cluster_secret: str) -> serve.Application:
     """The application of `system`, to be given to `serve.run`."""
     handles = [_bind_pool(system, run, role, cluster_secret) for role in system.roles]
-    router = RouterDeployment.options(graceful_shutdown_timeout_s=LOCAL_DRAIN_S)
-    return router.bind(router_values(system), str(run.path / "logs"), *handles)
+    router = RouterDeployment.options(
+        num_replicas=system.num_routers, graceful_shutdown_timeout_s=LOCAL_DRAIN_S
+    )
+    values = router_values(system, targets_dir=run.targets, use_ray=True)
+    return router.bind(values, str(run.path / "logs"), *handles)
 
 
 def _bind_pool(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from baton.core.config import ENV_PREFIX
+from baton.core.config import ENV_PREFIX, merge
 from baton.core.worker_info import Role
 from baton.process import EXIT_CONFIG
 from services.launch.config import SystemConfig, router_values, worker_values
@@ -54,6 +54,8 @@ class Child:
     num_exits: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     """Beside what it inherits."""
+    is_front: bool = False
+    """Clients talk to it; it ends before the others."""
     is_misconfigured: bool = False
     """It said itself that starting it again will not help."""
 
@@ -89,13 +91,13 @@ class Supervisor:
         return None
 
     def stop(self, *, grace_s: float) -> None:
-        """End all children, the last started (the router) first: no request meets half a system."""
+        """End all children, the routers first: no request meets half a system."""
         with self._lock:
             self._is_stopping = True
         deadline = time.monotonic() + grace_s
         front = min(deadline, time.monotonic() + FRONT_GRACE_S)
-        _end(self.children[-1:], front)
-        _end(self.children[:-1], deadline)
+        _end([child for child in self.children if child.is_front], front)
+        _end([child for child in self.children if not child.is_front], deadline)
 
     def _poll_child(self, child: Child, now_s: float) -> None:
         if child.process is not None:
@@ -156,12 +158,15 @@ def start_system(system: SystemConfig, run: RunDirectory) -> Supervisor:
     environments = worker_environments(system, os.environ)
     for (role, index), environment in environments.items():
         values = worker_values(system, role, index)
-        values["registry"] = {"directory": str(run.registry)}
+        values = merge(values, {"registry": {"directory": str(run.registry)}})
         name = f"{role.value}-{index}"
         _start(supervisor, run, name, f"services.{role.value}", values, environment)
-    values = router_values(system)
-    values["registry_dir"] = str(run.registry)
-    _start(supervisor, run, "router", "services.router", values)
+    for index in range(system.num_routers):
+        values = router_values(system, index=index, targets_dir=run.targets)
+        if system.redis_url is None:
+            values["registry_dir"] = str(run.registry)
+        name = "router" if system.num_routers == 1 else f"router-{index}"
+        _start(supervisor, run, name, "services.router", values, is_front=True)
     return supervisor
 
 
@@ -172,6 +177,8 @@ def _start(
     module: str,
     values: dict[str, object],
     environment: Mapping[str, str] | None = None,
+    *,
+    is_front: bool = False,
 ) -> None:
     settings = run.write_settings(name, values)
     command = [
@@ -185,6 +192,7 @@ def _start(
             command=command,
             log_file=run.log_file(name),
             environment=environment or {},
+            is_front=is_front,
         )
     )
 

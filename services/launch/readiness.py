@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import redis
 
 from baton.core.errors import ConfigError, Unavailable
+from baton.registry.redis_connection import redis_failure
+from services.router.scrape_target import ScrapeTarget, read_targets
 
 POLL_S = 0.1
+REDIS_TIMEOUT_S = 3.0
 
 
 def check_ports_free(host: str, ports: dict[str, int]) -> None:
@@ -44,6 +48,43 @@ def check_model_folder(folder: Path) -> None:
             f"model folder {folder} has no {', '.join(missing)}; give a Hugging Face folder, or "
             "make one of a GGUF file with `baton model import --gguf FILE`"
         )
+
+
+def check_redis(url: str) -> None:
+    """Raises ConfigError when nothing answers there: no worker would be found by the routers."""
+    with redis.Redis.from_url(url, socket_timeout=REDIS_TIMEOUT_S) as client:
+        try:
+            client.ping()
+        except (redis.RedisError, OSError) as error:
+            raise ConfigError(f"--redis: {redis_failure(error)}") from error
+
+
+def wait_until_copies_healthy(
+    directory: Path,
+    num_copies: int,
+    *,
+    timeout_s: float,
+    still_running: Callable[[], str | None],
+) -> list[ScrapeTarget]:
+    """The copies, once `num_copies` have named themselves in `directory` and are healthy.
+
+    Raises Unavailable as `wait_until_healthy`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while len(targets := read_targets(directory)) < num_copies:
+        failure = still_running()
+        if failure is None and time.monotonic() > deadline:
+            failure = f"{len(targets)} of {num_copies} routers came up in {timeout_s:.0f} s"
+        if failure is not None:
+            raise Unavailable(failure)
+        time.sleep(POLL_S)
+    for target in targets:
+        wait_until_healthy(
+            f"http://{target.address}",
+            timeout_s=max(0.0, deadline - time.monotonic()),
+            still_running=still_running,
+        )
+    return targets
 
 
 def wait_until_healthy(

@@ -34,6 +34,11 @@ class RunDirectory:
     def registry(self) -> Path:
         return self.path / "registry"
 
+    @property
+    def targets(self) -> Path:
+        """Where several router copies say at which address each can be asked."""
+        return self.path / "targets"
+
     def log_file(self, name: str) -> Path:
         return self.path / "logs" / f"{name}.log"
 

@@ -32,10 +32,12 @@ from services.router.core import RouterCore
 from services.router.grpc_server import GrpcServer
 from services.router.http_app import HttpApp
 from services.router.http_server import HttpServer
+from services.router.own_door import OwnDoor
 
 logger = logging.getLogger("services.router")
 
 CORE_STOP_TIMEOUT_S = 5.0
+READY_POLL_S = 0.05
 
 
 class RouterProcess:
@@ -45,18 +47,35 @@ class RouterProcess:
         """Takes the ports. Raises ConfigError."""
         self._core = RouterCore.from_config(config)
         generator, metrics = self._core.dispatcher, self._core.metrics
+        tenants = self._core.tenants
         self._config = config
-        self._app = HttpApp(generator, metrics=metrics, config=config.edge)
+        self._app = HttpApp(generator, metrics=metrics, config=config.edge, tenants=tenants)
+        shares_ports = config.copy.shares_ports
         self.http = HttpServer(
-            self._app, host=config.host, port=config.http_port, config=config.edge
+            self._app,
+            host=config.host,
+            port=config.http_port,
+            config=config.edge,
+            shares_port=shares_ports,
         )
+        self.own = OwnDoor(self._app, config)
         self.grpc = GrpcServer(
-            generator, host=config.host, port=config.grpc_port, metrics=metrics, config=config.edge
+            generator,
+            host=config.host,
+            port=config.grpc_port,
+            metrics=metrics,
+            config=config.edge,
+            tenants=tenants,
+            shares_port=shares_ports,
         )
 
     async def start(self) -> None:
-        """Returns once both front doors answer."""
+        """Returns once both front doors answer; where they are shared with other copies that is
+        not before this one is ready, which may take as long as workers take to come up."""
         self._core.start()
+        await self.own.start()
+        if self._config.copy.shares_ports:
+            await self._wait_until_ready()
         await asyncio.gather(self.http.start(), self.grpc.start())
         log_fields(
             logger,
@@ -74,7 +93,12 @@ class RouterProcess:
         async with asyncio.timeout(CORE_STOP_TIMEOUT_S):
             await self._core.stop()
         await doors
+        await self.own.stop()
         log_fields(logger, "router stopped")
+
+    async def _wait_until_ready(self) -> None:
+        while not (await self._core.dispatcher.health()).is_ready:
+            await asyncio.sleep(READY_POLL_S)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,10 +137,17 @@ def _parser() -> argparse.ArgumentParser:
 async def _serve(config: RouterConfig) -> None:
     stop_requested = stop_signal()
     router = RouterProcess(config)
+    starting = asyncio.create_task(router.start())
+    stopping = asyncio.create_task(stop_requested.wait())
     try:
-        await router.start()
-        await stop_requested.wait()
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await stopping
     finally:
+        for task in (starting, stopping):
+            task.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
         await router.stop()
 
 

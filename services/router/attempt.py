@@ -47,6 +47,8 @@ class AttemptFailure:
     is_retryable: bool = True
     is_overload: bool = False
     """The worker has no room for the request."""
+    is_lost: bool = False
+    """The worker's session has ended; another one may come."""
 
 
 @dataclass(slots=True)
@@ -269,7 +271,7 @@ class Attempt:
         if worker_id is not None and self._has_left(worker_id):
             self.unfinished.discard(worker_id)
             return None
-        return AttemptFailure(reason, worker_id)
+        return AttemptFailure(reason, worker_id, is_lost=True)
 
     def _failed(self, worker_id: WorkerId | None, delta: TokenDelta) -> AttemptFailure:
         placement, blamed = self.placement, worker_id

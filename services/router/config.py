@@ -15,7 +15,16 @@ from baton.core.errors import ConfigError
 from baton.core.tls import TlsConfig
 from baton.core.worker_info import Role
 from baton.settings import LogConfig, check_positive, load
+from services.router.admission_config import AdmissionConfig
+from services.router.copy_config import CopyConfig
 from services.router.edge_config import EdgeConfig
+from services.router.perf_config import PerfConfig
+from services.router.policy_config import PolicyConfig
+from services.router.prefix_table import MAX_ENTRIES
+from services.router.retry_config import BreakerConfig, RetryConfig
+from services.router.shared.config import SharedConfig
+from services.router.slo_config import SloConfig
+from services.router.tenants_config import TenantsConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,9 @@ class SessionConfig:
     resync_timeout_s: float = 65.0
     """After a gap in KV events a new snapshot, which waits for the engine as well, must come within
     this time, or the session is reopened. Until then the worker is placed by load alone."""
+    max_snapshot_blocks: int = 1_000_000
+    """A worker that says it holds more blocks than this is placed by load alone, and the log says
+    so: its snapshot would push out what is known of all others."""
     max_pending_deltas: int = 64
     """Deltas waiting for a slow client before they are merged into one."""
 
@@ -45,42 +57,8 @@ class SessionConfig:
         check_positive(
             "session", self, "connect_timeout_s", "welcome_timeout_s", "idle_timeout_s",
             "backoff_min_s", "backoff_max_s", "stall_quarantine_s", "resync_timeout_s",
-            "max_pending_deltas",
+            "max_pending_deltas", "max_snapshot_blocks",
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyConfig:
-    """Weights of placement. Costs are in prompt tokens: computing one costs 1."""
-
-    local_prefill_max_tokens: int = 64
-    """Prompts with at most this many uncached tokens are computed on the decode worker itself.
-    That many tokens fit into one decode step without stretching it much, while a hand-off costs
-    two calls, a lease and a read, whatever the prompt's length. 0 switches local prefill off
-    where a prefill worker answers."""
-    local_prefill_max_queued_tokens: int = 256
-    """Not, however, when the decode worker already has more than this to prefill."""
-    attention_crossover_tokens: int = 32768
-    """Context at which attention costs as much as all else in a token; sets the quadratic term."""
-    running_cost_tokens: int = 64
-    """What one more sequence in a decode batch counts, in tokens of resident KV."""
-    expected_output_tokens: int = 256
-    """Output length assumed for block needs where max_tokens allows more."""
-    shortage_factor: float = 4.0
-    """Weight of the tokens a decode worker has no blocks for: it would have to preempt."""
-    min_offer_blocks: int = 2
-    """A worker that is to compute a prompt is told of another one that caches at least this many
-    more leading blocks of it. Whether fetching them is worth it the worker decides by measured
-    cost; the number only keeps out hints that cannot pay."""
-
-    def __post_init__(self) -> None:
-        check_positive(
-            "policy", self, "attention_crossover_tokens", "expected_output_tokens",
-            "min_offer_blocks",
-        )  # fmt: skip
-        for name in ("local_prefill_max_tokens", "running_cost_tokens", "shortage_factor"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"policy.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +74,16 @@ class DispatchConfig:
     as lost. Must exceed its longest engine step."""
     request_stall_s: float = 180.0
     """A request without a token for this long is moved although its worker progresses."""
+    slow_client_s: float = 30.0
+    """A client that takes nothing for this long, while tokens are there for it, loses its request:
+    the worker's blocks are worth more to others."""
     watchdog_period_s: float = 0.25
 
     def __post_init__(self) -> None:
         check_positive(
-            "dispatch", self, "worker_wait_s", "stall_s", "request_stall_s", "watchdog_period_s"
-        )
+            "dispatch", self, "worker_wait_s", "stall_s", "request_stall_s", "slow_client_s",
+            "watchdog_period_s",
+        )  # fmt: skip
         if self.max_retries < 0:
             raise ConfigError(f"dispatch.max_retries must not be negative, got {self.max_retries}")
 
@@ -156,10 +138,24 @@ class IndexConfig:
     """The prefix index."""
 
     max_entries: int = 1_000_000
-    """Distinct blocks remembered, about 250 bytes each."""
+    """Distinct blocks remembered, 35 bytes each with up to 64 workers and 20 more for every 64
+    beyond; the memory is taken at the start. Best above what all workers can hold together: the
+    least recently used ones go beyond it."""
+    max_pending: int = 1024
+    """KV changes gathered before they are applied at once; after some milliseconds they are
+    applied in any case. 0 applies all before every match: exact, and slower under load."""
+    predicted_ttl_s: float = 5.0
+    """How long a worker is taken to hold the prompts it was just sent, until its KV events say so.
+    About the time from a placement to the end of its prefill."""
 
     def __post_init__(self) -> None:
-        check_positive("index", self, "max_entries")
+        check_positive("index", self, "max_entries", "predicted_ttl_s")
+        if self.max_entries > MAX_ENTRIES:
+            raise ConfigError(
+                f"index.max_entries must be at most {MAX_ENTRIES}, got {self.max_entries}"
+            )
+        if self.max_pending < 0:
+            raise ConfigError(f"index.max_pending must not be negative, got {self.max_pending}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +194,19 @@ class RouterConfig:
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    perf: PerfConfig = field(default_factory=PerfConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
+    tenants: TenantsConfig = field(default_factory=TenantsConfig)
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
     migration: MigrationConfig = field(default_factory=MigrationConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    shared: SharedConfig = field(default_factory=SharedConfig)
+    """What the copies of a router know together."""
+    copy: CopyConfig = field(default_factory=CopyConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     """Towards the workers; the front doors are not affected."""
     log: LogConfig = field(default_factory=LogConfig)

@@ -1,6 +1,6 @@
 """The router without its edges: membership, sessions, index, dispatcher, metrics, composed.
 
-The edges take `dispatcher` (a `generation.Generator`) and `metrics`.
+The edges take `dispatcher` (a `generation.Generator`), `metrics` and `tenants`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,33 @@ from collections.abc import Callable, Mapping
 
 from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError
+from baton.core.metrics import SHARED_GARBAGE
 from baton.core.tls import open_tls
 from baton.engine.tokenizer import Tokenizer
 from baton.registry.directory import DirectoryRegistry
+from baton.registry.redis_registry import RedisRegistry
 from baton.telemetry.metrics import Metrics
+from services.router.admission_gate import AdmissionGate
+from services.router.admission_record import AdmissionRecorder
 from services.router.config import RouterConfig
 from services.router.dispatch import Dispatcher
 from services.router.fabric_gauges import FabricGauges
+from services.router.failure_book import FailureBook
 from services.router.membership import Membership, RegistryMembership, StaticMembership
 from services.router.migrate import Migrator
+from services.router.perf_model import PerfModel
+from services.router.perf_observer import PerfObserver
 from services.router.placer import Placer
+from services.router.predicted import PredictedPrefixes
 from services.router.prefix_index import PrefixIndex
+from services.router.quota import QuotaDesk
 from services.router.request_log import RequestRecorder
+from services.router.shared.opening import open_shared
+from services.router.shared.state import SharedState
+from services.router.siblings import Siblings
+from services.router.starter import Starter
+from services.router.tenants import open_tenants
+from services.router.topology import LinkPrices
 from services.router.worker_gauges import WorkerGauges
 from services.router.worker_pool import WorkerPool
 
@@ -44,6 +59,7 @@ class RouterCore:
         tokenizers: Mapping[str, Tokenizer],
         membership: Membership,
         metrics: Metrics | None = None,
+        shared: SharedState | None = None,
         rng: random.Random | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -53,22 +69,60 @@ class RouterCore:
         self.pool = WorkerPool(
             router_id=self.router_id,
             config=config.session,
-            index=PrefixIndex(config.index.max_entries),
+            index=PrefixIndex(config.index.max_entries, max_pending=config.index.max_pending),
+            metrics=self.metrics,
             wall_clock=wall_clock,
             tls=open_tls(config.tls),
+            links=LinkPrices.from_config(config.policy),
         )
+        self.perf = PerfModel(config.perf)
         rng = rng or random.Random()
         placer = Placer(
             self.pool,
             policy=config.policy,
             max_pending_deltas=config.session.max_pending_deltas,
             rng=rng,
+            perf=self.perf,
+            predicted=PredictedPrefixes(config.index.predicted_ttl_s),
         )
+        self.shared = shared or open_shared(
+            config.shared, copy_id=self.router_id, metrics=self.metrics
+        )
+        self.tenants = open_tenants(
+            config.tenants, config.slo, shared=self.shared, metrics=self.metrics
+        )
+        siblings = Siblings(
+            self.shared, self.pool.table, note_prefix=placer.predicted.note, now=_loop_time
+        )
+        placer.on_placed = siblings.placed
+        recorder = RequestRecorder(
+            self.metrics, observer=PerfObserver(self.perf, self.pool.table, self.metrics)
+        )
+        failures = FailureBook(config.retry, config.breaker, metrics=self.metrics)
+        starter = Starter(placer, failures=failures, recorder=recorder, wall_clock=wall_clock)
+        self.gate = AdmissionGate(
+            choose=starter.choose,
+            start=starter.start,
+            perf=self.perf,
+            decoding=self.pool.decoding,
+            num_computing=self.pool.num_computing,
+            config=config.admission,
+            slo=config.slo,
+            worker_wait_s=config.dispatch.worker_wait_s,
+            recorder=AdmissionRecorder(self.metrics, config.slo),
+            wall_clock=wall_clock,
+        )
+        self.pool.subscribe(self.gate.poke)
         self.dispatcher = Dispatcher(
             pool=self.pool,
-            placer=placer,
+            starter=starter,
+            gate=self.gate,
+            quotas=QuotaDesk(
+                self.shared, expected_output_tokens=config.admission.expected_output_tokens
+            ),
             tokenizers=tokenizers,
-            recorder=RequestRecorder(self.metrics),
+            recorder=recorder,
+            failures=failures,
             config=config.dispatch,
             health=config.health,
             rng=rng,
@@ -85,6 +139,7 @@ class RouterCore:
         self._gauges = WorkerGauges(self.metrics)
         self._fabric_gauges = FabricGauges(self.metrics)
         self._gauge_task: asyncio.Task[None] | None = None
+        self._shared_start: asyncio.Task[None] | None = None
 
     @classmethod
     def from_config(
@@ -95,10 +150,14 @@ class RouterCore:
         Raises ConfigError.
         """
         tokenizers = {config.served_model_name: Tokenizer.from_folder(config.model_path)}
-        return cls(config, tokenizers=tokenizers, membership=membership or _membership(config))
+        metrics = Metrics()
+        if membership is None:
+            membership = _membership(config, metrics)
+        return cls(config, tokenizers=tokenizers, membership=membership, metrics=metrics)
 
     def start(self) -> None:
         """Begin to follow the membership. Returns at once; `dispatcher.health` says when ready."""
+        self._shared_start = asyncio.create_task(self.shared.start(), name="shared state start")
         self.pool.start(self._membership)
         self.dispatcher.start()
         self.migrator.start()
@@ -114,18 +173,36 @@ class RouterCore:
         if self._gauge_task is not None:
             self._gauge_task.cancel()
             await asyncio.gather(self._gauge_task, return_exceptions=True)
+        if isinstance(self._membership, RegistryMembership):
+            await self._membership.close()
+        if self._shared_start is not None:
+            await asyncio.gather(self._shared_start, return_exceptions=True)
+            await self.shared.stop()
 
     async def _update_gauges(self) -> None:
         while True:
             view = self.pool.view()
             self._gauges.update(view)
             self._fabric_gauges.update(view)
+            self.gate.update_gauges()
             await asyncio.sleep(GAUGE_PERIOD_S)
 
 
-def _membership(config: RouterConfig) -> Membership:
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _membership(config: RouterConfig, metrics: Metrics) -> Membership:
     if config.workers:
         return StaticMembership(config.workers)
     if config.registry_dir is not None:
         return RegistryMembership(DirectoryRegistry(config.registry_dir, clock=MonotonicClock()))
-    raise ConfigError("no source of workers: set registry_dir or workers")
+    if config.shared.url is not None:
+        return RegistryMembership(
+            RedisRegistry(
+                config.shared.url,
+                deployment=config.shared.deployment,
+                on_garbage=lambda reason: metrics.add(SHARED_GARBAGE, 1, "registration"),
+            )
+        )
+    raise ConfigError("no source of workers: set registry_dir, workers or shared.url")

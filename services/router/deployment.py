@@ -6,6 +6,7 @@ else is what `python -m services.router` runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from services.router.config import load_router_config
 from services.router.core import RouterCore
 from services.router.grpc_server import GrpcServer
 from services.router.http_app import HttpApp
+from services.router.own_door import OwnDoor
 from services.router.ray_membership import watch_replicas
 
 # The event loop of the replica runs our code itself: half the CPU of a token on the router.
@@ -37,11 +39,23 @@ class RouterReplica:
         start_logging("router", config.log, Path(log_dir) / "router.log")
         self._core = RouterCore.from_config(config, membership=watch_replicas(pools))
         generator, metrics = self._core.dispatcher, self._core.metrics
-        self._http = HttpApp(generator, metrics=metrics, config=config.edge)
+        tenants = self._core.tenants
+        self._http = HttpApp(generator, metrics=metrics, config=config.edge, tenants=tenants)
         self._grpc = GrpcServer(
-            generator, host=config.host, port=config.grpc_port, metrics=metrics, config=config.edge
+            generator,
+            host=config.host,
+            port=config.grpc_port,
+            metrics=metrics,
+            config=config.edge,
+            tenants=tenants,
+            shares_port=config.copy.shares_ports,
         )
+        # Replicas have the same settings and need files of their own.
+        name = f"{config.copy.name}-{serve.get_replica_context().replica_id.unique_id}"
+        copy = dataclasses.replace(config.copy, name=name)
+        self._own = OwnDoor(self._http, dataclasses.replace(config, copy=copy))
         self._core.start()
+        await self._own.start()
         await self._grpc.start()
 
     def __serve_build_asgi_app__(self) -> HttpApp:
@@ -51,6 +65,7 @@ class RouterReplica:
         self._http.end_all()
         await self._grpc.stop()
         await self._core.stop()
+        await self._own.stop()
         self._http.close()
 
 

@@ -1,6 +1,6 @@
 """Runs requests on workers: the `Generator` behind the HTTP and gRPC edges.
 
- 1. hash the prompt's blocks once, place, submit to the workers of the placement
+ 1. take the tenant's quota, wait for its turn (`admission_gate`), which also places and submits it
  2. follow their deltas through one mailbox, join them by output position
  3. text stage: detokenize, cut at stop strings
  4. a worker that fails, stalls or vanishes ends the attempt, not the request: place anew with the
@@ -33,6 +33,8 @@ from baton.core.errors import (
     ModelNotFound,
     NoWorker,
     Overloaded,
+    RequestCancelled,
+    RequestError,
     Unavailable,
     WorkerLost,
 )
@@ -40,9 +42,11 @@ from baton.core.lifecycle import LifecycleEvent
 from baton.core.request import FinishReason, TokenDelta
 from baton.core.worker_info import WorkerId
 from baton.engine.tokenizer import Tokenizer
+from services.router.admission_gate import AdmissionGate
 from services.router.attempt import Attempt, AttemptFailure, WorkOrder
 from services.router.config import DispatchConfig, HealthConfig
 from services.router.detokenize import TextStage
+from services.router.failure_book import FailureBook
 from services.router.flight import Flight
 from services.router.generation import (
     GenerationDelta,
@@ -53,8 +57,9 @@ from services.router.generation import (
 from services.router.handover import Handover
 from services.router.health import Observations, assess
 from services.router.mailbox import Arrival
-from services.router.placer import Placer
+from services.router.quota import QuotaDesk
 from services.router.request_log import RequestRecord, RequestRecorder
+from services.router.starter import Starter
 from services.router.token_stream import NewTokens
 from services.router.watchdog import Watchdog
 from services.router.worker_pool import WorkerPool
@@ -73,9 +78,12 @@ class Dispatcher:
         self,
         *,
         pool: WorkerPool,
-        placer: Placer,
+        starter: Starter,
+        gate: AdmissionGate,
+        quotas: QuotaDesk,
         tokenizers: Mapping[str, Tokenizer],
         recorder: RequestRecorder,
+        failures: FailureBook,
         config: DispatchConfig,
         health: HealthConfig,
         rng: random.Random,
@@ -85,8 +93,11 @@ class Dispatcher:
         self._pool = pool
         self._tokenizers = tokenizers
         self._recorder = recorder
+        self._failures = failures
         self._config = config
-        self._placer = placer
+        self._starter = starter
+        self._gate = gate
+        self._quotas = quotas
         self._health = health
         self._rng = rng
         self._wall_clock = wall_clock
@@ -97,7 +108,9 @@ class Dispatcher:
         self._is_stopping = False
 
     def start(self) -> None:
-        watchdog = Watchdog(self._flights, self._config, wall_clock=self._wall_clock)
+        watchdog = Watchdog(
+            self._flights, self._config, give_up=self._drop_slow, wall_clock=self._wall_clock
+        )
         self._watching = asyncio.create_task(watchdog.run(), name="request watchdog")
 
     async def stop(self) -> None:
@@ -147,6 +160,7 @@ class Dispatcher:
                 oldest_wait_s=max(waits, default=0.0),
                 token_age_s=None if token_at_s is None else now_s - token_at_s,
                 progress_age_s=now_s - max(progress) if progress else None,
+                shared=self._quotas.shared_status(),
             ),
             self._health,
         )
@@ -155,6 +169,7 @@ class Dispatcher:
         flight = self._open(request)
         record = flight.record
         try:
+            await self._enter(flight)
             while record.finish_reason is None:
                 if flight.attempt is None:
                     if not flight.num_tokens_left:
@@ -230,13 +245,28 @@ class Dispatcher:
                 param="prompt",
             )
 
+    async def _enter(self, flight: Flight) -> None:
+        """Returns when it is the request's turn. Raises Overloaded, NoWorker, Unavailable,
+        DeadlineExceeded."""
+        try:
+            flight.grant = await self._quotas.take(flight.request)
+            if flight.abort is not None:
+                raise flight.abort
+            await self._gate.enter(flight)
+        except RequestError:
+            flight.record.is_turned_away = True
+            raise
+
     def _close(self, flight: Flight) -> None:
         if flight.timer is not None:
             flight.timer.cancel()
-        finish = flight.record.finish_reason
+        record, finish = flight.record, flight.record.finish_reason
         self._end_attempt(flight, "cancelled" if finish is None else finish.value)
         self._flights.discard(flight)
-        self._recorder.ended(flight.record)
+        self._gate.leave(flight)
+        num_prompt = record.num_prompt_tokens if record.placements else 0
+        self._quotas.settle(flight.grant, num_prompt + record.num_output_tokens)
+        self._recorder.ended(record)
 
     def _end_attempt(self, flight: Flight, reason: str) -> None:
         if flight.attempt is not None:
@@ -258,14 +288,12 @@ class Dispatcher:
             if flight.abort is not None:
                 raise flight.abort
             try:
-                placement = self._placer.choose(flight)
+                placement = self._starter.choose(flight)
                 if pause_s and flight.avoid.intersection(placement.workers):
                     await asyncio.sleep(min(pause_s, flight.deadline_at_s - loop.time()))
                     pause_s = 0.0
                     continue
-                attempt = self._placer.start(flight, placement)
-                self._recorder.placed(flight.record, placement, self._wall_clock())
-                return attempt
+                return self._starter.start(flight, placement)
             except (NoWorker, WorkerLost):
                 now_s = loop.time()
                 if now_s >= flight.deadline_at_s:
@@ -304,6 +332,7 @@ class Dispatcher:
             self._note_pause(flight.record, attempt.handover, arrival)
         emitted = flight.emit(new, arrival.at_s, self._recorder)
         if emitted.finish_reason is not None:
+            self._failures.succeeded(attempt.placement, self._last_token_at_s)
             self._end_attempt(flight, "finished")
         return emitted
 
@@ -347,6 +376,7 @@ class Dispatcher:
             record.request_id, failure.blamed, failure.reason,
         )  # fmt: skip
         self._end_attempt(flight, "placed anew")
+        may_retry = self._failures.failed(failure, asyncio.get_running_loop().time())
         if not failure.is_retryable:
             raise InternalError(
                 "a worker could not process the request; "
@@ -359,6 +389,11 @@ class Dispatcher:
         is_last_try = len(record.failures) > self._config.max_retries
         if failure.is_overload and (is_last_try or self._is_hopeless(flight)):
             raise Overloaded("all workers are full; try again in a moment")
+        if not may_retry:
+            raise WorkerLost(
+                "the request failed on a worker, and too many others did for another try; "
+                "try again in a moment"
+            )
         if is_last_try:
             raise WorkerLost(
                 f"the request failed on {len(record.failures)} placements; try again in a moment"
@@ -381,8 +416,19 @@ class Dispatcher:
             ),
         )
 
+    def _drop_slow(self, flight: Flight, waited_s: float) -> None:
+        """Free the workers now: whoever should read the error does not read."""
+        flight.abort = flight.abort or RequestCancelled(
+            f"the client took no output for {waited_s:.0f} s while the request went on; "
+            "read faster, or raise dispatch.slow_client_s"
+        )
+        self._recorder.slow_client()
+        logger.warning("request %s: %s", flight.record.request_id, flight.abort)
+        self._end_attempt(flight, "the client does not read")
+
     def _abort(self, flight: Flight, error: BatonError) -> None:
         flight.abort = flight.abort or error
+        self._gate.abort(flight, flight.abort)
         if flight.attempt is not None:
             now_s = asyncio.get_running_loop().time()
             flight.attempt.mailbox.put(Arrival(None, self._wall_clock(), lost=str(error)), now_s)

@@ -17,6 +17,8 @@ from services.router.attempt import Attempt, WorkOrder
 from services.router.detokenize import TextStage
 from services.router.generation import GenerationDelta, GenerationInput, Usage
 from services.router.request_log import RequestRecord, RequestRecorder
+from services.router.shared.state import QuotaGrant
+from services.router.ticket import Ticket
 from services.router.token_stream import NewTokens, TokenStream
 
 
@@ -36,6 +38,10 @@ class Flight:
     full: set[WorkerId] = field(default_factory=set)
     """Those of them that refused because they had no room."""
     timer: asyncio.TimerHandle | None = None
+    ticket: Ticket | None = None
+    """Of admission; None until the request has come there."""
+    grant: QuotaGrant | None = None
+    """What it holds of its tenant's quota."""
     abort: BatonError | None = None
     """Set from outside: the deadline has passed or the router stops."""
     _hashes: dict[KvLayout, tuple[BlockHash, ...]] = field(default_factory=dict)

@@ -12,6 +12,10 @@ from typing import Protocol
 
 from baton.core.request import FinishReason, RequestId, SamplingParams, TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
+from services.router.shared.state import QuotaLimits
+from services.router.slo import SloTargets
+
+NO_LIMITS = QuotaLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,17 @@ class GenerationInput:
     arrived_at_s: float = 0.0
     """Wall-clock time at which the edge read the request."""
     tenant: str = ""
-    """Who is charged: the owner of the API key; empty where there are no keys."""
+    """Who is charged: the owner of the API key; the anonymous tenant where there are no keys."""
     priority: int = 0
-    """Among requests of one tenant; a larger number goes first."""
+    """Among requests of one tenant; a smaller number goes first, as in vLLM."""
     slo_class: str = ""
     """Which service-level objectives hold; empty takes the default class."""
+    targets: SloTargets | None = None
+    """The client's own, instead of those of the class."""
+    weight: float = 1.0
+    """Of the tenant, among those that have work waiting."""
+    limits: QuotaLimits = NO_LIMITS
+    """What the tenant may use."""
     session_key: str = ""
     """Requests of one conversation share it: a hint where their prefix may be cached."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
@@ -30,6 +29,7 @@ from baton.rpc.v1 import inference_pb2_grpc
 from baton.telemetry.metrics import Metrics
 from services.router.edge_config import EdgeConfig
 from services.router.generation import GenerationDelta, GenerationInput, Generator, ModelCard
+from services.router.openai_api.error_body import retry_headers
 from services.router.preprocess import (
     Preprocessor,
     check_num_messages,
@@ -38,6 +38,7 @@ from services.router.preprocess import (
     new_id,
     output_tokens,
 )
+from services.router.tenants import HeaderOf, Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +62,11 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
         *,
         metrics: Metrics,
         config: EdgeConfig,
+        tenants: Tenants,
     ) -> None:
         self._generator = generator
         self._preprocessor = preprocessor
+        self._tenants = tenants
         self._metrics = metrics
         self._config = config
 
@@ -94,8 +97,9 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         try:
+            await self._tenants.caller(_metadata_of(context))
             _refuse_unknown_fields(request)
-        except InvalidRequest as error:
+        except BatonError as error:
             await self._refuse(context, error)
         return pb.ListModelsResponse(
             models=[
@@ -129,6 +133,7 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
     ) -> GenerationInput:
         """What can be checked cheaply is checked before the prompt is tokenized."""
         arrived_at_s = time.time()
+        caller = await self._tenants.caller(_metadata_of(context))
         if isinstance(request, pb.ChatRequest):
             check_num_messages(len(request.messages))
         _refuse_unknown_fields(request)
@@ -149,6 +154,14 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
             stop=stop,
             deadline_s=min(self._config.deadline_s, remaining_s),
             arrived_at_s=arrived_at_s,
+            cache_salt=caller.cache_salt(""),
+            tenant=caller.tenant,
+            priority=caller.priority,
+            slo_class=caller.slo_class,
+            targets=caller.targets,
+            weight=caller.weight,
+            limits=caller.limits,
+            session_key=caller.session_key(""),
         )
 
     async def _run(self, job: GenerationInput, context: grpc.aio.ServicerContext) -> Deltas:
@@ -173,10 +186,23 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
 async def _end_with(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> None:
     if not isinstance(error, BatonError):
         logger.error("gRPC request %s failed", request_id, exc_info=error)
+    metadata = retry_headers(error)
     if isinstance(error, Overloaded):
-        seconds = str(max(1, math.ceil(error.retry_after_s)))
-        context.set_trailing_metadata((("retry-after", seconds),))
+        # Obeyed by gRPC clients that have a retry policy.
+        metadata.append(("grpc-retry-pushback-ms", dict(metadata)["retry-after-ms"]))
+    if metadata:
+        context.set_trailing_metadata(tuple(metadata))
     await abort(context, error)
+
+
+def _metadata_of(context: grpc.aio.ServicerContext) -> HeaderOf:
+    metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+
+    def value_of(name: str) -> str:
+        value = metadata.get(name, "")
+        return value if isinstance(value, str) else value.decode("latin-1")
+
+    return value_of
 
 
 def _delta_to_wire(job: GenerationInput, delta: GenerationDelta) -> pb.InferenceDelta:

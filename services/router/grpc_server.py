@@ -20,6 +20,7 @@ from services.router.edge_config import EdgeConfig
 from services.router.generation import Generator
 from services.router.grpc_api import InferenceApi
 from services.router.preprocess import Preprocessor
+from services.router.tenants import Tenants, open_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +42,39 @@ class GrpcServer:
         port: int,
         metrics: Metrics,
         config: EdgeConfig,
+        tenants: Tenants | None = None,
+        shares_port: bool = False,
     ) -> None:
+        """`tenants`: who may use it; by default everybody. `shares_port`: other processes of this
+        user may listen there too; the port is taken by `start` then."""
         self._generator = generator
         self._config = config
         self._preprocessor = Preprocessor(generator)
         self._health = health.aio.HealthServicer()
-        self._server: grpc.aio.Server = new_server(max_receive_bytes=config.max_body_bytes)
-        api = InferenceApi(generator, self._preprocessor, metrics=metrics, config=config)
+        self._server: grpc.aio.Server = new_server(
+            max_receive_bytes=config.max_body_bytes, shares_port=shares_port
+        )
+        api = InferenceApi(
+            generator,
+            self._preprocessor,
+            metrics=metrics,
+            config=config,
+            tenants=tenants or open_to_all(metrics),
+        )
         inference_pb2_grpc.add_InferenceServicer_to_server(api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.port = _bind(self._server, host, port)
+        self._host = host
+        # gRPC queues connections from here on; others would answer sooner.
+        self.port = port if shares_port else _bind(self._server, host, port)
+        self._is_bound = not shares_port
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns once calls are accepted."""
+        """Returns once calls are accepted. Raises ConfigError."""
+        if not self._is_bound:
+            self.port, self._is_bound = _bind(self._server, self._host, self.port), True
         await self._report_health()
         await self._server.start()
         self._watch = asyncio.create_task(self._follow_health())

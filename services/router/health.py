@@ -12,6 +12,7 @@ from baton.core.worker_info import Role
 from services.router.cluster_view import WorkerState
 from services.router.config import HealthConfig
 from services.router.generation import Health
+from services.router.shared.state import SharedStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Observations:
     """Since the last token of any request."""
     progress_age_s: float | None = None
     """Since any worker last computed something."""
+    shared: SharedStatus | None = None
 
 
 def assess(seen: Observations, config: HealthConfig) -> Health:
@@ -43,6 +45,7 @@ def assess(seen: Observations, config: HealthConfig) -> Health:
             role.value: sum(1 for w in answering if w.info.role is role) for role in Role
         },
         "workers_known": len(seen.workers),
+        **({} if seen.shared is None else {"shared_state": _shared_detail(seen.shared)}),
     }
 
     def verdict(is_ready: bool, reason: str) -> Health:
@@ -67,6 +70,17 @@ def assess(seen: Observations, config: HealthConfig) -> Health:
     if seen.num_in_flight:
         return verdict(True, "workers are computing")
     return verdict(True, "idle, workers answer")
+
+
+def _shared_detail(shared: SharedStatus) -> dict[str, object]:
+    """A store that is away takes no router out of service: it goes on from its last view."""
+    return {
+        "backend": shared.backend.value,
+        "is_up": shared.is_up,
+        "seconds": round(shared.since_s, 1),
+        "routers": shared.num_copies,
+        **({"reason": shared.reason} if shared.reason else {}),
+    }
 
 
 def _rounded(age_s: float | None) -> float | None:

@@ -31,6 +31,7 @@ from services.router.generation import Generator, Health, ModelCard
 from services.router.openai_api.exchange import Exchange, Receive, Scope, Send
 from services.router.openai_api.handlers import GenerationRoutes
 from services.router.preprocess import Preprocessor, shorten
+from services.router.tenants import Tenants, open_to_all
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +50,16 @@ class HttpApp:
         *,
         metrics: Metrics,
         config: EdgeConfig | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
+        """`tenants`: who may use it; by default everybody."""
         self._generator = generator
         self._metrics = metrics
         self._preprocessor = Preprocessor(generator)
-        self._routes = GenerationRoutes(generator, self._preprocessor, config or EdgeConfig())
+        self._tenants = tenants or open_to_all(metrics)
+        self._routes = GenerationRoutes(
+            generator, self._preprocessor, config or EdgeConfig(), self._tenants
+        )
         self._table: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": self._routes.chat},
             "/v1/completions": {"POST": self._routes.completions},
@@ -126,10 +132,12 @@ class HttpApp:
             self._metrics.add(REJECTED, 1, str(status))
 
     async def _models(self, exchange: Exchange) -> None:
+        await self._tenants.caller(exchange.text_header)
         cards = [_model_object(card) for card in self._generator.models()]
         await exchange.answer_json(200, {"object": "list", "data": cards})
 
     async def _model(self, exchange: Exchange) -> None:
+        await self._tenants.caller(exchange.text_header)
         name = exchange.path.removeprefix(_MODELS + "/")
         for card in self._generator.models():
             if card.name == name:

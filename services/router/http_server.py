@@ -25,10 +25,20 @@ _POLL_S = 0.02
 class HttpServer:
     """start() → serving → stop()."""
 
-    def __init__(self, app: HttpApp, *, host: str, port: int, config: EdgeConfig) -> None:
+    def __init__(
+        self,
+        app: HttpApp,
+        *,
+        host: str,
+        port: int,
+        config: EdgeConfig,
+        shares_port: bool = False,
+    ) -> None:
+        """`shares_port`: other processes of this user may listen there too; connections come in
+        from `start` on."""
         self._app = app
         self._config = config
-        self._socket = _bind(host, port)
+        self._socket = _bind(host, port, shares_port=shares_port)
         _cut_stalled_clients(self._socket, config.stalled_client_s)
         self._server = _QuietServer(
             uvicorn.Config(
@@ -88,11 +98,13 @@ class _QuietServer(uvicorn.Server):
             server.close()
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int, *, shares_port: bool) -> socket.socket:
     """Bound here, so that a taken port is one clear error before anything else starts."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shares_port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

@@ -36,7 +36,7 @@ class Recipient(Protocol):
 class Mailbox:
     """Single reader. Everything runs on one event loop."""
 
-    __slots__ = ("_items", "_limit", "_waiter", "last_put_at_s")
+    __slots__ = ("_items", "_limit", "_unread_since_s", "_waiter", "last_put_at_s")
 
     def __init__(self, limit: int, *, now_s: float) -> None:
         self._limit = limit
@@ -44,15 +44,22 @@ class Mailbox:
         self._waiter: asyncio.Future[None] | None = None
         self.last_put_at_s = now_s
         """Event-loop time of the last sign of life."""
+        self._unread_since_s = now_s
 
     @property
     def unread(self) -> Sequence[Arrival]:
         """What the reader has yet to take, oldest first."""
         return self._items
 
+    def unread_for_s(self, now_s: float) -> float:
+        """How long the reader has left the oldest unread entry; 0 when there is none."""
+        return now_s - self._unread_since_s if self._items else 0.0
+
     def put(self, arrival: Arrival, now_s: float) -> None:
         """Add `arrival` and wake the reader. `now_s` is event-loop time."""
         self.last_put_at_s = now_s
+        if not self._items:
+            self._unread_since_s = now_s
         if len(self._items) < self._limit or not self._merge(arrival):
             self._items.append(arrival)
         waiter = self._waiter

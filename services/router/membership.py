@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Protocol
 
 from baton.core.worker_info import WorkerId
@@ -41,8 +42,13 @@ class RegistryMembership:
         self._registry = registry
 
     async def watch(self) -> AsyncIterator[Snapshot]:
-        async for workers in self._registry.watch():
-            yield {worker_id: info.address for worker_id, info in workers.items()}
+        async with aclosing(self._registry.watch()) as snapshots:
+            async for workers in snapshots:
+                yield {worker_id: info.address for worker_id, info in workers.items()}
+
+    async def close(self) -> None:
+        """After the last `watch` has ended."""
+        await self._registry.close()
 
 
 class PushMembership:

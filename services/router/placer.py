@@ -6,24 +6,32 @@ Never waits. Retries and patience are the dispatcher's.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import random
 import secrets
+from collections.abc import Callable, Sequence
 
+from baton.core.block import BlockHash
 from baton.core.errors import WorkerLost
+from baton.core.kv_layout import KvLayout
 from baton.core.request import PeerRef, RequestId
 from baton.core.worker_info import WorkerId
-from services.router import prefix_source
+from services.router.affinity import SessionAffinity
 from services.router.attempt import Attempt
-from services.router.cluster_view import ClusterView
-from services.router.config import PolicyConfig
+from services.router.comparison_policies import make_policy
 from services.router.flight import Flight
 from services.router.mailbox import Mailbox
-from services.router.policy import Placement, PlacementRequest, place
+from services.router.perf_model import PerfModel
+from services.router.placement import Placement, PlacementRequest
+from services.router.policy import Hits
+from services.router.policy_config import PolicyConfig
+from services.router.predicted import PredictedPrefixes
 from services.router.worker_pool import WorkerPool
 
 WORKER_DEADLINE_MARGIN_S = 1.0
 """Workers give up this much later than the router, so the client gets the router's answer."""
+
+
+OnPlaced = Callable[[Placement, Sequence[BlockHash], int], None]
 
 
 class Placer:
@@ -36,38 +44,44 @@ class Placer:
         policy: PolicyConfig,
         max_pending_deltas: int,
         rng: random.Random,
+        perf: PerfModel | None = None,
+        predicted: PredictedPrefixes | None = None,
     ) -> None:
+        """`perf`: what predictions are made with; whoever learns shares it. `predicted`: what
+        workers have just been sent, by this router and those that tell it."""
+        self.perf = perf or PerfModel()
+        self.predicted = PredictedPrefixes() if predicted is None else predicted
         self._pool = pool
-        self._policy = policy
+        self._policy = make_policy(policy, self.perf, rng)
+        self._affinity = SessionAffinity(policy.max_sessions)
         self._max_pending_deltas = max_pending_deltas
-        self._rng = rng
+        self.on_placed: OnPlaced | None = None
+        """Told of every start: placement, full blocks of the prompt, its tokens."""
         self._tag = secrets.token_hex(3)
         self._num_attempts = 0
 
-    def choose(self, flight: Flight) -> Placement:
-        """Where the rest of the request should run now. Raises NoWorker."""
-        view = self._pool.view()
-        cached_blocks = self._cached_blocks(flight, view)
+    def choose(self, flight: Flight, *, resting: frozenset[WorkerId] = frozenset()) -> Placement:
+        """Where the rest of the request should run now. Changes nothing. Raises NoWorker.
+
+        `resting`: workers to take only when there is no other.
+        """
+        given = flight.request
+        pools = self._pool.table.pools(given.model)
         request = PlacementRequest(
-            model=flight.request.model,
-            num_prompt_tokens=len(flight.request.prompt_token_ids) + flight.stream.next_index,
-            max_tokens=flight.num_tokens_left,
-            cached_tokens={
-                w.info.worker_id: num_blocks * w.info.layout.block_size
-                for w in view.workers
-                if (num_blocks := cached_blocks.get(w.info.worker_id))
-            },
-            avoid=frozenset(flight.avoid),
+            given.model,
+            len(given.prompt_token_ids) + flight.stream.next_index,
+            flight.num_tokens_left,
+            avoid=resting.union(flight.avoid) if flight.avoid else resting,
+            last_workers=self._affinity.last_workers(given.tenant, given.session_key),
         )
-        placement = place(view, request, self._policy, self._rng)
-        offer = prefix_source.offer(
-            view,
-            placement.computes_prompt,
-            cached_blocks,
-            num_prompt_tokens=request.num_prompt_tokens,
-            min_offer_blocks=self._policy.min_offer_blocks,
-        )
-        return placement if offer is None else dataclasses.replace(placement, offer=offer)
+        now_s = asyncio.get_running_loop().time()
+        hits = [self._hits(flight, pool.layout, now_s) for pool in pools]
+        return self._policy.place(self._pool.table, pools, hits, request)
+
+    def _hits(self, flight: Flight, layout: KvLayout, now_s: float) -> Hits:
+        hashes = flight.block_hashes(layout)
+        held = self._pool.index.match(hashes)
+        return Hits(self.predicted.merge(held, hashes, now_s), held)
 
     def start(self, flight: Flight, placement: Placement) -> Attempt:
         """Submit to the workers of `placement`. Raises WorkerLost when one has just gone."""
@@ -90,7 +104,11 @@ class Placer:
         except WorkerLost:
             attempt.close("a worker is gone", now_s)
             raise
+        if self.on_placed is not None:
+            self.on_placed(placement, hashes, flight.order.num_tokens)
         self._pool.index.touch(hashes)
+        self.predicted.note(hashes, placement.computes_prompt, now_s)
+        self._affinity.note(flight.request.tenant, flight.request.session_key, placement.workers)
         return attempt
 
     def _offered(self, placement: Placement) -> PeerRef | None:
@@ -101,15 +119,6 @@ class Placer:
         except WorkerLost:
             # The worker computes what it might have read.
             return None
-
-    def _cached_blocks(self, flight: Flight, view: ClusterView) -> dict[WorkerId, int]:
-        """Leading blocks of the prompt in each worker's prefix cache, as far as the index knows."""
-        cached: dict[WorkerId, int] = {}
-        layout_of = {w.info.worker_id: w.info.layout for w in view.workers}
-        for layout in set(layout_of.values()):
-            lengths = self._pool.index.match(flight.block_hashes(layout))
-            cached |= {w: n for w, n in lengths.items() if layout_of.get(w) == layout}
-        return cached
 
 
 def worker_deadline_s(flight: Flight, now_s: float) -> float:

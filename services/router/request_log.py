@@ -16,7 +16,8 @@ from baton.core.request import FinishReason, RequestId, TokenDelta
 from baton.core.worker_info import Role, WorkerId
 from baton.telemetry.metrics import Metrics, Observer
 from services.router.handover import Handover
-from services.router.policy import Placement
+from services.router.perf_observer import PerfObserver
+from services.router.placement import Placement, Prediction, ScoreTerms
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class RequestRecord:
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
     last_token_at_s: float = 0.0
+    is_turned_away: bool = False
+    """Sent away before any work; the edge counts and logs that."""
 
     def merge(self, worker_id: WorkerId | None, delta: TokenDelta) -> None:
         """Take over what a worker measured, from its last delta.
@@ -72,8 +75,10 @@ class RequestRecord:
 class RequestRecorder:
     """Turns records into series and log lines."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, *, observer: PerfObserver | None = None) -> None:
+        """`observer`: who learns from requests that have ended."""
         self._metrics = metrics
+        self._observer = observer
         self._itl: dict[str, Observer] = {}
 
     def started(self) -> None:
@@ -87,6 +92,10 @@ class RequestRecorder:
         if placement.offer is not None:
             role = placement.terms_of(placement.computes_prompt).role
             self._metrics.add(series.PREFIX_OFFERS, 1, role.value)
+
+    def slow_client(self) -> None:
+        """A request was given up because nobody read its output."""
+        self._metrics.add(series.SLOW_CLIENTS, 1)
 
     def paused(self, record: RequestRecord, pause_s: float) -> None:
         """Tokens go on after a move."""
@@ -121,6 +130,8 @@ class RequestRecorder:
         if record.num_output_tokens:
             record.timeline.record(Event.LAST_TOKEN, record.last_token_at_s)
         metrics.add(series.RUNNING, -1)
+        if record.is_turned_away:
+            return
         finish = record.finish_reason or FinishReason.ERROR
         metrics.add(series.REQUESTS, 1, model, finish.value)
         metrics.add(series.GENERATION_TOKENS, record.num_output_tokens, model)
@@ -138,7 +149,20 @@ class RequestRecorder:
             metrics.observe(series.TRANSFER_BYTES, transfer.num_bytes, model)
             if transfer.hidden_share is not None:
                 metrics.observe(series.TRANSFER_HIDDEN, transfer.hidden_share, model)
+        if self._observer is not None and finish in (FinishReason.STOP, FinishReason.LENGTH):
+            self._learn(self._observer, record)
         _log(record, finish)
+
+    def _learn(self, observer: PerfObserver, record: RequestRecord) -> None:
+        """From a request that ran where it was placed: of others the times are of several."""
+        if len(record.placements) == 1 and not record.failures and not record.migrations:
+            observer.observe(
+                record.placements[0],
+                record.timeline,
+                num_prompt_tokens=record.num_prompt_tokens,
+                num_cached_tokens=record.num_cached_tokens or 0,
+                num_output_tokens=record.num_output_tokens,
+            )
 
     def _itl_observer(self, model: str) -> Observer:
         observer = self._itl[model] = self._metrics.observer(series.ITL, model)
@@ -189,21 +213,31 @@ def _migration_fields(move: Handover) -> dict[str, object]:
     }
 
 
+def _rounded_fields(values: ScoreTerms | Prediction) -> dict[str, object]:
+    return {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in values._asdict().items()
+    }
+
+
 def placement_fields(placement: Placement) -> dict[str, object]:
     """A placement as JSON: the decision and the terms of its best candidates."""
     ranked = sorted(
         placement.terms,
         key=lambda t: (t.worker_id not in placement.workers, t.prefill_cost + t.decode_cost),
     )
+    predicted = placement.predicted
     return {
         "kind": placement.kind.value,
         "prefill": placement.prefill,
         "decode": placement.decode,
-        "score": round(placement.score, 1),
+        "score": round(placement.score, 6),
+        "handoff_s": round(placement.handoff_s, 6),
+        "predicted": None if predicted is None else _rounded_fields(predicted),
         "reason": placement.reason,
         "offer": None if placement.offer is None else placement.offer._asdict(),
         "candidates": [
-            {**t._asdict(), "role": t.role.value} for t in ranked[:MAX_LOGGED_CANDIDATES]
+            {**_rounded_fields(t), "role": t.role.value} for t in ranked[:MAX_LOGGED_CANDIDATES]
         ],
-        "num_candidates": len(ranked),
+        "num_candidates": max(placement.num_candidates, len(ranked)),
     }

@@ -20,15 +20,13 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
 import grpc
 
-from baton.core.block import BlockHash, split_hashes
-from baton.core.errors import WorkerLost
+from baton.core.errors import ConfigError, WorkerLost
 from baton.core.fabric import FabricReport
 from baton.core.logging import log_fields
 from baton.core.request import GenerateRequest, PeerRef, RequestId
@@ -45,16 +43,16 @@ from baton.rpc.convert import (
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1.worker_pb2_grpc import WorkerStub
 from services.router.config import SessionConfig
-from services.router.kv_feed import KvFeed
+from services.router.kv_feed import Held, KvChange, KvFault, KvFeed
+from services.router.load_book import LoadBook
 from services.router.mailbox import Arrival, Recipient
+from services.router.step_gap import StepGap
 from services.router.wire_delta import delta_from_wire, is_last
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
 CLOSED_BY_US = "the router closed the session"
-UNREPORTED_S = 0.05
-"""A load report this much younger than a submit contains it: delivery and one engine step."""
 
 
 class SessionState(Enum):
@@ -67,36 +65,31 @@ class SessionState(Enum):
 class SessionListener(Protocol):
     """Called on the event loop; must not block."""
 
-    def on_ready(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
-        """Welcome has arrived."""
+    def on_ready(self, session: WorkerSession, held: Held) -> None:
+        """Welcome has arrived. `session.kv_refusal` says why `held` is empty, if it was refused."""
         ...
 
-    def on_kv_event(
-        self,
-        session: WorkerSession,
-        removed: Sequence[BlockHash],
-        stored: Sequence[BlockHash],
-    ) -> None:
-        """What was removed must be applied first: a block may be evicted and stored again."""
-        ...
+    def on_kv_event(self, session: WorkerSession, change: KvChange) -> None: ...
 
-    def on_snapshot(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
+    def on_snapshot(self, session: WorkerSession, held: Held) -> None:
         """Replaces everything known of the worker's blocks; empty while a gap is repaired."""
+        ...
+
+    def on_kv_fault(self, session: WorkerSession, fault: KvFault) -> None:
+        """Something was wrong with the worker's KV events."""
+        ...
+
+    def on_kv_refusal(self, session: WorkerSession, reason: str) -> None:
+        """Nothing more of this session's KV events is used."""
+        ...
+
+    def on_fabric(self, session: WorkerSession, report: FabricReport) -> None:
+        """The worker has said how KV comes to it."""
         ...
 
     def on_lost(self, session: WorkerSession) -> None:
         """All requests of the session have been told."""
         ...
-
-
-@dataclass(slots=True)
-class SentRequest:
-    """A request on the worker, as this router remembers it."""
-
-    mailbox: Recipient
-    sent_at_s: float
-    prefill_tokens: int
-    kv_tokens: int
 
 
 class WorkerSession:
@@ -124,17 +117,25 @@ class WorkerSession:
         self.lost_reason = "not connected yet"
         self.fabric: FabricReport | None = None
         """How KV comes to the worker; None until this session has heard of it."""
+        self.book = LoadBook()
+        """What the worker has to do, in numbers for placement."""
+        self.step_gap = StepGap()
         self._router_id = router_id
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
-        self._requests: dict[str, SentRequest] = {}
+        self._requests: dict[str, Recipient] = {}
+        """Of the requests on the worker: where their deltas go."""
         self._outgoing: deque[pb.RouterMessage] = deque()
         self._wake_writer = asyncio.Event()
         self._load = pb.LoadReport()
         self._peers: tuple[PeerRef, ...] = ()
         self._kv = KvFeed(
-            address, self, fetch_snapshot=self._fetch_snapshot, give_up=self.break_off
+            address,
+            self,
+            fetch_snapshot=self._fetch_snapshot,
+            give_up=self.break_off,
+            max_blocks=config.max_snapshot_blocks,
         )
         self._stub: WorkerStub | None = None
         self._serving: asyncio.Task[str] | None = None
@@ -144,6 +145,11 @@ class WorkerSession:
     @property
     def is_ready(self) -> bool:
         return self.state is SessionState.READY
+
+    @property
+    def kv_refusal(self) -> str:
+        """Why this session's KV events are not used; empty while they are."""
+        return self._kv.refusal
 
     @property
     def num_in_flight(self) -> int:
@@ -159,18 +165,6 @@ class WorkerSession:
     def load(self) -> LoadReport:
         return load_from_wire(self._load)
 
-    def unreported(self, now_s: float) -> tuple[int, int]:
-        """(prefill tokens, KV tokens) of requests the last load report cannot contain."""
-        seen_s = self.last_message_at_s - UNREPORTED_S
-        prefill_tokens = kv_tokens = 0
-        # Insertion order is submit order, so the recent ones are at the end.
-        for sent in reversed(self._requests.values()):
-            if sent.sent_at_s < seen_s:
-                break
-            prefill_tokens += sent.prefill_tokens
-            kv_tokens += sent.kv_tokens
-        return prefill_tokens, kv_tokens
-
     def submit(
         self, request: GenerateRequest, mailbox: Recipient, *, prefill_tokens: int, kv_tokens: int
     ) -> None:
@@ -181,12 +175,16 @@ class WorkerSession:
         if not self.is_ready:
             raise WorkerLost(f"worker at {self.address} is not connected: {self.lost_reason}")
         now_s = asyncio.get_running_loop().time()
-        self._requests[request.request_id] = SentRequest(mailbox, now_s, prefill_tokens, kv_tokens)
+        self._drop(request.request_id)
+        self._requests[request.request_id] = mailbox
+        self.book.sent(
+            request.request_id, prefill_tokens=prefill_tokens, kv_tokens=kv_tokens, now_s=now_s
+        )
         self._send(pb.RouterMessage(submit=request_to_wire(request)))
 
     def cancel(self, request_id: RequestId, reason: str) -> None:
         """Tell the worker; nothing more of this request is delivered. Any state."""
-        self._requests.pop(request_id, None)
+        self._drop(request_id)
         if self.is_ready:
             self._send(pb.RouterMessage(cancel=pb.Cancel(request_id=request_id, reason=reason)))
 
@@ -196,7 +194,11 @@ class WorkerSession:
 
     def forget(self, request_id: RequestId) -> None:
         """Deliver nothing more of this request, which the worker has finished by itself."""
-        self._requests.pop(request_id, None)
+        self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        if self._requests.pop(request_id, None) is not None:
+            self.book.ended(request_id)
 
     def tell_peers(self, peers: tuple[PeerRef, ...]) -> None:
         """Name the workers this one may have to read from, unless it has heard of just these."""
@@ -296,8 +298,8 @@ class WorkerSession:
             if self.is_ready:
                 return f"{error.code().name}: {error.details()}"
             return await unreachable_reason(error, self.address, self._tls)
-        except ValueError as error:
-            return f"the worker speaks another protocol: {error}"
+        except (ValueError, ConfigError) as error:
+            return f"what the worker says of itself cannot be: {error}"
         finally:
             self._kv.stop()
             if writer is not None:
@@ -326,12 +328,13 @@ class WorkerSession:
         self.info = info
         self._load = welcome.load
         self._logged_reason = ""
-        self._kv.start(welcome.kv_sequence)
+        held = self._kv.start(welcome, info.layout)
         self._outgoing.clear()
         self._peers, self.fabric = (), None
         self.last_message_at_s = self.last_progress_at_s = asyncio.get_running_loop().time()
+        self.book.report(welcome.load, self.last_message_at_s)
         self.state = SessionState.READY
-        self._listener.on_ready(self, split_hashes(welcome.cached_hashes))
+        self._listener.on_ready(self, held)
         log_fields(
             logger,
             "worker connected",
@@ -349,17 +352,20 @@ class WorkerSession:
         self.last_message_at_s = asyncio.get_running_loop().time()
         if message.HasField("fabric"):
             self.fabric = fabric_from_wire(message.fabric)
+            self._listener.on_fabric(self, self.fabric)
 
     def _on_step(self, batch: pb.StepBatch) -> None:
         now_s = asyncio.get_running_loop().time()
         self.last_message_at_s = now_s
         if batch.deltas:
             self.last_progress_at_s = now_s
+            self.step_gap.note(now_s, len(batch.deltas[0].token_ids))
             self._deliver(batch, now_s)
         if batch.HasField("load"):
             if batch.load.queued_prefill_tokens < self._load.queued_prefill_tokens:
                 self.last_progress_at_s = now_s
             self._load = batch.load
+            self.book.report(batch.load, now_s)
         if batch.kv_events:
             self.last_progress_at_s = now_s
             self._kv.push(batch.first_kv_sequence, batch.kv_events)
@@ -369,13 +375,13 @@ class WorkerSession:
         worker_id, at_s = self.info.worker_id, self._wall_clock()
         requests = self._requests
         for message in batch.deltas:
-            sent = requests.get(message.request_id)
-            if sent is None:
+            mailbox = requests.get(message.request_id)
+            if mailbox is None:
                 continue
             delta = delta_from_wire(message)
             if is_last(delta):
-                del requests[delta.request_id]
-            sent.mailbox.put(Arrival(worker_id, at_s, delta), now_s)
+                self._drop(delta.request_id)
+            mailbox.put(Arrival(worker_id, at_s, delta), now_s)
 
     async def _fetch_snapshot(self) -> pb.Welcome:
         assert self._stub is not None
@@ -385,11 +391,17 @@ class WorkerSession:
 
     # KvListener
 
-    def on_kv_event(self, removed: Sequence[BlockHash], stored: Sequence[BlockHash]) -> None:
-        self._listener.on_kv_event(self, removed, stored)
+    def on_kv_event(self, change: KvChange) -> None:
+        self._listener.on_kv_event(self, change)
 
-    def on_snapshot(self, cached_hashes: Sequence[BlockHash]) -> None:
-        self._listener.on_snapshot(self, cached_hashes)
+    def on_snapshot(self, held: Held) -> None:
+        self._listener.on_snapshot(self, held)
+
+    def on_kv_fault(self, fault: KvFault) -> None:
+        self._listener.on_kv_fault(self, fault)
+
+    def on_kv_refusal(self, reason: str) -> None:
+        self._listener.on_kv_refusal(self, reason)
 
     def _lose(self, reason: str) -> None:
         """Tell every request; only the first reason of a session counts."""
@@ -403,8 +415,9 @@ class WorkerSession:
         requests, self._requests = self._requests, {}
         now_s, at_s = asyncio.get_running_loop().time(), self._wall_clock()
         worker_id = None if self.info is None else self.info.worker_id
-        for sent in requests.values():
-            sent.mailbox.put(Arrival(worker_id, at_s, lost=reason), now_s)
+        self.book.clear()
+        for mailbox in requests.values():
+            mailbox.put(Arrival(worker_id, at_s, lost=reason), now_s)
         if not was_ready and reason not in (CLOSED_BY_US, self._logged_reason):
             # Each attempt would repeat it.
             self._logged_reason = reason

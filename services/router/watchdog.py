@@ -1,7 +1,8 @@
-"""Looks for requests nobody works on.
+"""Looks for requests nobody works on, and for clients that do not take what is there for them.
 
 A request that is moving between workers has a time limit of its own (`migrate`), and one whose
-client has yet to read what arrived waits for no worker.
+client has yet to read what arrived waits for no worker: it is given up when the client has taken
+nothing for `slow_client_s`, since its tokens would fill the router and hold blocks of a worker.
 
 Does not know: placement, retries, text.
 """
@@ -29,11 +30,14 @@ class Watchdog:
         flights: Collection[Flight],
         config: DispatchConfig,
         *,
+        give_up: Callable[[Flight, float], None],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """`flights`: those alive now, changed by their owner."""
+        """`flights`: those alive now, changed by their owner. `give_up(flight, waited_s)` is called
+        for one whose client does not read."""
         self._flights = flights
         self._config = config
+        self._give_up = give_up
         self._wall_clock = wall_clock
 
     async def run(self) -> None:
@@ -48,6 +52,12 @@ class Watchdog:
             for flight in list(self._flights):
                 if flight.attempt is not None:
                     self._check(flight.attempt, loop.time())
+                    self._check_client(flight, flight.attempt, loop.time())
+
+    def _check_client(self, flight: Flight, attempt: Attempt, now_s: float) -> None:
+        waited_s = attempt.mailbox.unread_for_s(now_s)
+        if waited_s > self._config.slow_client_s:
+            self._give_up(flight, waited_s)
 
     def _check(self, attempt: Attempt, now_s: float) -> None:
         """Blames the worker whose turn it is. One that serves others is left alone much longer:

@@ -11,18 +11,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from baton.core.block import BlockHash
 from baton.core.errors import WorkerLost
+from baton.core.fabric import FabricReport
 from baton.core.tls import TlsFiles
-from baton.core.worker_info import WorkerId
+from baton.core.worker_info import Role, WorkerId
+from baton.telemetry.metrics import Metrics
 from services.router.cluster_view import ClusterView, WorkerState
 from services.router.config import SessionConfig
+from services.router.index_feed import IndexFeed
+from services.router.kv_feed import Held, KvChange, KvFault
 from services.router.membership import Membership, Snapshot
 from services.router.peers import peers_of
 from services.router.prefix_index import PrefixIndex
 from services.router.session_client import WorkerSession
+from services.router.step_gap import Decoding
+from services.router.topology import LinkPrices
+from services.router.worker_table import WorkerTable
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +48,14 @@ class WorkerPool:
         router_id: str,
         config: SessionConfig,
         index: PrefixIndex,
+        metrics: Metrics | None = None,
         wall_clock: Callable[[], float] = time.time,
         tls: TlsFiles | None = None,
+        links: LinkPrices | None = None,
     ) -> None:
+        """`links`: what is assumed of links between workers until they have measured them."""
         self.index = index
+        self._kv = IndexFeed(index, metrics)
         self._router_id = router_id
         self._config = config
         self._tls = tls
@@ -58,6 +68,13 @@ class WorkerPool:
         self._tasks: list[asyncio.Task[None]] = []
         self._peers_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
+        self._subscribers: list[Callable[[], None]] = []
+        self.table = WorkerTable(links, on_load=self._tell_load)
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after every load report, and when a worker comes, goes or is lost. On the
+        event loop, many times a second: it must only take note."""
+        self._subscribers.append(callback)
 
     def start(self, membership: Membership) -> None:
         self._tasks = [
@@ -73,9 +90,12 @@ class WorkerPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._kv.close()
         self._tasks.clear()
         self._runs.clear()
         self._sessions.clear()
+        for worker_id in self._by_id:
+            self.table.leave(worker_id)
         self._by_id.clear()
 
     def apply(self, snapshot: Snapshot) -> None:
@@ -83,6 +103,8 @@ class WorkerPool:
         are closed as soon as their requests have ended."""
         addresses = set(snapshot.values())
         self._leaving = self._sessions.keys() - addresses
+        for worker_id, session in self._by_id.items():
+            self.table.set_leaving(worker_id, session.address in self._leaving)
         self._close_left()
         for address in sorted(addresses - self._sessions.keys()):
             session = WorkerSession(
@@ -118,6 +140,23 @@ class WorkerPool:
             )
         )
 
+    def decoding(self, worker_id: WorkerId) -> Decoding | None:
+        """What the worker decodes now; None when it does not, or is not known."""
+        session = self._by_id.get(worker_id)
+        gap_s = None
+        if session is not None:
+            gap_s = session.step_gap.gap_s(asyncio.get_running_loop().time())
+        if session is None or gap_s is None:
+            return None
+        load = session.load
+        return Decoding(gap_s, load.num_running, load.resident_kv_tokens)
+
+    def num_computing(self, model: str) -> int:
+        """Workers that compute prompts of `model`: its prefill workers, or all where none is."""
+        infos = [s.info for s in self.sessions() if s.is_ready and s.info is not None]
+        roles = [info.role for info in infos if info.model_name == model]
+        return roles.count(Role.PREFILL) or len(roles)
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """Returns after a worker came or went, at the latest after `timeout_s`."""
         try:
@@ -128,7 +167,7 @@ class WorkerPool:
 
     # SessionListener
 
-    def on_ready(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
+    def on_ready(self, session: WorkerSession, held: Held) -> None:
         assert session.info is not None
         worker_id = session.info.worker_id
         other = self._by_id.get(worker_id)
@@ -136,34 +175,43 @@ class WorkerPool:
             logger.warning("worker id %s answers at %s too", worker_id, other.address)
         self._drop_stale_ids(session)
         self._by_id[worker_id] = session
-        self.index.reset_worker(worker_id, cached_hashes)
+        self._kv.ready(worker_id, held, session.kv_refusal)
+        self.table.join(session.info, session.book, slot=self.index.slot_of(worker_id))
+        self.table.set_leaving(worker_id, session.address in self._leaving)
         self._notify()
 
-    def on_snapshot(self, session: WorkerSession, cached_hashes: Sequence[BlockHash]) -> None:
-        if session.info is not None and self._by_id.get(session.info.worker_id) is session:
-            self.index.reset_worker(session.info.worker_id, cached_hashes)
+    def on_snapshot(self, session: WorkerSession, held: Held) -> None:
+        if (worker_id := self._current(session)) is not None:
+            self._kv.replace(worker_id, held)
 
-    def on_kv_event(
-        self,
-        session: WorkerSession,
-        removed: Sequence[BlockHash],
-        stored: Sequence[BlockHash],
-    ) -> None:
-        assert session.info is not None
-        worker_id = session.info.worker_id
-        if self._by_id.get(worker_id) is not session:
-            return
-        if removed:
-            self.index.remove(worker_id, removed)
-        if stored:
-            self.index.store(worker_id, stored)
+    def on_kv_event(self, session: WorkerSession, change: KvChange) -> None:
+        if (worker_id := self._current(session)) is not None:
+            self._kv.change(worker_id, change)
+
+    def on_kv_fault(self, session: WorkerSession, fault: KvFault) -> None:
+        self._kv.fault(fault)
+
+    def on_kv_refusal(self, session: WorkerSession, reason: str) -> None:
+        if (worker_id := self._current(session)) is not None:
+            self._kv.refuse(worker_id, reason)
+
+    def on_fabric(self, session: WorkerSession, report: FabricReport) -> None:
+        if session.info is not None and self._by_id.get(session.info.worker_id) is session:
+            self.table.report_links(session.info.worker_id, report)
 
     def on_lost(self, session: WorkerSession) -> None:
         if session.info is not None and self._by_id.get(session.info.worker_id) is session:
-            self.index.remove_worker(session.info.worker_id)
+            self.table.set_lost(session.info.worker_id)
+            self._kv.replace(session.info.worker_id, {})
         self._notify()
 
     # Inside.
+
+    def _current(self, session: WorkerSession) -> WorkerId | None:
+        """The session's worker, unless another session speaks for it by now."""
+        if session.info is None or self._by_id.get(session.info.worker_id) is not session:
+            return None
+        return session.info.worker_id
 
     async def _follow(self, membership: Membership) -> None:
         while True:
@@ -203,7 +251,8 @@ class WorkerPool:
         if session.info is None or self._by_id.get(session.info.worker_id) is not session:
             return
         del self._by_id[session.info.worker_id]
-        self.index.remove_worker(session.info.worker_id)
+        self.table.leave(session.info.worker_id)
+        self._kv.forget(session.info.worker_id)
         self._notify()
 
     def _drop_stale_ids(self, session: WorkerSession) -> None:
@@ -212,11 +261,17 @@ class WorkerPool:
         for worker_id, known in list(self._by_id.items()):
             if known is session and worker_id != session.info.worker_id:
                 del self._by_id[worker_id]
-                self.index.remove_worker(worker_id)
+                self.table.leave(worker_id)
+                self._kv.forget(worker_id)
+
+    def _tell_load(self) -> None:
+        for callback in self._subscribers:
+            callback()
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        self._tell_load()
         if self._peers_timer is None:
             loop = asyncio.get_running_loop()
             self._peers_timer = loop.call_later(PEERS_PAUSE_S, self._tell_peers)
@@ -235,14 +290,13 @@ class WorkerPool:
 
 def _state(session: WorkerSession, now_s: float, *, is_leaving: bool) -> WorkerState:
     assert session.info is not None
-    prefill_tokens, kv_tokens = session.unreported(now_s)
     return WorkerState(
         info=session.info,
         load=session.load,
         load_age_s=now_s - session.last_message_at_s,
         num_in_flight=session.num_in_flight,
-        unreported_prefill_tokens=prefill_tokens,
-        unreported_kv_tokens=kv_tokens,
+        unreported_prefill_tokens=session.book.unreported_prefill_tokens,
+        unreported_kv_tokens=session.book.unreported_kv_tokens,
         is_quarantined=not session.is_ready,
         is_leaving=is_leaving,
         fabric=session.fabric,

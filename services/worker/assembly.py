@@ -202,8 +202,10 @@ def _imports(
 
 
 def _gate(config: WorkerConfig, info: WorkerInfo, secret: bytes, clock: Clock) -> PeerGate:
-    directory = config.registry.directory
-    registry = DirectoryRegistry(directory, clock=clock) if directory is not None else None
+    settings = config.registry
+    registry = None
+    if settings.directory is not None and not settings.directory_is_local:
+        registry = DirectoryRegistry(settings.directory, clock=clock)
     return PeerGate(
         secret=secret,
         layout=info.layout,

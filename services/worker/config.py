@@ -17,6 +17,7 @@ from baton.core.errors import ConfigError
 from baton.core.tls import TlsConfig
 from baton.core.worker_info import Role
 from baton.engine.config import Device, EngineConfig
+from baton.registry.redis_connection import check_deployment, check_redis_url
 from baton.settings import LogConfig, check_positive, merge_layers
 from kvtransfer.select import TransportKind
 from kvtransfer.tiers.config import TierConfig
@@ -76,16 +77,27 @@ class TransferConfig:
 
 @dataclass(frozen=True, slots=True)
 class RegistryConfig:
-    """Where the worker announces itself on one machine. With Ray routers learn of it in another
-    way; peers and tools still look here."""
+    """Where the worker announces itself, in both places where both are set. With Ray routers learn
+    of it in another way; peers and tools still look here."""
 
     directory: Path | None = None
-    """Private directory shared with the routers of this machine. None: not announced."""
+    """Private directory shared with the routers of this machine. None: not announced there."""
+    directory_is_local: bool = False
+    """The directory lists the workers of one container, for its own probes; others, unlisted, are
+    peers too. Who is a peer is then heard from routers."""
+    url: str | None = field(default=None, repr=False)
+    """Redis that routers of any machine watch, as `shared.url` of theirs. None: not announced
+    there. Peers of other machines need transfer.cluster_secret as well."""
+    deployment: str = "baton"
+    """As `shared.deployment` of the routers."""
     ttl_s: float = 5.0
     """A worker that stops renewing is gone after this time."""
 
     def __post_init__(self) -> None:
         check_positive("registry", self, "ttl_s")
+        check_deployment("registry.deployment", self.deployment)
+        if self.url is not None:
+            check_redis_url("registry.url", self.url)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.request import GenerateRequest, RequestId, TokenDelta
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import Reservation, StepOutput
+from services.worker.kv_events import KvEvent
 
 
 class EngineApi(Protocol):
@@ -41,6 +42,7 @@ class EngineApi(Protocol):
     def release_saved(self, block_ids: Sequence[BlockId], *, is_saved: bool) -> None: ...
     def step(self) -> StepOutput: ...
     def load(self) -> LoadReport: ...
+    def is_cached(self, block_hash: BlockHash) -> bool: ...
     def cached_hashes(self) -> list[BlockHash]: ...
     def check_integrity(self) -> None: ...
 
@@ -52,11 +54,13 @@ class StepResult:
     output: StepOutput
     load: LoadReport
     kv_sequence: int
-    """Number of the KV event this step made (when it changed the prefix cache), else the last."""
+    """Number of `kv_event`, else of the last one."""
+    kv_event: KvEvent | None = None
+    """What moved between the prefix cache and the tiers."""
 
     @property
     def has_kv_event(self) -> bool:
-        return bool(self.output.stored or self.output.removed)
+        return self.kv_event is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,5 +70,9 @@ class Snapshot:
     load: LoadReport
     cached_hashes: list[BlockHash]
     kv_sequence: int
-    """Last KV event contained in `cached_hashes`. Those that follow may repeat some of it."""
+    """Last KV event contained in the hashes. Those that follow may repeat some of it."""
     is_empty: bool
+    host_hashes: list[BlockHash] = field(default_factory=list)
+    """Not in the prefix cache, but in the host tier."""
+    disk_hashes: list[BlockHash] = field(default_factory=list)
+    """In the disk tier alone."""

@@ -36,6 +36,7 @@ from baton.engine.engine import BatchOutcome, Reservation, StepOutput
 from services.worker.core_share import AllCores, CoreShare
 from services.worker.engine_answers import Answers, Command
 from services.worker.engine_api import EngineApi, Snapshot, StepResult
+from services.worker.kv_events import KvEventLog, TierContents
 from services.worker.last_delta import error_delta, is_last, refusal, turn_into_failure
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class EngineLoop:
         self._is_computing = False
         self._beat_at_s = clock.now()
         self._num_failed_steps = 0
-        self._kv_sequence = 0
+        self._kv_log = KvEventLog(engine.is_cached)
         self._last_load = LoadReport()
         self._submitted: set[RequestId] = set()
         """Requests the engine will still end with a delta."""
@@ -83,6 +84,10 @@ class EngineLoop:
         self._answers = Answers(self._send, self._post)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach_tiers(self, tiers: TierContents) -> None:
+        """Before `start`: what these hold is told with the KV events."""
+        self._kv_log.attach(tiers)
 
     def start(self) -> None:
         """Start the thread; results arrive on the running event loop."""
@@ -187,6 +192,10 @@ class EngineLoop:
 
     def release_saved(self, block_ids: Sequence[BlockId], *, is_saved: bool) -> None:
         self._send(lambda: self._engine.release_saved(block_ids, is_saved=is_saved))
+
+    def tell_tiers(self) -> None:
+        """Make an event of what changed in the tiers, also while there is nothing to compute."""
+        self._send(lambda: None)
 
     async def snapshot(self) -> Snapshot:
         """The engine's state after all commands sent so far."""
@@ -347,12 +356,11 @@ class EngineLoop:
                 if delta.request_id in self._failing:
                     self._failing.discard(delta.request_id)
                     turn_into_failure(delta, FAILURE)
-        if output.stored or output.removed:
-            self._kv_sequence += 1
-        if load == self._last_load and not output.says_something:
+        event = self._kv_log.next_event(output.stored, output.removed)
+        if load == self._last_load and event is None and not output.says_something:
             return
         self._last_load = load
-        self._post(self._on_step, StepResult(output, load, self._kv_sequence))
+        self._post(self._on_step, StepResult(output, load, self._kv_log.sequence, event))
 
     def _fail_requests(self) -> None:
         """After an unexpected error nothing about the batch is trusted: end all of it."""
@@ -388,8 +396,10 @@ class EngineLoop:
             raise InternalError(f"warm-up made {num_tokens} of {WARM_UP_TOKENS} tokens")
 
     def _take_snapshot(self) -> Snapshot:
-        engine = self._engine
-        return Snapshot(engine.load(), engine.cached_hashes(), self._kv_sequence, engine.is_empty)
+        engine, log = self._engine, self._kv_log
+        return Snapshot(
+            engine.load(), engine.cached_hashes(), log.sequence, engine.is_empty, *log.below()
+        )
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         assert self._loop is not None

@@ -54,6 +54,11 @@ class Health:
         self._num_bad_verdicts = 0
         self._defect = ""
 
+    @property
+    def is_serving(self) -> bool:
+        """What was last published."""
+        return bool(self._is_serving)
+
     async def check(self) -> HealthVerdict:
         """Answers within the ping's bound."""
         engine, config = self._engine, self._config

@@ -107,6 +107,13 @@ class Mesh:
         link = self._links.get(peer.worker_id)
         return link is not None and link.peer == peer and link.state is LinkState.READY
 
+    def num_untried(self) -> int:
+        """Wanted peers that have no link yet and of which none has failed either."""
+        return sum(
+            self._wanted.is_untried(worker_id) and not self._has_link(worker_id)
+            for worker_id in self._wanted.worker_ids()
+        )
+
     def known_peers(self) -> list[PeerRef]:
         """All that are linked or wanted."""
         known = {link.peer.worker_id: link.peer for link in self._links.values() if link.is_usable}
@@ -199,6 +206,10 @@ class Mesh:
                     link.end()
                 elif link.state is LinkState.GONE:
                     self._drop(worker_id)
+
+    def _has_link(self, worker_id: WorkerId) -> bool:
+        link = self._links.get(worker_id)
+        return link is not None and link.state is LinkState.READY
 
     def _is_idle(self, worker_id: WorkerId) -> bool:
         if worker_id in self._wanted or self._user.uses(worker_id):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from baton.core.errors import BatonError
 from baton.core.worker_info import WorkerInfo
@@ -16,9 +17,17 @@ RENEWALS_PER_TTL = 4
 RETRY_S = 0.5
 
 
-async def keep_registered(registry: Registry, info: WorkerInfo, *, ttl_s: float) -> None:
-    """Register and renew until cancelled, then leave. A registry that fails is tried again."""
-    is_registered = False
+async def keep_registered(
+    registry: Registry,
+    info: WorkerInfo,
+    *,
+    ttl_s: float,
+    tell: Callable[[bool], None] = lambda is_registered: None,
+) -> None:
+    """Register and renew until cancelled, then leave and close the registry. One that fails is
+    tried again; the first failure in a row is logged. `tell` hears after each attempt whether the
+    worker is registered."""
+    is_registered = is_failing = False
     try:
         while True:
             try:
@@ -28,8 +37,16 @@ async def keep_registered(registry: Registry, info: WorkerInfo, *, ttl_s: float)
                 else:
                     is_registered = await registry.renew(info.worker_id, info.epoch)
             except BatonError as error:
-                logger.warning("registration failed, trying again: %s", error)
-                is_registered = False
+                if not is_failing:
+                    logger.warning("registration failed, trying again: %s", error)
+                is_registered, is_failing = False, True
+            else:
+                is_failing = False
+            tell(is_registered)
             await asyncio.sleep(ttl_s / RENEWALS_PER_TTL if is_registered else RETRY_S)
     finally:
-        await registry.deregister(info.worker_id, info.epoch)
+        try:
+            await registry.deregister(info.worker_id, info.epoch)
+        except BatonError as error:
+            logger.warning("could not leave the registry, the lease will end: %s", error)
+        await registry.close()

@@ -179,9 +179,9 @@ class Requests:
             self._deliver(delta)
         for reservation in output.reservations:
             self._reserved(reservation)
-        if result.has_kv_event:
+        if result.kv_event is not None:
             self._holds.cache_changed(output.stored, output.removed)
-            self._sessions.broadcast_event(result.kv_sequence, output.stored, output.removed)
+            self._sessions.broadcast_event(result.kv_sequence, result.kv_event)
         self._load = result.load
         if self._saves is not None:
             self._saves.on_load(result.load)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from baton.core.block import BlockHash, join_hashes
+from baton.core.block import join_hashes
 from baton.core.errors import BatonError, Unavailable
 from baton.core.fabric import FabricReport
 from baton.core.request import RequestId, TokenDelta
@@ -22,6 +22,7 @@ from baton.core.worker_info import LoadReport
 from baton.rpc.convert import delta_to_wire, fabric_to_wire, load_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.config import SessionConfig
+from services.worker.kv_events import KvEvent
 
 
 class Outbox:
@@ -64,14 +65,19 @@ class Outbox:
         self._last_of[delta.request_id] = len(self._deltas)
         self._deltas.append(delta)
 
-    def add_event(
-        self, sequence: int, stored: Sequence[BlockHash], removed: Sequence[BlockHash]
-    ) -> None:
+    def add_event(self, sequence: int, event: KvEvent) -> None:
         """Events come in order and without gaps."""
         if not self._events:
             self._first_event = sequence
-        self._events.append(pb.KvEvent(stored=join_hashes(stored), removed=join_hashes(removed)))
-        self._num_hashes += 1 + len(stored) + len(removed)
+        self._events.append(
+            pb.KvEvent(
+                stored=join_hashes(event.stored),
+                removed=join_hashes(event.removed),
+                on_host=join_hashes(event.on_host),
+                on_disk=join_hashes(event.on_disk),
+            )
+        )
+        self._num_hashes += 1 + event.num_hashes
 
     def forget_events(self, up_to: int) -> None:
         """Drop events that a snapshot already contains."""
@@ -202,9 +208,7 @@ class Sessions:
             session.outbox.set_fabric(report)
             session.notify()
 
-    def broadcast_event(
-        self, sequence: int, stored: Sequence[BlockHash], removed: Sequence[BlockHash]
-    ) -> None:
+    def broadcast_event(self, sequence: int, event: KvEvent) -> None:
         """To be followed by `broadcast_load`, which wakes the writers."""
         for session in self._sessions:
-            session.outbox.add_event(sequence, stored, removed)
+            session.outbox.add_event(sequence, event)

@@ -32,7 +32,12 @@ from baton.core.logging import log_fields
 from baton.core.request import RequestId
 from baton.core.worker_info import PROTOCOL_VERSION, WorkerInfo
 from baton.rpc.channel import abort
-from baton.rpc.convert import load_to_wire, peer_from_wire, worker_info_to_wire
+from baton.rpc.convert import (
+    hashing_to_wire,
+    load_to_wire,
+    peer_from_wire,
+    worker_info_to_wire,
+)
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
 from services.worker.config import SessionConfig
@@ -172,6 +177,9 @@ class WorkerServicer(pb_grpc.WorkerServicer):
             load=load_to_wire(self._requests.with_flags(snapshot.load)),
             kv_sequence=snapshot.kv_sequence,
             cached_hashes=join_hashes(snapshot.cached_hashes),
+            host_hashes=join_hashes(snapshot.host_hashes),
+            disk_hashes=join_hashes(snapshot.disk_hashes),
+            hashing=hashing_to_wire(self._info.layout),
         )
 
 

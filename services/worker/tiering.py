@@ -42,6 +42,7 @@ IDLE_PAUSE_S = 0.2
 """Before the engine is asked again when it had nothing unsaved, or nothing found room."""
 MAX_STEP_S = 0.5
 """Of a longer step of the engine no more is made up for: bounds the blocks leased at once."""
+TELL_PERIOD_S = 0.1
 FAILURE_PAUSE_S = 10.0
 JOIN_TIMEOUT_S = 2.0
 """Beyond the flush; a thread that hangs in the kernel is left behind."""
@@ -55,6 +56,14 @@ class UnsavedBlocks(Protocol):
         ...
 
     def release_saved(self, block_ids: Sequence[BlockId], *, is_saved: bool) -> None: ...
+
+    def attach_tiers(self, tiers: Tiers) -> None:
+        """Before the engine runs: their contents are told to routers."""
+        ...
+
+    def tell_tiers(self) -> None:
+        """The contents have changed, and the engine may have nothing to do."""
+        ...
 
 
 class Tiering:
@@ -87,6 +96,8 @@ class Tiering:
         """The restore that took too long; until it ends the reader's thread is not to be had."""
         self._no_write_before_s = 0.0
         self._saving: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+        engine.attach_tiers(tiers)
 
     def start(self) -> None:
         """Start the threads; they register the memory and read the directory."""
@@ -95,6 +106,7 @@ class Tiering:
         registered = self._saver.submit(lambda: self._copier.register(self._tiers.host.arena))
         self._reader.submit(registered.result)
         self._saving = asyncio.create_task(self._save_when_low(registered))
+        self._telling = asyncio.create_task(self._tell_changes())
 
     async def stop(self) -> None:
         """Write what can be written within `flush_timeout_s`, let go of the directory, end.
@@ -103,6 +115,8 @@ class Tiering:
         """
         self._stopping.set()
         self._is_pool_low.set()
+        if self._telling is not None:
+            self._telling.cancel()
         deadline_s = time.monotonic() + self._config.flush_timeout_s + JOIN_TIMEOUT_S
         if self._saving is not None:
             await asyncio.wait([self._saving], timeout=JOIN_TIMEOUT_S)
@@ -204,6 +218,13 @@ class Tiering:
         except Exception:
             logger.exception("tiers are out of use")
             self._is_usable = False
+
+    async def _tell_changes(self) -> None:
+        """Each step of the engine tells them anyway; this is for when it has none to take."""
+        while True:
+            await asyncio.sleep(TELL_PERIOD_S)
+            if self._tiers.has_changes:
+                self._engine.tell_tiers()
 
     async def _save_some(self) -> float:
         """The pause until the next. Raises Unavailable when the engine has stopped."""

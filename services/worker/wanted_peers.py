@@ -68,6 +68,10 @@ class WantedPeers:
     def worker_ids(self) -> list[WorkerId]:
         return list(self._wanted)
 
+    def is_untried(self, worker_id: WorkerId) -> bool:
+        """Whether no attempt to connect to this wanted peer has failed since it was listed."""
+        return self._wanted[worker_id].num_failures == 0
+
     def connected(self, worker_id: WorkerId) -> None:
         wanted = self._wanted.get(worker_id)
         if wanted is not None:

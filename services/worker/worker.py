@@ -27,6 +27,8 @@ from baton.core.tls import open_tls
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
 from baton.engine.tensor_parallel.group import RankGroup
 from baton.registry.directory import DirectoryRegistry, shared_secret
+from baton.registry.redis_registry import RedisRegistry
+from baton.registry.registry import Registry
 from baton.rpc.channel import is_loopback, listen, new_server
 from baton.rpc.tls import ServerTls
 from baton.rpc.v1 import transfer_pb2_grpc, worker_pb2_grpc
@@ -35,6 +37,7 @@ from services.worker.assembly import SERVICE_NAMES, Parts, assemble
 from services.worker.backend import Backend, open_backend
 from services.worker.config import WorkerConfig
 from services.worker.health import HealthVerdict
+from services.worker.readiness import ReadySignal, reason_not_ready
 from services.worker.registration import keep_registered
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,9 @@ class WorkerServer:
         self._parts: Parts | None = None
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._registration: asyncio.Task[None] | None = None
+        self._registrations: list[asyncio.Task[None]] = []
+        self._registered: dict[int, bool] = {}
+        """Registry -> whether the worker was in it when it last looked."""
         self._backend: Backend | None = None
         self._has_stopped = False
 
@@ -89,8 +94,7 @@ class WorkerServer:
             return
         self._has_stopped = True
         parts, backend = self._parts, self._backend
-        if self._registration is not None:
-            await _end(self._registration)
+        await asyncio.gather(*(_end(registration) for registration in self._registrations))
         if parts is not None:
             serving_s = self._config.drain_s if drain_s is None else drain_s
             await _attempt("serving", self._stop_serving(parts, serving_s))
@@ -149,6 +153,8 @@ class WorkerServer:
         if backend.ranks is not None:
             self._watch_ranks(backend.ranks, parts)
         self._announce(parts, info)
+        ready = ReadySignal(parts.health.servicer, lambda: self._reason_not_ready(parts))
+        self._spawn(parts, "readiness", ready.watch())
         self._info = info
         log_fields(
             logger,
@@ -229,11 +235,31 @@ class WorkerServer:
 
     def _announce(self, parts: Parts, info: WorkerInfo) -> None:
         config = self._config.registry
+        registries: list[Registry] = []
         if config.directory is not None:
-            registry = DirectoryRegistry(config.directory, clock=MonotonicClock())
-            self._registration = self._spawn(
-                parts, "registration", keep_registered(registry, info, ttl_s=config.ttl_s)
-            )
+            registries.append(DirectoryRegistry(config.directory, clock=MonotonicClock()))
+        if config.url is not None:
+            registries.append(RedisRegistry(config.url, deployment=config.deployment))
+        self._registered = dict.fromkeys(range(len(registries)), False)
+
+        def keep(index: int, registry: Registry) -> Coroutine[None, None, None]:
+            def tell(is_registered: bool) -> None:
+                self._registered[index] = is_registered
+
+            return keep_registered(registry, info, ttl_s=config.ttl_s, tell=tell)
+
+        self._registrations = [
+            self._spawn(parts, "registration", keep(index, registry))
+            for index, registry in enumerate(registries)
+        ]
+
+    def _reason_not_ready(self, parts: Parts) -> str | None:
+        return reason_not_ready(
+            is_healthy=parts.health.is_serving,
+            is_draining=parts.requests.is_draining,
+            registered=list(self._registered.values()),
+            num_untried_peers=parts.mesh.num_untried(),
+        )
 
     async def _repeat_load(self, parts: Parts) -> None:
         while True:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from baton.core.block import (
     HASH_BYTES,
     chain_hashes,
+    first_hash,
     join_hashes,
     next_hash,
     root_hash,
@@ -60,3 +61,8 @@ def test_wire_form_round_trips_and_refuses_broken_lengths() -> None:
 def test_token_ids_outside_uint32_are_refused(token_id: int) -> None:
     with pytest.raises(OverflowError):
         next_hash(root_hash("fp"), [token_id])
+
+
+def test_first_hash_is_that_of_the_first_block() -> None:
+    assert first_hash("fp", 4) == chain_hashes(root_hash("fp"), range(9), 4)[0]
+    assert len({first_hash("fp", 4), first_hash("fp", 8), first_hash("other", 4)}) == 3

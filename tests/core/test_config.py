@@ -107,3 +107,19 @@ def test_merge_changes_none_of_its_layers():
     first = {"inner": {"size": 1}}
     merge(first, {"inner": {"size": 2}})
     assert first == {"inner": {"size": 1}}
+
+
+@dataclass(frozen=True)
+class Named:
+    by_name: Mapping[str, Inner] = field(default_factory=dict)
+
+
+def test_sections_by_name():
+    built = build(Named, {"by_name": {"a": {"size": "3"}, "b": {}}})
+    assert built.by_name == {"a": Inner(size=3), "b": Inner()}
+    environ = {"BATON_BY_NAME__A__SIZE": "7"}
+    assert build(Named, env_values(environ, Named)).by_name["a"].size == 7
+    with pytest.raises(ConfigError, match=r"unknown setting by_name\.a\.sise"):
+        build(Named, {"by_name": {"a": {"sise": 1}}})
+    with pytest.raises(ConfigError, match="by_name is a section of settings by name, got 5"):
+        build(Named, {"by_name": 5})

@@ -29,7 +29,8 @@ def test_name_carries_project_and_unit(series):
 def test_labels_come_from_closed_sets(series):
     closed = {
         "model", "role", "worker", "status", "kind", "finish_reason", "source", "reason",
-        "transport", "result", "code", "route", "peer", "lane", "tier",
+        "transport", "result", "code", "route", "peer", "lane", "tier", "slo_class", "objective",
+        "tenant", "quantity", "backend", "answer", "direction",
     }  # fmt: skip
     assert set(series.labels) <= closed
 

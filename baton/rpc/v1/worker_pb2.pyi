@@ -158,16 +158,34 @@ class WorkerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ..., fabric: _Optional[_Union[FabricReport, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("info", "load", "kv_sequence", "cached_hashes")
+    __slots__ = ("info", "load", "kv_sequence", "cached_hashes", "host_hashes", "disk_hashes", "hashing")
     INFO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     KV_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CACHED_HASHES_FIELD_NUMBER: _ClassVar[int]
+    HOST_HASHES_FIELD_NUMBER: _ClassVar[int]
+    DISK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    HASHING_FIELD_NUMBER: _ClassVar[int]
     info: WorkerInfo
     load: LoadReport
     kv_sequence: int
     cached_hashes: bytes
-    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_sequence: _Optional[int] = ..., cached_hashes: _Optional[bytes] = ...) -> None: ...
+    host_hashes: bytes
+    disk_hashes: bytes
+    hashing: BlockHashing
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_sequence: _Optional[int] = ..., cached_hashes: _Optional[bytes] = ..., host_hashes: _Optional[bytes] = ..., disk_hashes: _Optional[bytes] = ..., hashing: _Optional[_Union[BlockHashing, _Mapping]] = ...) -> None: ...
+
+class BlockHashing(_message.Message):
+    __slots__ = ("scheme", "block_size", "fingerprint", "first_hash")
+    SCHEME_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HASH_FIELD_NUMBER: _ClassVar[int]
+    scheme: str
+    block_size: int
+    fingerprint: str
+    first_hash: bytes
+    def __init__(self, scheme: _Optional[str] = ..., block_size: _Optional[int] = ..., fingerprint: _Optional[str] = ..., first_hash: _Optional[bytes] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ("check_integrity",)
@@ -344,12 +362,16 @@ class FabricCounters(_message.Message):
     def __init__(self, reads: _Optional[int] = ..., read_bytes: _Optional[int] = ..., failed_reads: _Optional[int] = ..., expired_leases: _Optional[int] = ..., recycles: _Optional[int] = ..., refused_peers: _Optional[int] = ..., fetched_blocks: _Optional[int] = ..., saved_blocks: _Optional[int] = ..., restored_blocks: _Optional[int] = ..., corrupt_blocks: _Optional[int] = ..., takeovers: _Optional[int] = ..., failed_takeovers: _Optional[int] = ..., takeover_pause_seconds: _Optional[float] = ...) -> None: ...
 
 class KvEvent(_message.Message):
-    __slots__ = ("stored", "removed")
+    __slots__ = ("stored", "removed", "on_host", "on_disk")
     STORED_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    ON_HOST_FIELD_NUMBER: _ClassVar[int]
+    ON_DISK_FIELD_NUMBER: _ClassVar[int]
     stored: bytes
     removed: bytes
-    def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
+    on_host: bytes
+    on_disk: bytes
+    def __init__(self, stored: _Optional[bytes] = ..., removed: _Optional[bytes] = ..., on_host: _Optional[bytes] = ..., on_disk: _Optional[bytes] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("request_id", "first_index", "token_ids", "logprobs", "finish_reason", "stop_token_id", "error", "is_retryable", "num_cached_tokens", "timeline", "is_overload")

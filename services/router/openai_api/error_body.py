@@ -10,8 +10,10 @@ import orjson
 from baton.core.errors import (
     ContextLengthExceeded,
     ModelNotFound,
+    NotAuthorized,
     Overloaded,
     PayloadTooLarge,
+    QuotaExceeded,
     RequestError,
     public_message,
     wire_status,
@@ -20,6 +22,7 @@ from baton.core.errors import (
 _CODES: tuple[tuple[type[BaseException], str], ...] = (
     (ContextLengthExceeded, "context_length_exceeded"),
     (ModelNotFound, "model_not_found"),
+    (NotAuthorized, "invalid_api_key"),
     (Overloaded, "rate_limit_exceeded"),
     (PayloadTooLarge, "request_too_large"),
 )
@@ -38,9 +41,7 @@ def error_answer(error: BaseException) -> ErrorAnswer:
     status = wire_status(error)
     param = error.param if isinstance(error, RequestError) else None
     code = next((code for cls, code in _CODES if isinstance(error, cls)), None)
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    if isinstance(error, Overloaded):
-        headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))),)
+    headers = tuple((name.encode(), value.encode()) for name, value in retry_headers(error))
     message = public_message(error).encode(errors="replace").decode()
     body = orjson.dumps(
         {
@@ -53,3 +54,24 @@ def error_answer(error: BaseException) -> ErrorAnswer:
         }
     )
     return ErrorAnswer(status.http, body, headers)
+
+
+def retry_headers(error: BaseException) -> list[tuple[str, str]]:
+    """What a client needs to come back in time, or with a key; also fit for gRPC metadata."""
+    if isinstance(error, NotAuthorized):
+        return [("www-authenticate", "Bearer")]
+    if not isinstance(error, Overloaded):
+        return []
+    milliseconds = max(1, math.ceil(1000 * error.retry_after_s))
+    headers = [
+        ("retry-after", str(max(1, math.ceil(error.retry_after_s)))),
+        # Read by OpenAI's clients before the whole seconds above.
+        ("retry-after-ms", str(milliseconds)),
+    ]
+    for rate in error.rate_limits if isinstance(error, QuotaExceeded) else ():
+        headers += [
+            (f"x-ratelimit-limit-{rate.name}", str(rate.limit)),
+            (f"x-ratelimit-remaining-{rate.name}", str(rate.remaining)),
+            (f"x-ratelimit-reset-{rate.name}", f"{rate.reset_s:.3f}s"),
+        ]
+    return headers

@@ -50,6 +50,10 @@ class Exchange:
         """The value of a header named in lower case, empty when it is missing."""
         return next((value for key, value in self._headers if key == name), b"")
 
+    def text_header(self, name: str) -> str:
+        """As `header`, in text."""
+        return self.header(name.encode()).decode("latin-1")
+
     async def body(self, max_bytes: int, *, timeout_s: float) -> bytes:
         """The whole body.
 

@@ -22,6 +22,7 @@ from services.router.openai_api.schema import (
 from services.router.openai_api.serving import Job, Serving
 from services.router.openai_api.wire_format import ChatFormat, CompletionFormat, Frame
 from services.router.preprocess import Preprocessor, check_stop, new_id
+from services.router.tenants import Caller, Tenants, check_priority
 
 MAX_CHOICES = 256
 """Generations of one HTTP request: prompts times n."""
@@ -31,23 +32,30 @@ class GenerationRoutes:
     """Parse, check, tokenize, run."""
 
     def __init__(
-        self, generator: Generator, preprocessor: Preprocessor, config: EdgeConfig
+        self,
+        generator: Generator,
+        preprocessor: Preprocessor,
+        config: EdgeConfig,
+        tenants: Tenants,
     ) -> None:
         self.serving = Serving(generator)
         self._preprocessor = preprocessor
+        self._tenants = tenants
         self._config = config
 
     async def chat(self, exchange: Exchange) -> None:
+        caller = await self._tenants.caller(exchange.text_header)
         body = parse_body(await self._read(exchange), ChatBody)
         card = self._preprocessor.model_card(body.model)
         plan = chat_plan(card, body)
         _check_common(body)
         prompt = await self._preprocessor.chat_prompt(card, plain_messages(body.messages))
         frame = _frame(new_id("chatcmpl"), card, body, exchange, plan.sampling.logprobs)
-        job = self._job(exchange, body, plan, frame, [prompt])
+        job = self._job(exchange, caller, body, plan, frame, [prompt])
         await self.serving.run(job, exchange, ChatFormat(frame))
 
     async def completions(self, exchange: Exchange) -> None:
+        caller = await self._tenants.caller(exchange.text_header)
         body = parse_body(await self._read(exchange), CompletionBody)
         card = self._preprocessor.model_card(body.model)
         plan = completion_plan(card, body)
@@ -58,7 +66,7 @@ class GenerationRoutes:
             # Many short prompts must not keep the other streams waiting.
             await asyncio.sleep(0)
         frame = _frame(new_id("cmpl"), card, body, exchange, plan.sampling.logprobs)
-        job = self._job(exchange, body, plan, frame, prompts)
+        job = self._job(exchange, caller, body, plan, frame, prompts)
         await self.serving.run(job, exchange, CompletionFormat(frame))
 
     async def _read(self, exchange: Exchange) -> bytes:
@@ -74,6 +82,7 @@ class GenerationRoutes:
     def _job(
         self,
         exchange: Exchange,
+        caller: Caller,
         body: GenerationBody,
         plan: SamplingPlan,
         frame: Frame,
@@ -86,6 +95,9 @@ class GenerationRoutes:
                 param="n",
             )
         stop = check_stop(plain_stop(body.stop))
+        priority = caller.priority
+        if body.priority is not None:
+            priority = check_priority(body.priority, param="priority")
         is_single = len(prompts) * num_choices == 1
         inputs = [
             GenerationInput(
@@ -96,9 +108,16 @@ class GenerationRoutes:
                 prompt_token_ids=prompt,
                 sampling=plan.for_choice(len(prompt), c),
                 stop=stop,
-                cache_salt=body.cache_salt or "",
+                cache_salt=caller.cache_salt(body.cache_salt or ""),
                 deadline_s=self._config.deadline_s,
                 arrived_at_s=exchange.arrived_at_s,
+                tenant=caller.tenant,
+                priority=priority,
+                slo_class=caller.slo_class,
+                targets=caller.targets,
+                weight=caller.weight,
+                limits=caller.limits,
+                session_key=caller.session_key(body.user or ""),
             )
             for p, prompt in enumerate(prompts)
             for c in range(num_choices)

@@ -89,6 +89,7 @@ class GenerationBody(_Body):
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
+    priority: int | None = None
 
 
 class ChatMessageBody(_Body):

@@ -86,3 +86,20 @@ def test_nothing_is_restarted_after_stop(supervisor: Supervisor, tmp_path: Path)
         time.sleep(0.02)
     assert it.process is not None
     assert it.process.poll() is not None
+
+
+def test_routers_end_before_the_others(supervisor: Supervisor, tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    code = (
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        f"    open({str(order)!r}, 'a').write(sys.argv[1]); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, end); print('up', flush=True); time.sleep(60)"
+    )
+    for name, is_front in (("r", True), ("w", False), ("r", True)):
+        command = [sys.executable, "-c", code, name]
+        log_file = tmp_path / f"{len(supervisor.children)}.log"
+        supervisor.start(Child(name, command, log_file, is_front=is_front))
+    poll_until(supervisor, lambda: all("up" in c.log_file.read_text() for c in supervisor.children))
+    supervisor.stop(grace_s=10)
+    assert order.read_text() == "rrw"

@@ -39,6 +39,7 @@ from baton.rpc.channel import new_server
 from baton.rpc.convert import (
     delta_to_wire,
     fabric_to_wire,
+    hashing_to_wire,
     load_to_wire,
     peer_from_wire,
     request_from_wire,
@@ -49,6 +50,7 @@ from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
 from services.router.config import (
     DispatchConfig,
     MigrationConfig,
+    PolicyConfig,
     RouterConfig,
     SessionConfig,
 )
@@ -184,6 +186,10 @@ class FakeWorker(pb_grpc.WorkerServicer):
         """Every message about peers."""
         self.load = LoadReport(free_blocks=1000, total_blocks=1000)
         self.cached: list[BlockHash] = []
+        self.on_host: list[BlockHash] = []
+        self.on_disk: list[BlockHash] = []
+        self.hashing: pb.BlockHashing | None = None
+        """What it says of how it names blocks; None: the truth."""
         self.kv_sequence = 0
         self.num_get_info = 0
         self.eos_at: int | None = None
@@ -284,6 +290,9 @@ class FakeWorker(pb_grpc.WorkerServicer):
             load=load_to_wire(self.load),
             kv_sequence=self.kv_sequence,
             cached_hashes=join_hashes(self.cached),
+            host_hashes=join_hashes(self.on_host),
+            disk_hashes=join_hashes(self.on_disk),
+            hashing=self.hashing or hashing_to_wire(self.layout),
         )
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: object) -> pb.Welcome:
@@ -626,6 +635,7 @@ def router_config(**dispatch: object) -> RouterConfig:
             backoff_max_s=0.2, stall_quarantine_s=0.5,
         ),
         dispatch=DispatchConfig(**dispatch),  # type: ignore[arg-type]
+        policy=PolicyConfig(local_prefill_max_tokens=64),
         migration=MigrationConfig(
             period_s=0.02, cooldown_s=0.1, cooldown_max_s=0.4, takeover_timeout_s=1.0,
         ),

@@ -6,6 +6,7 @@ The dispatcher follows an attempt on scripted sessions, without network or time.
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -24,14 +25,23 @@ from baton.core.request import (
 )
 from baton.core.worker_info import Role, WorkerInfo
 from baton.telemetry.metrics import Metrics
+from services.router.admission_config import AdmissionConfig
+from services.router.admission_gate import AdmissionGate
+from services.router.admission_record import AdmissionRecorder
 from services.router.attempt import Attempt
 from services.router.config import DispatchConfig, HealthConfig
 from services.router.dispatch import Dispatcher
+from services.router.failure_book import FailureBook
 from services.router.generation import GenerationInput
 from services.router.handover import Handover, HandoverState, Trigger
 from services.router.mailbox import Arrival, Mailbox
+from services.router.perf_model import PerfModel
 from services.router.policy import Placement, PlacementKind, ScoreTerms
+from services.router.quota import QuotaDesk
 from services.router.request_log import RequestRecorder
+from services.router.retry_config import BreakerConfig, RetryConfig
+from services.router.shared.process_state import ProcessState
+from services.router.slo_config import SloConfig
 
 LAYOUT = KvLayout("m", 2, 1, 8, 16, "float32")
 NUM_TOKENS = 12
@@ -95,6 +105,16 @@ class NoWorkers:
         return []
 
 
+def idle_gate():
+    """Admission that nobody enters."""
+    slo = SloConfig()
+    return AdmissionGate(
+        choose=None, start=None, perf=PerfModel(), decoding=None, num_computing=None,
+        config=AdmissionConfig(), slo=slo, worker_wait_s=1.0,
+        recorder=AdmissionRecorder(Metrics(), slo), wall_clock=time.time,
+    )  # fmt: skip
+
+
 class ByteTokenizer:
     eos_token_ids = (0,)
 
@@ -113,9 +133,11 @@ class Following:
 
     def __init__(self):
         self.dispatcher = Dispatcher(
-            pool=NoWorkers(), placer=None, tokenizers={"m": ByteTokenizer()},
-            recorder=RequestRecorder(Metrics()), config=DispatchConfig(), health=HealthConfig(),
-            rng=random.Random(0),
+            pool=NoWorkers(), starter=None, gate=idle_gate(),
+            quotas=QuotaDesk(ProcessState(), expected_output_tokens=256),
+            failures=FailureBook(RetryConfig(), BreakerConfig(), metrics=Metrics()),
+            tokenizers={"m": ByteTokenizer()}, recorder=RequestRecorder(Metrics()),
+            config=DispatchConfig(), health=HealthConfig(), rng=random.Random(0),
         )  # fmt: skip
         sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0)
         self.flight = self.dispatcher._open(GenerationInput("r", "m", (1, 2, 3), sampling))

@@ -6,6 +6,7 @@ import pytest
 
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
+from baton.telemetry.metrics import Metrics
 from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
 
@@ -59,4 +60,4 @@ def test_core_needs_a_tokenizer_and_a_source_of_workers(tmp_path):
     with pytest.raises(ConfigError, match="source of workers"):
         from services.router.core import _membership
 
-        _membership(RouterConfig(model_path=Path("/m")))
+        _membership(RouterConfig(model_path=Path("/m")), Metrics())

@@ -206,7 +206,7 @@ async def test_log_line_says_whose_cache_was_offered(cluster, caplog):
     # Too busy to compute the rest itself.
     cluster["d0"].set_load(queued_prefill_tokens=300)
     async with asyncio.timeout(2):
-        while cluster.core.pool.index.match(hashes) != {"p0": 1, "d0": 4}:
+        while cluster.core.pool.index.match(hashes).by_worker() != {"p0": 1, "d0": 4}:
             await asyncio.sleep(0.005)
     with caplog.at_level(logging.INFO, logger="services.router.request_log"):
         await cluster.generate(LONG, 5)

@@ -15,6 +15,7 @@ from baton.core.worker_info import WorkerId
 from baton.rpc.v1 import worker_pb2 as pb
 from services.router.mailbox import Arrival, Mailbox
 from services.router.membership import PushMembership, StaticMembership
+from services.router.policy_config import PolicyConfig
 from services.router.prefix_index import PrefixIndex
 from services.router.session_client import SessionState, WorkerSession
 from services.router.worker_pool import WorkerPool
@@ -28,7 +29,7 @@ def hashes_of(cluster, prompt):
 
 async def matched(cluster, hashes, expected):
     async with asyncio.timeout(3):
-        while cluster.core.pool.index.match(hashes) != expected:
+        while cluster.core.pool.index.match(hashes).by_worker() != expected:
             await asyncio.sleep(0.005)
     cluster.core.pool.index.check_integrity()
 
@@ -46,8 +47,9 @@ async def test_snapshot_and_increments_feed_the_index(cluster):
     await matched(cluster, hashes, {"p0": 4, "d0": 3})
 
 
-async def test_prefix_overlap_decides_the_placement(make_cluster):
-    cluster = await make_cluster(3, 1)
+async def test_prefix_overlap_decides_the_placement(make_cluster, config):
+    config = dataclasses.replace(config, policy=PolicyConfig(local_prefill_max_tokens=0))
+    cluster = await make_cluster(3, 1, config=config)
     hashes = hashes_of(cluster, LONG)
     cluster["p1"].store(hashes)
     await matched(cluster, hashes, {"p1": 6})
@@ -185,7 +187,7 @@ async def test_lost_worker_leaves_the_index_and_comes_back_with_its_own_past(clu
     await matched(cluster, hashes, {})
     await cluster["p0"].revive()
     await cluster.connected()
-    assert cluster.core.pool.index.match(hashes) == {}
+    assert cluster.core.pool.index.match(hashes).by_worker() == {}
     assert cluster.core.pool.session(WorkerId("p0")).info.epoch == "2"
 
 

@@ -115,6 +115,7 @@ class Message:
     load: LoadReport | None
     first_kv_sequence: int
     events: list[tuple[list[BlockHash], list[BlockHash]]]
+    """What came to the prefix cache and what left it, for a tier or altogether."""
 
 
 @dataclass
@@ -161,7 +162,10 @@ class Router:
             self.deltas.setdefault(delta.request_id, []).append(delta)
         if step.HasField("load"):
             self.load = load_from_wire(step.load)
-        events = [(split_hashes(e.stored), split_hashes(e.removed)) for e in step.kv_events]
+        events = [
+            (split_hashes(e.stored), split_hashes(e.removed + e.on_host + e.on_disk))
+            for e in step.kv_events
+        ]
         if events:
             assert step.first_kv_sequence == self.kv_sequence + 1, "gap in KV events"
             self.kv_sequence += len(events)

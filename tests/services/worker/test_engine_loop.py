@@ -108,6 +108,9 @@ class FakeEngine:
     def load(self):
         return LoadReport(num_running=len(self.left))
 
+    def is_cached(self, block_hash):
+        return block_hash in self.cached_hashes()
+
     def cached_hashes(self):
         return [BlockHash(n.to_bytes(16, "big")) for n in range(1, self.stored + 1)]
 

@@ -1,12 +1,13 @@
 import pytest
 
-from baton.core.block import BlockHash
+from baton.core.block import BlockHash, join_hashes
 from baton.core.errors import Unavailable
 from baton.core.lifecycle import Timeline
 from baton.core.request import FinishReason, RequestId, TokenDelta
 from baton.core.worker_info import LoadReport
 from baton.rpc.convert import delta_from_wire
 from services.worker.config import SessionConfig
+from services.worker.kv_events import KvEvent
 from services.worker.session import Outbox, RouterSession, Sessions
 
 A, B = RequestId("a"), RequestId("b")
@@ -48,13 +49,16 @@ def test_deltas_that_do_not_continue_each_other_stay_apart():
 
 def test_events_keep_their_numbers_without_gaps():
     outbox = Outbox(SessionConfig())
-    outbox.add_event(5, hashes(1), [])
-    outbox.add_event(6, hashes(2), hashes(1))
+    outbox.add_event(5, KvEvent(hashes(1)))
+    outbox.add_event(6, KvEvent(hashes(2), hashes(1)))
     batch = outbox.take()
     assert batch.first_kv_sequence == 5
     assert len(batch.kv_events) == 2
-    outbox.add_event(7, hashes(3), [])
-    assert outbox.take().first_kv_sequence == 7
+    outbox.add_event(7, KvEvent([], [], hashes(3), hashes(4)))
+    batch = outbox.take()
+    assert batch.first_kv_sequence == 7
+    (event,) = batch.kv_events
+    assert (event.on_host, event.on_disk) == (join_hashes(hashes(3)), join_hashes(hashes(4)))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ def test_events_keep_their_numbers_without_gaps():
 def test_events_in_the_snapshot_are_not_repeated(up_to, first, left):
     outbox = Outbox(SessionConfig())
     for number in (5, 6, 7):
-        outbox.add_event(number, hashes(number), [])
+        outbox.add_event(number, KvEvent(hashes(number)))
     outbox.forget_events(up_to)
     batch = outbox.take()
     assert (batch.first_kv_sequence, len(batch.kv_events)) == (first, left)
@@ -89,7 +93,7 @@ async def test_session_closes_when_too_many_tokens_wait():
 async def test_session_closes_when_too_many_hashes_wait():
     sessions, session = Sessions(), RouterSession("r", SessionConfig(max_pending_hashes=10))
     sessions.open(session)
-    sessions.broadcast_event(1, hashes(*range(20)), [])
+    sessions.broadcast_event(1, KvEvent([], [], hashes(*range(20))))
     sessions.broadcast_load(LoadReport())
     assert session.is_closed
 

@@ -1,9 +1,11 @@
 import asyncio
 import contextlib
+import dataclasses
 
 import grpc
 import pytest
 
+from baton.core.block import HASH_SCHEME, BlockHash, next_hash, root_hash
 from baton.core.request import FinishReason, Work
 from baton.core.worker_info import PROTOCOL_VERSION, Role
 from baton.rpc.convert import request_to_wire, worker_info_from_wire
@@ -38,6 +40,26 @@ async def test_welcome_tells_identity_load_and_cache(workers, make_request):
     assert len(second.hashes) == len(PROMPT) // 4
     assert second.hashes == first.hashes
     assert second.kv_sequence == first.kv_sequence > 0
+
+
+async def test_welcome_tells_how_blocks_are_named_and_what_the_tiers_hold(workers):
+    worker = await workers.start()
+    loop = worker.server.parts.engine
+    snapshot = await loop.snapshot()
+    host, disk = ([BlockHash(bytes([n] * 16))] for n in (1, 2))
+    told = dataclasses.replace(snapshot, host_hashes=host, disk_hashes=disk)
+
+    async def answer():
+        return told
+
+    loop.snapshot = answer
+    welcome = (await worker.router()).welcome
+    assert (welcome.host_hashes, welcome.disk_hashes) == (host[0], disk[0])
+    hashing, layout = welcome.hashing, worker.info.layout
+    assert (hashing.scheme, hashing.block_size) == (HASH_SCHEME, layout.block_size)
+    assert hashing.fingerprint == layout.fingerprint
+    tokens = range(layout.block_size)
+    assert hashing.first_hash == next_hash(root_hash(layout.fingerprint), tokens)
 
 
 async def test_every_router_hears_all_events_but_only_its_own_tokens(

@@ -19,6 +19,7 @@ from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError, InternalError, TransferError, Unavailable
 from baton.core.fabric import FabricCounters
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
+from baton.core.tier import Tier
 from baton.core.worker_info import LoadReport
 from baton.engine.config import EngineConfig
 from baton.engine.factory import build_engine
@@ -73,6 +74,9 @@ class Server:
         self._ends = {}
         self._tokens = {}
         self._num_imports = 0
+        self.sequence = 0
+        self.tier_of = {}
+        """What routers would know."""
 
     async def __aenter__(self):
         self.loop.start()
@@ -87,10 +91,38 @@ class Server:
 
     def _on_step(self, result):
         self.tiering.on_load(result.load)
+        if result.kv_event is not None:
+            assert result.kv_sequence == self.sequence + 1
+            self.sequence += 1
+            self._told(result.kv_event)
         for delta in result.output.deltas:
             self._tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
             if delta.finish_reason is not None:
                 self._ends[delta.request_id].set_result(delta)
+
+    def _told(self, event):
+        named = [*event.stored, *event.removed, *event.on_host, *event.on_disk]
+        assert len(set(named)) == len(named), "a block is named twice in an event"
+        for block_hash in event.removed:
+            self.tier_of.pop(block_hash, None)
+        parts = (event.stored, event.on_host, event.on_disk)
+        for tier, part in zip(Tier, parts, strict=True):
+            self.tier_of.update(dict.fromkeys(part, tier))
+
+    async def check_told(self):
+        """Routers know of every block its best tier, once all is quiet."""
+        await eventually(lambda: self.tiering.is_quiet and not self.tiering._tiers.has_changes)
+        # One step more for what was noted in this moment.
+        self.loop.tell_tiers()
+        snapshot = await self.loop.snapshot()
+        await asyncio.sleep(0)
+        said = {
+            Tier.DEVICE: snapshot.cached_hashes,
+            Tier.HOST: snapshot.host_hashes,
+            Tier.DISK: snapshot.disk_hashes,
+        }
+        assert self.tier_of == {h: tier for tier, part in said.items() for h in part}
+        assert len(self.tier_of) == sum(map(len, said.values()))
 
     def hashes(self, prompt):
         return chain_hashes(root_hash(self.built.layout.fingerprint), prompt, BLOCK_SIZE)
@@ -178,6 +210,8 @@ async def test_evicted_prompt_is_restored_and_gives_the_same_tokens(checkpoint):
             assert await server.generate("again", first) == (tokens, 10 * BLOCK_SIZE)
             assert server.counters.restored_blocks == 10
             assert server.counters.saved_blocks >= 60
+            await server.check_told()
+            assert set(server.tier_of.values()) == {Tier.DEVICE, Tier.HOST}
             assert server.counters.corrupt_blocks == 0
 
 
@@ -192,6 +226,8 @@ async def test_restarted_worker_finds_its_blocks_on_disk(checkpoint, tmp_path):
             await server.saved(prompt)
             host, disk = server.tiering.reports()
             assert (host.num_blocks, disk.num_blocks) == (0, 10)
+            await server.check_told()
+            assert server.tier_of == dict.fromkeys(server.hashes(prompt), Tier.DISK)
             assert await server.restore(prompt) == 10
             assert await server.generate("again", prompt) == (tokens, 10 * BLOCK_SIZE)
 
@@ -240,6 +276,8 @@ async def test_blocks_go_through_host_and_disk_under_load(checkpoint, tmp_path):
             assert host.num_bytes <= host.max_bytes
             assert disk.num_blocks > 0 and disk.reason == ""
             await eventually(lambda: server.tiering.is_quiet)
+            await server.check_told()
+            assert set(server.tier_of.values()) == set(Tier)
 
 
 async def test_serving_goes_on_without_a_usable_disk(checkpoint, tmp_path):
@@ -295,6 +333,12 @@ class StubEngine:
         del self.unsaved[:max_blocks]
         self.leased |= {block_id for _, block_id in taken}
         return taken
+
+    def attach_tiers(self, tiers):
+        """Tells nobody."""
+
+    def tell_tiers(self):
+        """Tells nobody."""
 
     def release_saved(self, block_ids, *, is_saved):
         assert self.leased >= set(block_ids)

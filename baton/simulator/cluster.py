@@ -1,0 +1,379 @@
+"""The whole platform in virtual time: arrivals are placed, computed, handed over, decoded.
+
+    arrival ─► a router copy places ─► prefill worker computes, decode worker reserves
+            first token at the end of the prefill ─► KV arrives ─► decode worker goes on ─► end
+
+A prefix that another worker caches is read before the prompt is submitted, as the router offers and
+the worker's own cost rule decides. No worker fails here.
+
+Does not know: files, clocks, how results are shown.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from baton.core.fabric import FabricReport, LinkReport
+from baton.core.kv_layout import KvLayout
+from baton.core.lifecycle import LifecycleEvent as Event
+from baton.core.lifecycle import Timeline
+from baton.core.request import (
+    FinishReason,
+    GenerateRequest,
+    PeerRef,
+    RequestId,
+    SamplingParams,
+    TokenDelta,
+    Work,
+)
+from baton.core.worker_info import Role, WorkerId
+from baton.engine.handoff import ChunkDone
+from baton.engine.step_output import StepOutput
+from baton.simulator.events import EventQueue
+from baton.simulator.hardware import Hardware
+from baton.simulator.outcome import Outcome
+from baton.simulator.router import SimRouter
+from baton.simulator.worker import SimWorker
+from baton.simulator.workload import Arrival
+from services.router.placement import Placement, PlacementKind
+from services.router.policy_config import PolicyConfig
+
+TOKEN_ID = 1
+_STARTS = (Event.PREFILL_QUEUED, Event.PREFILL_STARTED, Event.DECODE_STARTED)
+GOSSIP_S = 0.005
+"""Until the other copies of the router know of a placement."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What is simulated."""
+
+    num_prefill: int = 8
+    num_decode: int = 8
+    num_blocks: int = 4000
+    """Of each worker's pool."""
+    block_size: int = 512
+    num_layers: int = 80
+    """With the next two, how much KV a token has: by default a model of 70 billion parameters."""
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    max_model_len: int = 1 << 18
+    prefill_max_num_seqs: int = 64
+    prefill_max_num_batched_tokens: int = 8192
+    decode_max_num_seqs: int = 256
+    decode_max_num_batched_tokens: int = 2048
+    num_routers: int = 1
+    """Copies; requests are dealt to them at random."""
+    hardware: Hardware = field(default_factory=Hardware)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request on its way."""
+
+    arrival: Arrival
+    router: SimRouter
+    placement: Placement
+    outcome: Outcome
+    open_on: set[WorkerId] = field(default_factory=set)
+    """Workers that have not said their last word."""
+    first: TokenDelta | None = None
+    first_at_s: float = 0.0
+    is_reserved: bool = False
+    num_reserved_cached: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
+
+
+class SimCluster:
+    """`run` a workload once. Implements WorkerListener."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self.events = EventQueue()
+        self._rng = random.Random(config.seed)
+        self._layout = KvLayout(
+            "simulated", config.num_layers, config.num_kv_heads, config.head_dim,
+            config.block_size, "bfloat16",
+        )  # fmt: skip
+        names = [(f"p{i}", Role.PREFILL) for i in range(config.num_prefill)]
+        names += [(f"d{i}", Role.DECODE) for i in range(config.num_decode)]
+        workers = [self._worker(name, role) for name, role in names]
+        self.workers = {worker.worker_id: worker for worker in workers}
+        self.routers = [
+            SimRouter(config.policy, seed=config.seed + 1 + i) for i in range(config.num_routers)
+        ]
+        for router in self.routers:
+            for worker in workers:
+                router.join(worker.info, worker.engine.load())
+            for worker in workers:
+                router.report_links(worker.worker_id, self._links_of(worker))
+        self._running: dict[RequestId, _Running] = {}
+        self._fetches = 0
+
+    def run(
+        self, arrivals: Sequence[Arrival], *, progress: Callable[[int], None] | None = None
+    ) -> list[Outcome]:
+        """All requests to their end; `progress` is called with the number that have ended.
+
+        Raises AssertionError when something is left over on a worker.
+        """
+        outcomes = [Outcome(a.number, a.at_s, a.num_prompt_tokens) for a in arrivals]
+        for arrival, outcome in zip(arrivals, outcomes, strict=True):
+            self.events.at(arrival.at_s, lambda a=arrival, o=outcome: self._arrive(a, o))  # type: ignore[misc]
+        self._num_ended, self._progress = 0, progress
+        while self.events.step():
+            pass
+        self.check_idle()
+        return outcomes
+
+    def check_idle(self) -> None:
+        """Raises AssertionError when a request, lease or reservation is left."""
+        assert not self._running, f"{len(self._running)} requests never ended"
+        for worker in self.workers.values():
+            assert worker.engine.is_empty, f"{worker.worker_id} still holds something"
+            worker.engine.check_integrity()
+
+    # A request's way.
+
+    def _arrive(self, arrival: Arrival, outcome: Outcome) -> None:
+        router = self._rng.choice(self.routers)
+        now_s = self.events.now()
+        placement = router.place(
+            arrival.block_hashes,
+            num_prompt_tokens=arrival.num_prompt_tokens,
+            max_tokens=arrival.num_output_tokens,
+            session_key=arrival.session_key,
+            now_s=now_s,
+        )
+        request_id = RequestId(f"r{arrival.number}")
+        outcome.kind = placement.kind.value
+        outcome.prefill, outcome.decode = placement.prefill or "", placement.decode or ""
+        outcome.placed_s = now_s
+        outcome.predicted_ttft_s = placement.predicted.ttft_s if placement.predicted else None
+        running = _Running(arrival, router, placement, outcome, set(placement.workers))
+        running.timeline.record(Event.PLACED, now_s)
+        self._running[request_id] = running
+        router.sent(
+            request_id,
+            placement,
+            arrival.block_hashes,
+            num_prompt_tokens=arrival.num_prompt_tokens,
+            session_key=arrival.session_key,
+            now_s=now_s,
+        )
+        self._tell_others(request_id, running)
+        self.events.after(
+            self._config.hardware.message_s, lambda: self._submit(request_id, running)
+        )
+
+    def _tell_others(self, request_id: RequestId, running: _Running) -> None:
+        for router in self.routers:
+            if router is not running.router:
+                self.events.after(
+                    GOSSIP_S,
+                    lambda r=router: r.sent_by_other(  # type: ignore[misc]
+                        request_id,
+                        running.placement,
+                        running.arrival.block_hashes,
+                        num_prompt_tokens=running.arrival.num_prompt_tokens,
+                        now_s=self.events.now(),
+                    ),
+                )
+
+    def _submit(self, request_id: RequestId, running: _Running) -> None:
+        placement = running.placement
+        if placement.kind is PlacementKind.REMOTE_PREFILL:
+            assert placement.decode is not None
+            self._give(placement.decode, self._request(request_id, running, Work.DECODE))
+        if not self._fetch(request_id, running):
+            self._start_prompt(request_id, running)
+
+    def _start_prompt(self, request_id: RequestId, running: _Running) -> None:
+        is_remote = running.placement.kind is PlacementKind.REMOTE_PREFILL
+        work = Work.PREFILL if is_remote else Work.GENERATE
+        request = self._request(request_id, running, work)
+        self._give(running.placement.computes_prompt, request)
+
+    def _fetch(self, request_id: RequestId, running: _Running) -> bool:
+        """Read the offered prefix first, where that is faster than computing it."""
+        offer = running.placement.offer
+        if offer is None:
+            return False
+        reader = self.workers[running.placement.computes_prompt]
+        owner = self.workers[offer.source]
+        hashes = running.arrival.block_hashes[: offer.num_blocks]
+        block_size = self._config.block_size
+        num_missing = (offer.num_blocks - offer.num_own_blocks) * block_size
+        context = offer.num_own_blocks * block_size
+        compute_s = running.router.perf.prefill_s(
+            reader.info.role, num_missing, context, reader.worker_id
+        )
+        if self._move_s(num_missing) >= compute_s:
+            return False
+        fetch_id = RequestId(f"{request_id}.fetch")
+        leased = owner.engine.lease_prefix(fetch_id, hashes)
+        reservation = reader.engine.reserve_import(fetch_id, hashes[: len(leased)])
+        if reservation is None:
+            owner.engine.release_lease(fetch_id)
+            return False
+        num_tokens = (len(reservation.block_ids) - reservation.num_cached_blocks) * block_size
+
+        def arrived() -> None:
+            owner.engine.release_lease(fetch_id)
+            reader.engine.finish_import(fetch_id, num_blocks=len(reservation.block_ids))
+            running.outcome.num_fetched_tokens = num_tokens
+            self._start_prompt(request_id, running)
+            owner.kick()
+
+        self.events.after(self._move_s(num_tokens), arrived)
+        return True
+
+    def _request(self, request_id: RequestId, running: _Running, work: Work) -> GenerateRequest:
+        arrival, source = running.arrival, None
+        if work is Work.DECODE:
+            info = self.workers[running.placement.computes_prompt].info
+            source = PeerRef(info.worker_id, info.epoch, info.address)
+        return GenerateRequest(
+            request_id,
+            work,
+            (TOKEN_ID,) * arrival.num_prompt_tokens,
+            SamplingParams(max_tokens=arrival.num_output_tokens, temperature=0.0, ignore_eos=True),
+            block_hashes=arrival.block_hashes,
+            kv_source=source,
+        )
+
+    def _give(self, worker_id: WorkerId, request: GenerateRequest) -> None:
+        worker = self.workers[worker_id]
+        worker.engine.submit(request)
+        worker.kick()
+
+    # WorkerListener
+
+    def on_step(self, worker: SimWorker, output: StepOutput) -> None:
+        load, now_s = worker.engine.load(), self.events.now()
+        for router in self.routers:
+            router.heard(worker.worker_id, load, output.stored, output.removed, now_s)
+        for reservation in output.reservations:
+            running = self._running[reservation.request_id]
+            running.is_reserved = True
+            running.num_reserved_cached = reservation.num_cached_blocks
+            self._hand_over(reservation.request_id, running)
+        for delta in output.deltas:
+            self._on_delta(worker, delta)
+        for chunk in output.chunks:
+            self._on_chunk(chunk)
+
+    def _on_delta(self, worker: SimWorker, delta: TokenDelta) -> None:
+        running = self._running[delta.request_id]
+        outcome, now_s = running.outcome, self.events.now()
+        if delta.token_ids:
+            if not outcome.num_output_tokens:
+                outcome.first_token_s = now_s
+                outcome.num_cached_tokens = delta.num_cached_tokens
+                running.timeline.record(Event.PREFILL_ENDED, now_s)
+                running.timeline.record(Event.FIRST_TOKEN, now_s)
+            outcome.num_output_tokens += len(delta.token_ids)
+            outcome.last_token_s = now_s
+        assert delta.finish_reason is not FinishReason.ERROR, delta.error
+        if delta.timeline is not None:
+            # Ends come from here: the engine's step is over in no time, as its clock sees it.
+            starts = {e: s for e, s in delta.timeline.points.items() if e in _STARTS}
+            running.timeline.merge(Timeline(starts))
+            running.open_on.discard(worker.worker_id)
+            running.router.ended(delta.request_id, worker.worker_id)
+        if delta.finish_reason is not None:
+            self._end(delta.request_id, running)
+
+    def _on_chunk(self, chunk: ChunkDone) -> None:
+        running = self._running.get(chunk.request_id)
+        if chunk.is_last and running is not None:
+            running.first, running.first_at_s = chunk.first_token, self.events.now()
+            self._hand_over(chunk.request_id, running)
+        elif chunk.is_last:
+            self._release(chunk.request_id)
+
+    def _hand_over(self, request_id: RequestId, running: _Running) -> None:
+        """Both sides are ready: only what the last chunk wrote is still to be read."""
+        if running.first is None or not running.is_reserved:
+            return
+        config, arrival = self._config, running.arrival
+        num_new = arrival.num_prompt_tokens - running.num_reserved_cached * config.block_size
+        num_left = min(max(0, num_new), config.prefill_max_num_batched_tokens)
+        self.events.after(self._move_s(num_left), lambda: self._activate(request_id, running))
+
+    def _activate(self, request_id: RequestId, running: _Running) -> None:
+        placement, first = running.placement, running.first
+        assert placement.decode is not None and placement.prefill is not None and first is not None
+        decode, prefill = self.workers[placement.decode], self.workers[placement.prefill]
+        told = TokenDelta(request_id, 0, list(first.token_ids), finish_reason=first.finish_reason)
+        decode.engine.activate(request_id, told)
+        prefill.engine.release_lease(request_id)
+        decode.kick()
+        prefill.kick()
+
+    def _end(self, request_id: RequestId, running: _Running) -> None:
+        outcome = running.outcome
+        if running.placement.kind is not PlacementKind.PREFILL_ONLY:
+            running.timeline.record(Event.DECODE_ENDED, outcome.last_token_s)
+        running.router.learn(
+            running.placement,
+            running.timeline,
+            num_prompt_tokens=outcome.num_prompt_tokens,
+            num_cached_tokens=outcome.num_cached_tokens,
+            num_output_tokens=outcome.num_output_tokens,
+        )
+        for worker_id in running.open_on:
+            # A prefill whose first token was the last: the decode worker gives its blocks back.
+            self.workers[worker_id].engine.cancel(request_id)
+            running.router.ended(request_id, worker_id)
+        del self._running[request_id]
+        self._num_ended += 1
+        if self._progress is not None:
+            self._progress(self._num_ended)
+
+    def _release(self, request_id: RequestId) -> None:
+        for worker in self.workers.values():
+            worker.engine.release_lease(request_id)
+
+    def _move_s(self, num_tokens: int) -> float:
+        return self._config.hardware.move_s(num_tokens * self._layout.token_bytes)
+
+    def _links_of(self, reader: SimWorker) -> FabricReport:
+        hardware = self._config.hardware
+        return FabricReport(
+            links=tuple(
+                LinkReport(
+                    info.worker_id,
+                    info.epoch,
+                    "simulated",
+                    bytes_per_second=hardware.link_bytes_per_second,
+                    latency_s=hardware.link_latency_s,
+                )
+                for info in (worker.info for worker in self.workers.values())
+                if info.worker_id != reader.worker_id
+            )
+        )
+
+    def _worker(self, name: str, role: Role) -> SimWorker:
+        config = self._config
+        is_prefill = role is Role.PREFILL
+        return SimWorker(
+            name,
+            role,
+            layout=self._layout,
+            num_blocks=config.num_blocks,
+            max_num_seqs=config.prefill_max_num_seqs if is_prefill else config.decode_max_num_seqs,
+            max_num_batched_tokens=(
+                config.prefill_max_num_batched_tokens
+                if is_prefill
+                else config.decode_max_num_batched_tokens
+            ),
+            max_model_len=config.max_model_len,
+            hardware=config.hardware,
+            events=self.events,
+            listener=self,
+        )

@@ -1,0 +1,103 @@
+"""What arrives: requests as lengths and block identities, without text.
+
+A trace names the blocks of each prompt: equal names at equal positions are equal prefixes. That is
+all a prefix cache looks at, so token ids are made up.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.core.block import BlockHash, next_hash, root_hash
+from baton.core.errors import ConfigError
+
+MOONCAKE_BLOCK_SIZE = 512
+"""Tokens of one block of the published Mooncake traces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request. Times in seconds from the start of the workload."""
+
+    number: int
+    at_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    block_hashes: tuple[BlockHash, ...]
+    """Of the prompt's full blocks."""
+    session_key: str = ""
+    tenant: str = ""
+
+
+def read_mooncake(path: Path, *, limit: int | None = None, speed: float = 1.0) -> list[Arrival]:
+    """Requests of a Mooncake trace (JSON lines, gzip or plain), in order of arrival.
+
+    `speed` above 1 lets them arrive faster. The published times come in bursts a few seconds apart,
+    an artefact of recording: requests of one burst are spread evenly until the next one. Raises
+    ConfigError naming the line that is not of the format.
+    """
+    if speed <= 0:
+        raise ConfigError(f"speed must be above 0, got {speed:g}")
+    rows = list(_rows(path, limit))
+    hasher = _Hasher()
+    return [
+        Arrival(i, at_s / speed, row[0], row[1], hasher.chain(row[2], row[0]))
+        for i, (at_s, row) in enumerate(zip(_spread([r[3] for r in rows]), rows, strict=True))
+    ]
+
+
+_Row = tuple[int, int, list[int], float]
+
+
+def _rows(path: Path, limit: int | None) -> Iterator[_Row]:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        for number, line in enumerate(lines):
+            if number == limit:
+                return
+            try:
+                row = json.loads(line)
+                yield (
+                    max(1, int(row["input_length"])),
+                    max(1, int(row["output_length"])),
+                    [int(i) for i in row["hash_ids"]],
+                    float(row["timestamp"]) / 1000,
+                )
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{path.name} line {number + 1} is not a request of a Mooncake trace "
+                    f"({error!r}); it must have timestamp, input_length, output_length, hash_ids"
+                ) from None
+
+
+def _spread(times_s: list[float]) -> list[float]:
+    """Requests of equal time, evenly over the gap to the next time."""
+    spread: list[float] = []
+    start = 0
+    while start < len(times_s):
+        end = start
+        while end < len(times_s) and times_s[end] == times_s[start]:
+            end += 1
+        gap_s = times_s[end] - times_s[start] if end < len(times_s) else 1.0
+        spread += (times_s[start] + gap_s * i / (end - start) for i in range(end - start))
+        start = end
+    return spread
+
+
+class _Hasher:
+    """Chains of block names; each name at its place is hashed once."""
+
+    def __init__(self) -> None:
+        self._root = root_hash("simulated")
+        self._known: dict[tuple[BlockHash, int], BlockHash] = {}
+
+    def chain(self, names: Iterable[int], num_tokens: int) -> tuple[BlockHash, ...]:
+        parent, chain = self._root, []
+        for name in list(names)[: num_tokens // MOONCAKE_BLOCK_SIZE]:
+            key = (parent, name)
+            parent = self._known.get(key) or self._known.setdefault(key, next_hash(parent, [name]))
+            chain.append(parent)
+        return tuple(chain)

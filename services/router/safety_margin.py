@@ -1,0 +1,36 @@
+"""By how much predictions are too bold, learned from what came. A plain state machine.
+
+The margin moves until `SAFE_SHARE` of all outcomes lie below prediction plus margin: a step up
+after an outcome above it, a step of (1 - share) / share of that down after one below. Steps are
+shares of the target, so margins of seconds and of milliseconds settle after as many requests.
+
+Does not know: what is predicted.
+"""
+
+from __future__ import annotations
+
+SAFE_SHARE = 0.95
+STEP = 0.02
+"""Of the target."""
+NEAR = 0.7
+"""Of the target."""
+MAX_MARGIN = 0.5
+"""Of the target: with worse predictions half of the target is all that admission can use."""
+
+
+class SafetyMargin:
+    """Of one kind of prediction."""
+
+    def __init__(self) -> None:
+        self.margin_s = 0.0
+
+    def learn(
+        self, predicted_s: float | None, actual_s: float | None, target_s: float | None
+    ) -> None:
+        """Nothing is learned where one of them is missing. What stays far below the target is safe,
+        however bold its prediction was."""
+        if predicted_s is None or actual_s is None or target_s is None:
+            return
+        is_safe = actual_s <= max(predicted_s + self.margin_s, NEAR * target_s)
+        step_s = STEP * target_s * (SAFE_SHARE - 1 if is_safe else SAFE_SHARE)
+        self.margin_s = max(0.0, min(MAX_MARGIN * target_s, self.margin_s + step_s))

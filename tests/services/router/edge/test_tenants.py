@@ -1,0 +1,309 @@
+"""Who sends a request, over HTTP and gRPC: keys, tenants, classes, priorities."""
+
+from __future__ import annotations
+
+import contextlib
+
+import grpc
+import httpx
+import pytest
+
+from baton.core.errors import Overloaded, QuotaExceeded, RateLimit
+from baton.rpc.v1 import inference_pb2 as pb
+from baton.rpc.v1 import inference_pb2_grpc
+from baton.telemetry.metrics import Metrics
+from services.router.api_keys import new_key, write_keys
+from services.router.grpc_server import GrpcServer
+from services.router.http_app import HttpApp
+from services.router.shared.process_state import ProcessState
+from services.router.shared.state import QuotaLimits, TenantRecord, hash_key
+from services.router.slo import SloTargets
+from services.router.slo_config import SloConfig
+from services.router.tenants import open_tenants
+from services.router.tenants_config import TenantConfig, TenantsConfig
+
+KEY = new_key()
+ACME = TenantRecord("acme", QuotaLimits(60, 10_000, 4), weight=2.0, slo_class="batch")
+BODY = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 4}
+CODE = grpc.StatusCode
+
+
+@pytest.fixture
+def keys_file(tmp_path):
+    path = tmp_path / "keys.json"
+    write_keys(path, {hash_key(KEY): ACME})
+    return path
+
+
+@pytest.fixture
+def metrics():
+    return Metrics()
+
+
+@pytest.fixture
+def serve(generator, edge_config, metrics):
+    """An HTTP client of an edge with these tenants."""
+
+    @contextlib.asynccontextmanager
+    async def serve(config, *, slo=None, shared=None):
+        tenants = open_tenants(
+            config, slo or SloConfig(), shared=shared or ProcessState(), metrics=metrics
+        )
+        app = HttpApp(generator, metrics=metrics, config=edge_config, tenants=tenants)
+        transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
+            yield client
+        app.close()
+
+    return serve
+
+
+async def ask(client, headers=None, **fields):
+    return await client.post("/v1/completions", json={**BODY, **fields}, headers=headers)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_without_keys_everybody_is_the_anonymous_tenant(serve, generator):
+    async with serve(TenantsConfig()) as client:
+        assert (await ask(client, bearer("whatever"))).status_code == 200
+        assert (await ask(client, {"X-Tenant-Id": "evil"})).status_code == 200
+    assert [r.tenant for r in generator.started] == ["anonymous", "anonymous"]
+    assert generator.started[0].limits.is_unlimited
+    assert generator.started[0].slo_class == "standard"
+
+
+async def test_key_says_who_it_is_and_what_it_may(serve, generator, keys_file):
+    async with serve(TenantsConfig(keys_file=keys_file)) as client:
+        assert (await ask(client, bearer(KEY))).status_code == 200
+        assert (await ask(client, {"authorization": f"bearer   {KEY}"})).status_code == 200
+    (request, _) = generator.started
+    assert (request.tenant, request.weight, request.slo_class) == ("acme", 2.0, "batch")
+    assert request.limits == ACME.limits and request.priority == 10
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({}, "missing"),
+        ({"Authorization": "Basic dTpw"}, "malformed"),
+        ({"Authorization": "Bearer"}, "malformed"),
+        ({"Authorization": "Bearer a b"}, "malformed"),
+        ({"Authorization": "Bearer " + "x" * 5000}, "malformed"),
+        (bearer(KEY[:-1]), "unknown"),
+        (bearer(KEY + "x"), "unknown"),
+        (bearer(hash_key(KEY)), "unknown"),
+    ],
+)
+async def test_without_a_valid_key_nothing_is_read_or_shown(
+    serve, generator, keys_file, metrics, headers, reason
+):
+    async with serve(TenantsConfig(keys_file=keys_file)) as client:
+        answer = await client.post("/v1/chat/completions", content=b"no json", headers=headers)
+        models = await client.get("/v1/models", headers=headers)
+        one = await client.get("/v1/models/tiny", headers=headers)
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
+    assert answer.status_code == models.status_code == one.status_code == 401
+    error = answer.json()["error"]
+    assert error["type"] == "authentication_error" and error["code"] == "invalid_api_key"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert KEY[:-1] not in answer.text and not generator.started
+    text = metrics.render().decode()
+    assert f'baton_requests_unauthorized_total{{reason="{reason}"}} 3.0' in text
+
+
+async def test_keys_of_the_shared_store(serve, generator):
+    shared = ProcessState()
+    await shared.put_key(hash_key(KEY), ACME)
+    async with serve(TenantsConfig(require_key=True), shared=shared) as client:
+        assert (await ask(client, bearer(KEY))).status_code == 200
+        assert (await ask(client, bearer("other"))).status_code == 401
+        await shared.remove_key(hash_key(KEY))
+        assert (await ask(client, bearer(KEY))).status_code == 401
+
+
+async def test_settings_count_where_the_key_says_nothing(serve, generator, tmp_path):
+    path = tmp_path / "keys.json"
+    write_keys(path, {hash_key(KEY): TenantRecord("acme"), hash_key("b"): TenantRecord("other")})
+    config = TenantsConfig(
+        keys_file=path,
+        default=TenantConfig(max_concurrent=3),
+        named={"acme": TenantConfig(weight=5.0, tokens_per_minute=77, slo_class="interactive")},
+    )
+    async with serve(config) as client:
+        await ask(client, bearer(KEY))
+        await ask(client, bearer("b"))
+    acme, other = generator.started
+    assert (acme.weight, acme.slo_class) == (5.0, "interactive")
+    assert acme.limits == QuotaLimits(tokens_per_minute=77)
+    assert (other.weight, other.limits) == (1.0, QuotaLimits(max_concurrent=3))
+
+
+async def test_tenant_header_counts_only_where_it_is_trusted(serve, generator):
+    config = TenantsConfig(trust_tenant_header=True, named={"acme": TenantConfig(weight=4.0)})
+    async with serve(config) as client:
+        await ask(client, {"X-Tenant-Id": "acme"})
+        await ask(client)
+        too_long = await ask(client, {"X-Tenant-Id": "x" * 200})
+    assert [(r.tenant, r.weight) for r in generator.started] == [("acme", 4.0), ("anonymous", 1.0)]
+    assert too_long.status_code == 400 and "128" in too_long.text
+
+
+async def test_class_and_targets_of_a_request(serve, generator):
+    async with serve(TenantsConfig()) as client:
+        await ask(client, {"X-SLO-Class": "Interactive"})
+        await ask(client, {"X-SLO-Class": "interactive", "X-SLO-TTFT-Ms": "250"})
+        await ask(client, {"X-SLO-ITL-Ms": "40"})
+        unknown = await ask(client, {"X-SLO-Class": "gold"})
+        wrong = await ask(client, {"X-SLO-TTFT-Ms": "soon"})
+    named, own, bare = generator.started
+    assert named.slo_class == "interactive" and named.targets is None
+    assert own.targets == SloTargets(0.25, 0.1)
+    assert bare.targets == SloTargets(None, 0.04) and bare.slo_class == "standard"
+    assert unknown.status_code == wrong.status_code == 400
+    assert "batch, interactive, standard" in unknown.json()["error"]["message"]
+    assert unknown.json()["error"]["param"] == "X-SLO-Class"
+
+
+async def test_targets_of_requests_can_be_switched_off(serve, generator):
+    async with serve(TenantsConfig(), slo=SloConfig(allow_request_targets=False)) as client:
+        await ask(client, {"X-SLO-TTFT-Ms": "1"})
+    assert generator.started[0].targets is None
+
+
+async def test_priority_of_the_body_goes_before_the_header_and_that_before_the_class(
+    serve, generator
+):
+    async with serve(TenantsConfig()) as client:
+        await ask(client, {"X-Priority": "5"}, priority=-7)
+        await ask(client, {"X-Priority": "5", "X-SLO-Class": "batch"})
+        await ask(client, {"X-SLO-Class": "batch"})
+        answers = [
+            await ask(client, priority=101),
+            await ask(client, priority=10**30),
+            await ask(client, {"X-Priority": "high"}),
+            await ask(client, {"X-Priority": "-101"}),
+        ]
+    assert [r.priority for r in generator.started] == [-7, 5, 10]
+    assert {a.status_code for a in answers} == {400}
+
+
+async def test_conversation_is_known_by_header_or_user_and_kept_apart_by_tenant(serve, generator):
+    config = TenantsConfig(trust_tenant_header=True)
+    async with serve(config) as client:
+        await ask(client, user="u")
+        await ask(client, {"X-Session-Id": "s"}, user="u")
+        await ask(client, {"X-Tenant-Id": "acme"}, user="u")
+        await ask(client)
+        await ask(client, user="u" * 100_000)
+    keys = [r.session_key for r in generator.started]
+    assert keys[3] == "" and len(set(keys)) == 5
+    assert keys[1].endswith("\0s") and max(map(len, keys)) < 300
+
+
+async def test_caches_are_isolated_where_asked_for(serve, generator):
+    for isolate in (False, True):
+        config = TenantsConfig(trust_tenant_header=True, isolate_caches=isolate)
+        async with serve(config) as client:
+            await ask(client, {"X-Tenant-Id": "a"}, cache_salt="x")
+            await ask(client, {"X-Tenant-Id": "b"}, cache_salt="x")
+    shared, also, a, b = (r.cache_salt for r in generator.started)
+    assert shared == also == "x" and a != b
+
+
+async def test_answer_429_says_when_to_come_back(serve, generator):
+    generator.fail_at, generator.error = 0, Overloaded("busy", retry_after_s=2.3)
+    async with serve(TenantsConfig()) as client:
+        answer = await ask(client)
+        streamed = await ask(client, stream=True)
+    for reply in (answer, streamed):
+        assert reply.status_code == 429
+        assert reply.headers["retry-after"] == "3" and reply.headers["retry-after-ms"] == "2300"
+        assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+        assert reply.json()["error"]["type"] == "rate_limit_error"
+        assert "x-ratelimit-limit-requests" not in reply.headers
+
+
+async def test_quota_429_shows_the_limits(serve, generator):
+    rates = (RateLimit("requests", 60, 0, 60.0), RateLimit("tokens", 1000, 250, 45.0))
+    generator.fail_at = 0
+    generator.error = QuotaExceeded("used up", retry_after_s=0.02, rate_limits=rates)
+    async with serve(TenantsConfig()) as client:
+        headers = (await ask(client)).headers
+    assert headers["retry-after"] == "1" and headers["retry-after-ms"] == "20"
+    assert headers["x-ratelimit-limit-requests"] == "60"
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    assert headers["x-ratelimit-reset-requests"] == "60.000s"
+    assert headers["x-ratelimit-remaining-tokens"] == "250"
+
+
+@pytest.fixture
+async def stub(generator, edge_config, metrics, keys_file):
+    tenants = open_tenants(
+        TenantsConfig(keys_file=keys_file), SloConfig(), shared=ProcessState(), metrics=metrics
+    )
+    server = GrpcServer(
+        generator, host="127.0.0.1", port=0, metrics=metrics, config=edge_config, tenants=tenants
+    )
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield inference_pb2_grpc.InferenceStub(channel)
+    await server.stop()
+
+
+REQUEST = pb.CompletionRequest(model="tiny", token_ids=pb.TokenIds(ids=[1, 2, 3]))
+
+
+async def call(stub, *metadata):
+    return [delta async for delta in stub.Generate(REQUEST, metadata=metadata)]
+
+
+async def test_grpc_metadata_says_the_same(stub, generator):
+    await call(
+        stub,
+        ("authorization", f"Bearer {KEY}"),
+        ("x-slo-class", "interactive"),
+        ("x-slo-itl-ms", "20"),
+        ("x-priority", "-4"),
+        ("x-session-id", "s"),
+    )
+    (request,) = generator.started
+    assert (request.tenant, request.slo_class, request.priority) == ("acme", "interactive", -4)
+    assert request.targets == SloTargets(2.0, 0.02) and request.session_key.endswith("\0s")
+    assert request.limits == ACME.limits
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code"),
+    [
+        ((), CODE.UNAUTHENTICATED),
+        ((("authorization", "Bearer nonsense"),), CODE.UNAUTHENTICATED),
+        ((("authorization", f"Bearer {KEY}"), ("x-slo-class", "gold")), CODE.INVALID_ARGUMENT),
+        ((("authorization", f"Bearer {KEY}"), ("x-priority", "z")), CODE.INVALID_ARGUMENT),
+    ],
+)
+async def test_grpc_refusals(stub, generator, metadata, code):
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call(stub, *metadata)
+    assert refused.value.code() is code and not generator.started
+    if code is CODE.UNAUTHENTICATED:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ListModels(pb.ListModelsRequest(), metadata=metadata)
+        assert refused.value.code() is code
+
+
+async def test_grpc_overload_names_the_delay_in_the_ways_clients_know(stub, generator):
+    generator.fail_at = 0
+    generator.error = QuotaExceeded(
+        "used up", retry_after_s=1.5, rate_limits=(RateLimit("requests", 60, 0, 60.0),)
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call(stub, ("authorization", f"Bearer {KEY}"))
+    assert refused.value.code() is CODE.RESOURCE_EXHAUSTED
+    trailing = dict(refused.value.trailing_metadata())
+    assert trailing["retry-after"] == "2" and trailing["retry-after-ms"] == "1500"
+    assert trailing["grpc-retry-pushback-ms"] == "1500"
+    assert trailing["x-ratelimit-limit-requests"] == "60"
