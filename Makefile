@@ -19,7 +19,7 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 # A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
 GPU_TIMEOUT := --timeout-method=thread
 
-.PHONY: help install serve test test-deploy chart test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-gpu tune-gpu bench-quality bench-vllm-env clean
+.PHONY: help install serve test test-deploy test-image chart test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,6 +80,9 @@ chart: $(LINT_STAMP)  ## regenerate the schema, README and rendered examples of 
 
 test-deploy: $(TEST_STAMP)  ## the Helm chart and the image, with the minute on a real Ray
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/deploy $(ARGS)
+
+test-image: $(TEST_STAMP)  ## the image built without a registry and run read-only (root, buildah, runc; minutes)
+	tools/check_image.sh
 
 protos: $(LINT_STAMP)  ## regenerate baton/rpc/v1 from proto/v1
 	$(BIN)/python tools/generate_protos.py

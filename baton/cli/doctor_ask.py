@@ -43,7 +43,7 @@ from baton.rpc.v1 import transfer_pb2_grpc, worker_pb2_grpc
 from baton.rpc.v1 import worker_pb2 as worker
 from kvtransfer.metadata import PeerCard, seal_card
 from kvtransfer.peer_process import host_id, pid_namespace
-from services.router.peers import peers_of
+from services.router.workers.peers import peers_of
 from services.worker.link_check import LOOPBACK
 
 CARD_LIFETIME_S = 60.0

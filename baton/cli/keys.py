@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from baton.core.errors import ConfigError
-from services.router.api_keys import PREFIX, FileKeys, new_key
 from services.router.shared.redis_store import RedisStore
 from services.router.shared.state import QuotaLimits, TenantRecord, hash_key
+from services.router.tenants.api_keys import PREFIX, FileKeys, new_key
 
 T = TypeVar("T")
 

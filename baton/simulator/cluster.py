@@ -37,8 +37,8 @@ from baton.simulator.outcome import Outcome
 from baton.simulator.router import SimRouter
 from baton.simulator.worker import SimWorker
 from baton.simulator.workload import Arrival
-from services.router.placement import Placement, PlacementKind
-from services.router.policy_config import PolicyConfig
+from services.router.placement.placement import Placement, PlacementKind
+from services.router.placement.policy_config import PolicyConfig
 
 TOKEN_ID = 1
 _STARTS = (Event.PREFILL_QUEUED, Event.PREFILL_STARTED, Event.DECODE_STARTED)

@@ -18,19 +18,19 @@ from baton.core.lifecycle import Timeline
 from baton.core.request import RequestId
 from baton.core.worker_info import LoadReport, WorkerId, WorkerInfo
 from baton.telemetry.metrics import Metrics
-from services.router.affinity import SessionAffinity
-from services.router.comparison_policies import make_policy
-from services.router.load_book import UNREPORTED_S, LoadBook
-from services.router.perf_config import PerfConfig
-from services.router.perf_model import PerfModel
-from services.router.perf_observer import PerfObserver
-from services.router.placement import Placement, PlacementRequest
-from services.router.policy import Hits
-from services.router.policy_config import PolicyConfig
-from services.router.predicted import PredictedPrefixes
-from services.router.prefix_index import PrefixIndex
-from services.router.topology import LinkPrices
-from services.router.worker_table import WorkerTable
+from services.router.index.predicted import PredictedPrefixes
+from services.router.index.prefix_index import PrefixIndex
+from services.router.placement.affinity import SessionAffinity
+from services.router.placement.comparison_policies import make_policy
+from services.router.placement.load_book import UNREPORTED_S, LoadBook
+from services.router.placement.perf_config import PerfConfig
+from services.router.placement.perf_model import PerfModel
+from services.router.placement.perf_observer import PerfObserver
+from services.router.placement.placement import Placement, PlacementRequest
+from services.router.placement.policy import Hits
+from services.router.placement.policy_config import PolicyConfig
+from services.router.placement.topology import LinkPrices
+from services.router.placement.worker_table import WorkerTable
 
 MAX_INDEX_ENTRIES = 1_000_000
 MODEL = "simulated"

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.router.index_child import rss_bytes
 from bench.router.index_workload import HASH_BYTES, Workload, percentile, split
-from services.router.prefix_index import PrefixIndex
+from services.router.index.prefix_index import PrefixIndex
 
 CHILD = Path(__file__).with_name("index_child.py")
 CHILD_TIMEOUT_S = 300

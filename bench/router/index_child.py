@@ -51,7 +51,7 @@ class Baton:
     """The prefix index, fed as the router feeds it."""
 
     def __init__(self, workload: Workload) -> None:
-        from services.router.prefix_index import PrefixIndex
+        from services.router.index.prefix_index import PrefixIndex
 
         self._index = PrefixIndex(workload.num_distinct, max_pending=1024)
         self._names = [f"worker-{number}" for number in range(workload.num_workers)]

@@ -20,16 +20,16 @@ from typing import Any
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
 from bench.router.index_workload import PROMPTS, Workload, percentile, split
-from services.router.comparison_policies import make_policy
-from services.router.load_book import LoadBook
-from services.router.perf_model import PerfModel
-from services.router.placement import Placement, PlacementRequest
-from services.router.policy import Hits
-from services.router.policy_config import PolicyConfig
-from services.router.predicted import PredictedPrefixes
-from services.router.prefix_index import PrefixIndex
-from services.router.topology import LinkPrices
-from services.router.worker_table import WorkerTable
+from services.router.index.predicted import PredictedPrefixes
+from services.router.index.prefix_index import PrefixIndex
+from services.router.placement.comparison_policies import make_policy
+from services.router.placement.load_book import LoadBook
+from services.router.placement.perf_model import PerfModel
+from services.router.placement.placement import Placement, PlacementRequest
+from services.router.placement.policy import Hits
+from services.router.placement.policy_config import PolicyConfig
+from services.router.placement.topology import LinkPrices
+from services.router.placement.worker_table import WorkerTable
 
 NUM_WORKERS = (10, 50, 100, 200)
 NUM_PLACEMENTS = 4000

@@ -19,7 +19,7 @@ from baton.core.block import BlockHash
 from baton.simulator.cluster import ClusterConfig, SimCluster
 from baton.simulator.outcome import summarize
 from baton.simulator.workload import MOONCAKE_BLOCK_SIZE, Arrival, read_mooncake
-from services.router.policy_config import PolicyConfig, PolicyName
+from services.router.placement.policy_config import PolicyConfig, PolicyName
 
 POLICIES = (
     PolicyName.COST,

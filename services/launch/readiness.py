@@ -12,7 +12,7 @@ import redis
 
 from baton.core.errors import ConfigError, Unavailable
 from baton.registry.redis_connection import redis_failure
-from services.router.scrape_target import ScrapeTarget, read_targets
+from services.router.edge.scrape_target import ScrapeTarget, read_targets
 
 POLL_S = 0.1
 REDIS_TIMEOUT_S = 3.0

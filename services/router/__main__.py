@@ -29,10 +29,10 @@ from baton.process import (
 from baton.settings import parse_override, start_logging
 from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
-from services.router.grpc_server import GrpcServer
-from services.router.http_app import HttpApp
-from services.router.http_server import HttpServer
-from services.router.own_door import OwnDoor
+from services.router.edge.grpc_server import GrpcServer
+from services.router.edge.http_app import HttpApp
+from services.router.edge.http_server import HttpServer
+from services.router.edge.own_door import OwnDoor
 
 logger = logging.getLogger("services.router")
 

@@ -15,16 +15,16 @@ from baton.core.errors import ConfigError
 from baton.core.tls import TlsConfig
 from baton.core.worker_info import Role
 from baton.settings import LogConfig, check_positive, load
-from services.router.admission_config import AdmissionConfig
+from services.router.admission.admission_config import AdmissionConfig
+from services.router.admission.slo_config import SloConfig
 from services.router.copy_config import CopyConfig
-from services.router.edge_config import EdgeConfig
-from services.router.perf_config import PerfConfig
-from services.router.policy_config import PolicyConfig
-from services.router.prefix_table import MAX_ENTRIES
-from services.router.retry_config import BreakerConfig, RetryConfig
+from services.router.edge.edge_config import EdgeConfig
+from services.router.index.prefix_table import MAX_ENTRIES
+from services.router.placement.perf_config import PerfConfig
+from services.router.placement.policy_config import PolicyConfig
+from services.router.requests.retry_config import BreakerConfig, RetryConfig
 from services.router.shared.config import SharedConfig
-from services.router.slo_config import SloConfig
-from services.router.tenants_config import TenantsConfig
+from services.router.tenants.tenants_config import TenantsConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,29 +20,29 @@ from baton.engine.tokenizer import Tokenizer
 from baton.registry.directory import DirectoryRegistry
 from baton.registry.redis_registry import RedisRegistry
 from baton.telemetry.metrics import Metrics
-from services.router.admission_gate import AdmissionGate
-from services.router.admission_record import AdmissionRecorder
+from services.router.admission.admission_gate import AdmissionGate
+from services.router.admission.admission_record import AdmissionRecorder
 from services.router.config import RouterConfig
-from services.router.dispatch import Dispatcher
-from services.router.fabric_gauges import FabricGauges
-from services.router.failure_book import FailureBook
-from services.router.membership import Membership, RegistryMembership, StaticMembership
-from services.router.migrate import Migrator
-from services.router.perf_model import PerfModel
-from services.router.perf_observer import PerfObserver
-from services.router.placer import Placer
-from services.router.predicted import PredictedPrefixes
-from services.router.prefix_index import PrefixIndex
-from services.router.quota import QuotaDesk
-from services.router.request_log import RequestRecorder
+from services.router.index.predicted import PredictedPrefixes
+from services.router.index.prefix_index import PrefixIndex
+from services.router.migration.migrate import Migrator
+from services.router.placement.perf_model import PerfModel
+from services.router.placement.perf_observer import PerfObserver
+from services.router.placement.placer import Placer
+from services.router.placement.topology import LinkPrices
+from services.router.requests.dispatch import Dispatcher
+from services.router.requests.failure_book import FailureBook
+from services.router.requests.request_log import RequestRecorder
+from services.router.requests.starter import Starter
 from services.router.shared.opening import open_shared
 from services.router.shared.state import SharedState
-from services.router.siblings import Siblings
-from services.router.starter import Starter
-from services.router.tenants import open_tenants
-from services.router.topology import LinkPrices
-from services.router.worker_gauges import WorkerGauges
-from services.router.worker_pool import WorkerPool
+from services.router.tenants.quota import QuotaDesk
+from services.router.tenants.tenants import open_tenants
+from services.router.workers.fabric_gauges import FabricGauges
+from services.router.workers.membership import Membership, RegistryMembership, StaticMembership
+from services.router.workers.siblings import Siblings
+from services.router.workers.worker_gauges import WorkerGauges
+from services.router.workers.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 

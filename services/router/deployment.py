@@ -17,10 +17,10 @@ from ray.serve.handle import DeploymentHandle
 from baton.settings import start_logging
 from services.router.config import load_router_config
 from services.router.core import RouterCore
-from services.router.grpc_server import GrpcServer
-from services.router.http_app import HttpApp
-from services.router.own_door import OwnDoor
-from services.router.ray_membership import watch_replicas
+from services.router.edge.grpc_server import GrpcServer
+from services.router.edge.http_app import HttpApp
+from services.router.edge.own_door import OwnDoor
+from services.router.workers.ray_membership import watch_replicas
 
 # The event loop of the replica runs our code itself: half the CPU of a token on the router.
 _ENVIRONMENT = {

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.core.worker_info import Role
-from services.router.cluster_view import WorkerState
 from services.router.config import HealthConfig
-from services.router.generation import Health
+from services.router.requests.generation import Health
 from services.router.shared.state import SharedStatus
+from services.router.workers.cluster_view import WorkerState
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from services.worker.worker import WorkerServer
 STOP_MARGIN_S = 10.0
 SERVE_OPTIONS: dict[str, Any] = {
     "request_router_config": RequestRouterConfig(
-        request_router_class="services.router.ray_membership.PublishingRequestRouter"
+        request_router_class="services.router.workers.ray_membership.PublishingRequestRouter"
     ),
     # A fraction: the engine's threads are the machine's cores whatever Ray books for them.
     "ray_actor_options": {"num_cpus": 0.1},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from baton.cli.main import main
-from services.router.api_keys import read_keys
 from services.router.shared.state import hash_key
+from services.router.tenants.api_keys import read_keys
 from tests.support.redis_server import RedisServer
 
 

@@ -210,9 +210,9 @@ def test_pods_may_take_as_long_as_they_drain(objects: Objects) -> None:
 
 
 def test_probes_ask_what_exists(objects: Objects) -> None:
-    from services.router.http_app import HttpApp  # noqa: F401  (the routes below are its own)
+    from services.router.edge.http_app import HttpApp  # noqa: F401  (the routes below are its own)
 
-    source = (CHART.parents[2] / "services/router/http_app.py").read_text()
+    source = (CHART.parents[2] / "services/router/edge/http_app.py").read_text()
     for component, pod in pods(objects):
         if component == "Pod":
             continue

@@ -11,8 +11,8 @@ from baton.simulator.cluster import ClusterConfig, SimCluster
 from baton.simulator.hardware import Hardware
 from baton.simulator.outcome import Outcome, summarize
 from baton.simulator.workload import Arrival
-from services.router.placement import PlacementKind
-from services.router.policy_config import PolicyConfig, PolicyName
+from services.router.placement.placement import PlacementKind
+from services.router.placement.policy_config import PolicyConfig, PolicyName
 
 BLOCK = 512
 

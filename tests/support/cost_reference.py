@@ -1,5 +1,5 @@
 """The costs of placement one worker and one pair at a time, in plain Python, as docs/routing.md
-states them. What the vectors of `services.router.scoring` are compared with."""
+states them. What the vectors of `services.router.placement.scoring` are compared with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from itertools import product
 import numpy as np
 
 from baton.core.worker_info import Role
-from services.router.candidates import WorkerRow
-from services.router.load_book import Column
-from services.router.perf_model import PerfModel
-from services.router.placement import PlacementRequest
-from services.router.policy_config import PolicyConfig
-from services.router.prefix_match import PrefixMatch
-from services.router.prefix_source import MAX_SOURCES
-from services.router.topology import Topology
+from services.router.index.prefix_match import PrefixMatch
+from services.router.placement.candidates import WorkerRow
+from services.router.placement.load_book import Column
+from services.router.placement.perf_model import PerfModel
+from services.router.placement.placement import PlacementRequest
+from services.router.placement.policy_config import PolicyConfig
+from services.router.placement.prefix_source import MAX_SOURCES
+from services.router.placement.topology import Topology
 
 
 @dataclass

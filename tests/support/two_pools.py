@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from services.router.admission import Lane
-from services.router.decode_forecast import DecodeForecast
-from services.router.placement import Prediction
-from services.router.ticket import Prospect, Ticket, TicketState
+from services.router.admission.admission import Lane
+from services.router.admission.decode_forecast import DecodeForecast
+from services.router.admission.ticket import Prospect, Ticket, TicketState
+from services.router.placement.placement import Prediction
 
 STEP_S = 0.005
 

@@ -11,14 +11,14 @@ import numpy as np
 from baton.core.kv_layout import KvLayout
 from baton.core.tier import Tier
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
-from services.router.load_book import LoadBook
-from services.router.perf_model import PerfModel
-from services.router.placement import Placement, PlacementRequest
-from services.router.policy import Hits, Noise, place
-from services.router.policy_config import PolicyConfig
-from services.router.prefix_match import PrefixMatch
-from services.router.topology import LinkPrices
-from services.router.worker_table import WorkerTable
+from services.router.index.prefix_match import PrefixMatch
+from services.router.placement.load_book import LoadBook
+from services.router.placement.perf_model import PerfModel
+from services.router.placement.placement import Placement, PlacementRequest
+from services.router.placement.policy import Hits, Noise, place
+from services.router.placement.policy_config import PolicyConfig
+from services.router.placement.topology import LinkPrices
+from services.router.placement.worker_table import WorkerTable
 
 LAYOUT = KvLayout("m", 2, 1, 8, 16, "float32")
 MODEL = "m"

@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 
 from baton.core.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+from services.router.edge.preprocess import new_id
 from services.router.openai_api.error_body import error_answer
-from services.router.preprocess import new_id
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import NamedTuple
 
-from services.router.generation import GenerationDelta
+from services.router.requests.generation import GenerationDelta
 
 BUFFERED_DELTAS = 512
 CLEANUP_TIMEOUT_S = 5.0

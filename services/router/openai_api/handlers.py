@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from baton.core.errors import InvalidRequest
 from baton.core.request import RequestId
-from services.router.edge_config import EdgeConfig
-from services.router.generation import GenerationInput, Generator, ModelCard
+from services.router.edge.edge_config import EdgeConfig
+from services.router.edge.preprocess import Preprocessor, check_stop, new_id
 from services.router.openai_api.exchange import Exchange
 from services.router.openai_api.prompts import plain_messages, plain_prompts, plain_stop
 from services.router.openai_api.sampling import SamplingPlan, chat_plan, completion_plan
@@ -21,8 +21,8 @@ from services.router.openai_api.schema import (
 )
 from services.router.openai_api.serving import Job, Serving
 from services.router.openai_api.wire_format import ChatFormat, CompletionFormat, Frame
-from services.router.preprocess import Preprocessor, check_stop, new_id
-from services.router.tenants import Caller, Tenants, check_priority
+from services.router.requests.generation import GenerationInput, Generator, ModelCard
+from services.router.tenants.tenants import Caller, Tenants, check_priority
 
 MAX_CHOICES = 256
 """Generations of one HTTP request: prompts times n."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.core.errors import InvalidRequest
+from services.router.edge.preprocess import describe
 from services.router.openai_api.schema import ChatMessageBody, TextPart, validate
-from services.router.preprocess import describe
 
 MAX_PROMPTS = 256
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from baton.core.errors import InvalidRequest
 from baton.core.request import SamplingParams
-from services.router.generation import ModelCard
+from services.router.edge.preprocess import check_sampling, output_tokens, shorten
 from services.router.openai_api.schema import ChatBody, CompletionBody, GenerationBody
-from services.router.preprocess import check_sampling, output_tokens, shorten
+from services.router.requests.generation import ModelCard
 
 COMPLETION_MAX_TOKENS = 16
 """What the completions route generates when max_tokens is absent."""

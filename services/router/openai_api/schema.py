@@ -13,7 +13,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.core.errors import InvalidRequest
-from services.router.preprocess import MAX_MESSAGES, describe, shorten
+from services.router.edge.preprocess import MAX_MESSAGES, describe, shorten
 
 MAX_CHOICES_PER_PROMPT = 8
 

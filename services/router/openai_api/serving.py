@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 
 from baton.core.errors import BatonError, InternalError, RequestCancelled
 from baton.core.request import FinishReason, TokenLogprobs
-from services.router.generation import GenerationDelta, GenerationInput, Generator, Usage
 from services.router.openai_api.error_body import error_answer
 from services.router.openai_api.exchange import Exchange, Receive
 from services.router.openai_api.feed import DeltaFeed, Item
 from services.router.openai_api.wire_format import DONE, Choice, WireFormat
+from services.router.requests.generation import GenerationDelta, GenerationInput, Generator, Usage
 
 logger = logging.getLogger(__name__)
 

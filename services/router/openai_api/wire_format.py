@@ -15,12 +15,12 @@ import orjson
 from baton.core.errors import InternalError
 from baton.core.request import FinishReason, TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
-from services.router.generation import Usage
 from services.router.openai_api.logprobs import (
     CompletionLogprobs,
     chat_entries,
     completion_entries,
 )
+from services.router.requests.generation import Usage
 
 DONE = b"data: [DONE]\n\n"
 

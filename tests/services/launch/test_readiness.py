@@ -14,7 +14,7 @@ import pytest
 from baton.core.errors import ConfigError, Unavailable
 from redis_server import RedisServer
 from services.launch.readiness import check_redis, wait_until_copies_healthy
-from services.router.scrape_target import ScrapeTarget, write_target
+from services.router.edge.scrape_target import ScrapeTarget, write_target
 
 
 class Healthy(BaseHTTPRequestHandler):

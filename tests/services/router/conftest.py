@@ -55,8 +55,8 @@ from services.router.config import (
     SessionConfig,
 )
 from services.router.core import RouterCore
-from services.router.generation import GenerationDelta, GenerationInput, Usage
-from services.router.membership import PushMembership
+from services.router.requests.generation import GenerationDelta, GenerationInput, Usage
+from services.router.workers.membership import PushMembership
 from services.worker.last_delta import refusal
 
 LAYOUT = KvLayout("fake", 1, 1, 8, 16, "float32")

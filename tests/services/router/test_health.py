@@ -5,9 +5,9 @@ import dataclasses
 
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import LoadReport, Role, WorkerInfo
-from services.router.cluster_view import WorkerState
 from services.router.config import HealthConfig
 from services.router.health import Observations, assess
+from services.router.workers.cluster_view import WorkerState
 
 LAYOUT = KvLayout("m", 2, 1, 8, 16, "float32")
 CONFIG = HealthConfig()

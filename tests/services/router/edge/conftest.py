@@ -18,16 +18,16 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from baton.core.request import FinishReason, TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
 from baton.telemetry.metrics import Metrics
-from services.router.edge_config import EdgeConfig
-from services.router.generation import (
+from services.router.edge.edge_config import EdgeConfig
+from services.router.edge.http_app import HttpApp
+from services.router.edge.http_server import HttpServer
+from services.router.requests.generation import (
     GenerationDelta,
     GenerationInput,
     Health,
     ModelCard,
     Usage,
 )
-from services.router.http_app import HttpApp
-from services.router.http_server import HttpServer
 
 MODEL = "tiny"
 CONTEXT = 256

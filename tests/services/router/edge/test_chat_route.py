@@ -9,7 +9,7 @@ import json
 import pytest
 
 from baton.core.request import FinishReason
-from services.router.generation import GenerationDelta
+from services.router.requests.generation import GenerationDelta
 
 URL = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hi"}]

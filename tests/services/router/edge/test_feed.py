@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from baton.core.errors import RequestCancelled, WorkerLost
-from services.router.generation import GenerationDelta
 from services.router.openai_api.feed import BUFFERED_DELTAS, DeltaFeed
+from services.router.requests.generation import GenerationDelta
 
 
 class Script:

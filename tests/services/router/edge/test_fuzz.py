@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.telemetry.metrics import Metrics
-from services.router.http_app import HttpApp
+from services.router.edge.http_app import HttpApp
 from services.router.openai_api.schema import _NOT_SUPPORTED, ChatBody, CompletionBody
 
 FIELDS = sorted(

@@ -15,7 +15,7 @@ from baton.core.metrics import REJECTED
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
 from baton.telemetry.metrics import Metrics
-from services.router.grpc_server import INFERENCE, GrpcServer
+from services.router.edge.grpc_server import INFERENCE, GrpcServer
 
 Code = grpc.StatusCode
 HELLO = [pb.ChatMessage(role="user", content="hi")]

@@ -11,11 +11,11 @@ import pytest
 
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc
-from services.router.admission_config import AdmissionConfig
-from services.router.grpc_server import GrpcServer
-from services.router.http_app import HttpApp
-from services.router.http_server import HttpServer
-from services.router.tenants_config import TenantConfig, TenantsConfig
+from services.router.admission.admission_config import AdmissionConfig
+from services.router.edge.grpc_server import GrpcServer
+from services.router.edge.http_app import HttpApp
+from services.router.edge.http_server import HttpServer
+from services.router.tenants.tenants_config import TenantConfig, TenantsConfig
 
 BODY = {"model": "fake", "prompt": list(range(1, 101)), "max_tokens": 4, "temperature": 0}
 STRICT = {"X-SLO-Class": "interactive", "X-SLO-TTFT-Ms": "500"}

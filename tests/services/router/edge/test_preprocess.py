@@ -8,8 +8,7 @@ import pytest
 
 from baton.core.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NoWorker
 from baton.core.request import SamplingParams
-from services.router.generation import ModelCard
-from services.router.preprocess import (
+from services.router.edge.preprocess import (
     INLINE_CHARS,
     MAX_MESSAGES,
     Preprocessor,
@@ -17,6 +16,7 @@ from services.router.preprocess import (
     check_stop,
     output_tokens,
 )
+from services.router.requests.generation import ModelCard
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import socket
 
 from baton.core.request import FinishReason
 from baton.telemetry.metrics import Metrics
-from services.router.edge_config import EdgeConfig
-from services.router.generation import GenerationDelta, Usage
-from services.router.http_app import HttpApp
+from services.router.edge.edge_config import EdgeConfig
+from services.router.edge.http_app import HttpApp
 from services.router.openai_api.feed import BUFFERED_DELTAS
+from services.router.requests.generation import GenerationDelta, Usage
 
 CHAT = "/v1/chat/completions"
 

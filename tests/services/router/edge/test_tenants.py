@@ -12,15 +12,15 @@ from baton.core.errors import Overloaded, QuotaExceeded, RateLimit
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc
 from baton.telemetry.metrics import Metrics
-from services.router.api_keys import new_key, write_keys
-from services.router.grpc_server import GrpcServer
-from services.router.http_app import HttpApp
+from services.router.admission.slo import SloTargets
+from services.router.admission.slo_config import SloConfig
+from services.router.edge.grpc_server import GrpcServer
+from services.router.edge.http_app import HttpApp
 from services.router.shared.process_state import ProcessState
 from services.router.shared.state import QuotaLimits, TenantRecord, hash_key
-from services.router.slo import SloTargets
-from services.router.slo_config import SloConfig
-from services.router.tenants import open_tenants
-from services.router.tenants_config import TenantConfig, TenantsConfig
+from services.router.tenants.api_keys import new_key, write_keys
+from services.router.tenants.tenants import open_tenants
+from services.router.tenants.tenants_config import TenantConfig, TenantsConfig
 
 KEY = new_key()
 ACME = TenantRecord("acme", QuotaLimits(60, 10_000, 4), weight=2.0, slo_class="batch")

@@ -1,0 +1,1 @@
+"""When a request runs: objectives, fair queueing between tenants, early refusal."""

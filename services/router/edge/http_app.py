@@ -1,0 +1,193 @@
+"""The router's HTTP front as one plain ASGI application.
+
+    POST /v1/chat/completions   POST /v1/completions
+    GET  /v1/models             GET  /v1/models/{id}
+    GET  /health                GET  /version            GET /metrics      (HEAD wherever GET)
+
+Runs under any ASGI server: uvicorn here (`http_server`), Ray Serve's replica otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+
+import baton
+from baton.core.errors import (
+    BatonError,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    RequestCancelled,
+    RequestError,
+    Unavailable,
+)
+from baton.core.logging import log_fields
+from baton.core.metrics import REJECTED
+from baton.telemetry.metrics import Metrics
+from services.router.edge.edge_config import EdgeConfig
+from services.router.edge.preprocess import Preprocessor, shorten
+from services.router.openai_api.exchange import Exchange, Receive, Scope, Send
+from services.router.openai_api.handlers import GenerationRoutes
+from services.router.requests.generation import Generator, Health, ModelCard
+from services.router.tenants.tenants import Tenants, open_to_all
+
+logger = logging.getLogger(__name__)
+
+HEALTH_TIMEOUT_S = 2.0
+_MODELS = "/v1/models"
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class HttpApp:
+    """`metrics` is what /metrics shows; requests turned away here are counted in it."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        metrics: Metrics,
+        config: EdgeConfig | None = None,
+        tenants: Tenants | None = None,
+    ) -> None:
+        """`tenants`: who may use it; by default everybody."""
+        self._generator = generator
+        self._metrics = metrics
+        self._preprocessor = Preprocessor(generator)
+        self._tenants = tenants or open_to_all(metrics)
+        self._routes = GenerationRoutes(
+            generator, self._preprocessor, config or EdgeConfig(), self._tenants
+        )
+        self._table: dict[str, dict[str, Handler]] = {
+            "/v1/chat/completions": {"POST": self._routes.chat},
+            "/v1/completions": {"POST": self._routes.completions},
+            _MODELS: {"GET": self._models, "HEAD": self._models},
+            "/health": {"GET": self._health, "HEAD": self._health},
+            "/version": {"GET": self._version, "HEAD": self._version},
+            "/metrics": {"GET": self._show_metrics, "HEAD": self._show_metrics},
+        }
+        self._one_model: dict[str, Handler] = {"GET": self._model, "HEAD": self._model}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._serve(Exchange(scope, receive, send))
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    @property
+    def num_running(self) -> int:
+        """Generation requests being answered."""
+        return self._routes.serving.num_running
+
+    def end_all(self) -> None:
+        """Answer everything that still runs with an error, as the process is about to stop."""
+        self._routes.serving.end_all(Unavailable("the router is stopping; send the request again"))
+
+    def close(self) -> None:
+        """Free the threads. No request may follow."""
+        self._preprocessor.close()
+
+    async def _serve(self, exchange: Exchange) -> None:
+        try:
+            await self._handler(exchange)(exchange)
+        except Exception as error:
+            await self._fail(exchange, error)
+
+    def _handler(self, exchange: Exchange) -> Handler:
+        methods: Mapping[str, Handler] | None = self._table.get(exchange.path)
+        if methods is None and exchange.path.startswith(_MODELS + "/"):
+            methods = self._one_model
+        if methods is None:
+            raise NotFound(f"there is no route {shorten(exchange.path)}")
+        handler = methods.get(exchange.method)
+        if handler is None:
+            raise _WrongMethod(exchange.method, tuple(methods))
+        return handler
+
+    async def _fail(self, exchange: Exchange, error: Exception) -> None:
+        request_id = exchange.request_id.decode()
+        if not isinstance(error, BatonError):
+            logger.error("request %s failed", request_id, exc_info=error)
+        if exchange.has_started:
+            raise error
+        headers = [error.allow] if isinstance(error, _WrongMethod) else []
+        status = await exchange.answer_error(error, headers)
+        if isinstance(error, RequestCancelled):
+            return
+        log_fields(
+            logger,
+            "request rejected",
+            request_id=request_id,
+            method=exchange.method,
+            path=exchange.path[:200],
+            status=status,
+            error=str(error)[:500],
+        )
+        # The dispatcher counts what it has begun; what it refuses at the door it leaves to us.
+        if isinstance(error, RequestError) or not exchange.is_dispatched:
+            self._metrics.add(REJECTED, 1, str(status))
+
+    async def _models(self, exchange: Exchange) -> None:
+        await self._tenants.caller(exchange.text_header)
+        cards = [_model_object(card) for card in self._generator.models()]
+        await exchange.answer_json(200, {"object": "list", "data": cards})
+
+    async def _model(self, exchange: Exchange) -> None:
+        await self._tenants.caller(exchange.text_header)
+        name = exchange.path.removeprefix(_MODELS + "/")
+        for card in self._generator.models():
+            if card.name == name:
+                await exchange.answer_json(200, _model_object(card))
+                return
+        raise ModelNotFound(f"model {shorten(name)} does not exist", param="model")
+
+    async def _health(self, exchange: Exchange) -> None:
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                health = await self._generator.health()
+        except TimeoutError:
+            health = Health(is_ready=False, reason=f"no answer within {HEALTH_TIMEOUT_S:g} s")
+        await exchange.answer_json(
+            200 if health.is_ready else 503,
+            {
+                "status": "ok" if health.is_ready else "unavailable",
+                "reason": health.reason,
+                "detail": health.detail,
+            },
+        )
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.answer_json(200, {"version": baton.__version__})
+
+    async def _show_metrics(self, exchange: Exchange) -> None:
+        content_type = self._metrics.content_type.encode()
+        await exchange.answer(200, self._metrics.render(), content_type)
+
+
+class _WrongMethod(MethodNotAllowed):
+    def __init__(self, method: str, allowed: tuple[str, ...]) -> None:
+        super().__init__(f"method {method} is not allowed here; use {' or '.join(allowed)}")
+        self.allow = (b"allow", ", ".join(allowed).encode())
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
+
+
+def _model_object(card: ModelCard) -> dict[str, object]:
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": card.created_s,
+        "owned_by": "baton",
+        "root": card.name,
+        "max_model_len": card.max_model_len,
+    }

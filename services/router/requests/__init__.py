@@ -1,0 +1,1 @@
+"""One request from its arrival to its last token: attempts, retries, text, what remains of it."""

@@ -1,0 +1,243 @@
+"""What remains of a request: its histograms and one log line, both from the same record.
+
+Durations come from the time points of `baton.core.lifecycle` and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from baton.core import metrics as series
+from baton.core.lifecycle import LifecycleEvent as Event
+from baton.core.lifecycle import Timeline
+from baton.core.logging import log_fields
+from baton.core.request import FinishReason, RequestId, TokenDelta
+from baton.core.worker_info import Role, WorkerId
+from baton.telemetry.metrics import Metrics, Observer
+from services.router.migration.handover import Handover
+from services.router.placement.perf_observer import PerfObserver
+from services.router.placement.placement import Placement, Prediction, ScoreTerms
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED_CANDIDATES = 8
+_SPANS = (
+    (series.TTFT, Event.ARRIVED, Event.FIRST_TOKEN),
+    (series.E2E, Event.ARRIVED, Event.LAST_TOKEN),
+    (series.QUEUE, Event.PREFILL_QUEUED, Event.PREFILL_STARTED),
+    (series.PREFILL, Event.PREFILL_STARTED, Event.PREFILL_ENDED),
+    (series.DECODE, Event.DECODE_STARTED, Event.DECODE_ENDED),
+)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in while the request lives."""
+
+    request_id: RequestId
+    model: str
+    num_prompt_tokens: int
+    timeline: Timeline = field(default_factory=Timeline)
+    placements: list[Placement] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Of given-up placements, in order."""
+    migrations: list[Handover] = field(default_factory=list)
+    """Moves to other workers, failed ones too, in order."""
+    num_output_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """On the worker that computed the prompt; None until it has spoken."""
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+    last_token_at_s: float = 0.0
+    is_turned_away: bool = False
+    """Sent away before any work; the edge counts and logs that."""
+
+    def merge(self, worker_id: WorkerId | None, delta: TokenDelta) -> None:
+        """Take over what a worker measured, from its last delta.
+
+        Of a request that has moved, decoding begins on its first worker and ends on its last one;
+        what each move has transferred is kept with the move.
+        """
+        assert delta.timeline is not None
+        points, transfer = dict(delta.timeline.points), delta.timeline.transfer
+        if delta.finish_reason is None and any(m.source == worker_id for m in self.migrations):
+            points.pop(Event.DECODE_ENDED, None)
+        moves = [m for m in self.migrations if m.target == worker_id and m.has_moved]
+        if moves:
+            moves[-1].transfer = transfer
+            points = {e: at_s for e, at_s in points.items() if e is Event.DECODE_ENDED}
+            self.timeline.merge(Timeline(points))
+        else:
+            self.timeline.merge(Timeline(points, transfer))
+
+
+class RequestRecorder:
+    """Turns records into series and log lines."""
+
+    def __init__(self, metrics: Metrics, *, observer: PerfObserver | None = None) -> None:
+        """`observer`: who learns from requests that have ended."""
+        self._metrics = metrics
+        self._observer = observer
+        self._itl: dict[str, Observer] = {}
+
+    def started(self) -> None:
+        self._metrics.add(series.RUNNING, 1)
+
+    def placed(self, record: RequestRecord, placement: Placement, at_s: float) -> None:
+        kind = "replay" if record.placements else placement.kind.value
+        record.placements.append(placement)
+        record.timeline.record(Event.PLACED, at_s)
+        self._metrics.add(series.PLACEMENTS, 1, kind)
+        if placement.offer is not None:
+            role = placement.terms_of(placement.computes_prompt).role
+            self._metrics.add(series.PREFIX_OFFERS, 1, role.value)
+
+    def slow_client(self) -> None:
+        """A request was given up because nobody read its output."""
+        self._metrics.add(series.SLOW_CLIENTS, 1)
+
+    def paused(self, record: RequestRecord, pause_s: float) -> None:
+        """Tokens go on after a move."""
+        self._metrics.observe(series.MIGRATION_PAUSE, pause_s, record.model)
+
+    def tokens(self, record: RequestRecord, num_tokens: int, at_s: float) -> None:
+        """New tokens arrived together at `at_s`; called for every one of them, hence short."""
+        num_gaps, gap_s = num_tokens, 0.0
+        if record.num_output_tokens:
+            gap_s = (at_s - record.last_token_at_s) / num_tokens
+        else:
+            record.timeline.record(Event.FIRST_TOKEN, at_s)
+            num_gaps -= 1
+        observe = self._itl.get(record.model) or self._itl_observer(record.model)
+        for _ in range(num_gaps):
+            observe(gap_s)
+        record.num_output_tokens += num_tokens
+        record.last_token_at_s = at_s
+
+    def cached(
+        self, record: RequestRecord, role: Role, num_cached_tokens: int, *, computes_prompt: bool
+    ) -> None:
+        """A worker has said what it found in its prefix cache."""
+        if computes_prompt and record.num_cached_tokens is None:
+            record.num_cached_tokens = num_cached_tokens
+        self._metrics.add(series.PREFIX_QUERY_TOKENS, record.num_prompt_tokens, role.value)
+        self._metrics.add(series.PREFIX_HIT_TOKENS, num_cached_tokens, role.value)
+
+    def ended(self, record: RequestRecord) -> None:
+        """Once per request that was started."""
+        metrics, model = self._metrics, record.model
+        if record.num_output_tokens:
+            record.timeline.record(Event.LAST_TOKEN, record.last_token_at_s)
+        metrics.add(series.RUNNING, -1)
+        if record.is_turned_away:
+            return
+        finish = record.finish_reason or FinishReason.ERROR
+        metrics.add(series.REQUESTS, 1, model, finish.value)
+        metrics.add(series.GENERATION_TOKENS, record.num_output_tokens, model)
+        if finish in (FinishReason.STOP, FinishReason.LENGTH):
+            metrics.add(series.PROMPT_TOKENS, record.num_prompt_tokens, model)
+            metrics.add(series.CACHED_TOKENS, record.num_cached_tokens or 0, model)
+        for family, start, end in _SPANS:
+            seconds = record.timeline.seconds(start, end)
+            if seconds is not None:
+                metrics.observe(family, seconds, model)
+        transfer = record.timeline.transfer
+        if transfer.num_reads:
+            metrics.observe(series.TRANSFER, transfer.seconds, model)
+            metrics.observe(series.TRANSFER_EXPOSED, transfer.exposed_seconds, model)
+            metrics.observe(series.TRANSFER_BYTES, transfer.num_bytes, model)
+            if transfer.hidden_share is not None:
+                metrics.observe(series.TRANSFER_HIDDEN, transfer.hidden_share, model)
+        if self._observer is not None and finish in (FinishReason.STOP, FinishReason.LENGTH):
+            self._learn(self._observer, record)
+        _log(record, finish)
+
+    def _learn(self, observer: PerfObserver, record: RequestRecord) -> None:
+        """From a request that ran where it was placed: of others the times are of several."""
+        if len(record.placements) == 1 and not record.failures and not record.migrations:
+            observer.observe(
+                record.placements[0],
+                record.timeline,
+                num_prompt_tokens=record.num_prompt_tokens,
+                num_cached_tokens=record.num_cached_tokens or 0,
+                num_output_tokens=record.num_output_tokens,
+            )
+
+    def _itl_observer(self, model: str) -> Observer:
+        observer = self._itl[model] = self._metrics.observer(series.ITL, model)
+        return observer
+
+
+def _log(record: RequestRecord, finish: FinishReason) -> None:
+    timeline, transfer = record.timeline, record.timeline.transfer
+    spans = {
+        family.name.removeprefix("baton_"): timeline.seconds(start, end)
+        for family, start, end in _SPANS
+    }
+    log_fields(
+        logger,
+        "request ended",
+        request_id=record.request_id,
+        model=record.model,
+        finish_reason=finish.value,
+        error=None if record.error is None else f"{type(record.error).__name__}: {record.error}",
+        prompt_tokens=record.num_prompt_tokens,
+        completion_tokens=record.num_output_tokens,
+        cached_tokens=record.num_cached_tokens,
+        **{name: round(s, 6) for name, s in spans.items() if s is not None},
+        kv_transfer_bytes=transfer.num_bytes,
+        kv_transfer_seconds=round(transfer.seconds, 6),
+        kv_transfer_exposed_seconds=round(transfer.exposed_seconds, 6),
+        kv_transfer_hidden_ratio=_rounded(transfer.hidden_share),
+        placements=[placement_fields(p) for p in record.placements],
+        migrations=[_migration_fields(m) for m in record.migrations],
+        failures=record.failures,
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _migration_fields(move: Handover) -> dict[str, object]:
+    return {
+        "source": move.source,
+        "target": move.target,
+        "trigger": move.trigger.value,
+        "state": move.state.value,
+        "failure": move.failure,
+        "seconds": round(move.seconds, 6),
+        "pause_seconds": _rounded(move.pause_s),
+        "transfer_bytes": move.transfer.num_bytes,
+    }
+
+
+def _rounded_fields(values: ScoreTerms | Prediction) -> dict[str, object]:
+    return {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in values._asdict().items()
+    }
+
+
+def placement_fields(placement: Placement) -> dict[str, object]:
+    """A placement as JSON: the decision and the terms of its best candidates."""
+    ranked = sorted(
+        placement.terms,
+        key=lambda t: (t.worker_id not in placement.workers, t.prefill_cost + t.decode_cost),
+    )
+    predicted = placement.predicted
+    return {
+        "kind": placement.kind.value,
+        "prefill": placement.prefill,
+        "decode": placement.decode,
+        "score": round(placement.score, 6),
+        "handoff_s": round(placement.handoff_s, 6),
+        "predicted": None if predicted is None else _rounded_fields(predicted),
+        "reason": placement.reason,
+        "offer": None if placement.offer is None else placement.offer._asdict(),
+        "candidates": [
+            {**_rounded_fields(t), "role": t.role.value} for t in ranked[:MAX_LOGGED_CANDIDATES]
+        ],
+        "num_candidates": max(placement.num_candidates, len(ranked)),
+    }
