@@ -19,7 +19,7 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 # A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
 GPU_TIMEOUT := --timeout-method=thread
 
-.PHONY: help install serve test test-deploy test-image chart test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-gpu tune-gpu bench-quality bench-vllm-env clean
+.PHONY: help install serve test test-deploy test-image chart test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-router bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,6 +92,9 @@ bench-cpu: $(TEST_STAMP)  ## engine and system against Hugging Face (and vllm-cp
 
 bench-transfer: $(TEST_STAMP)  ## KV between workers beside memcpy and sockets, and what users feel of it (about 15 minutes)
 	$(BIN)/python -m bench.transfer $(ARGS)
+
+bench-router: $(TEST_STAMP)  ## the router's index, placement, doors and policies beside peers (about 20 minutes)
+	$(BIN)/python -m bench.router $(ARGS)
 
 bench-gpu: $(GPU_STAMP)  ## kernels and engine on a GPU beside peers and the card's limits
 	$(GPU_PYTHON) -m bench.kernels $(ARGS)

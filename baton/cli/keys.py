@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -142,4 +143,4 @@ def _limit(limit: int | None) -> str:
 
 
 def _warn(kind: str, reason: str) -> None:
-    print(f"warning: a stored {kind} cannot be read: {reason}")
+    print(f"warning: a stored {kind} cannot be read: {reason}", file=sys.stderr)

@@ -256,27 +256,22 @@ def _processes(system: SystemConfig) -> str:
 
 
 def _url(system: SystemConfig) -> str:
-    return f"http://{_reachable(system.host)}:{system.http_port}"
+    from services.router.edge.scrape_target import reachable_host
 
-
-def _reachable(host: str) -> str:
-    """Where this machine reaches a server that listens on `host`, as it stands in a URL."""
-    if host == "0.0.0.0":
-        return "127.0.0.1"
-    if host == "::":
-        return "[::1]"
-    return f"[{host}]" if ":" in host else host
+    return f"http://{reachable_host(system.host)}:{system.http_port}"
 
 
 def _ready_text(
     system: SystemConfig, directory: RunDirectory, seconds: float, copies: list[str]
 ) -> str:
-    url = _url(system)
+    from services.router.edge.scrape_target import reachable_host
+
+    url, host = _url(system), reachable_host(system.host)
     each = "".join(f"router at http://{address} (metrics, health)\n" for address in copies)
     if copies:
         each += f"for Prometheus (file_sd_configs): {directory.targets}/*.json\n"
     return (
-        f"ready in {seconds:.1f} s: HTTP {url}  gRPC {_reachable(system.host)}:{system.grpc_port}  "
+        f"ready in {seconds:.1f} s: HTTP {url}  gRPC {host}:{system.grpc_port}  "
         f"metrics {url}/metrics  (Ctrl-C stops)\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '"
         f'{{"model": "{system.served_model_name}", "stream": true, "temperature": 0, "messages": '

@@ -154,6 +154,11 @@ KV_EVENT_FAULTS = Series(
     "What was wrong with workers' KV events: gap, replayed, malformed, too_large, hashing.",
     ("reason",),
 )
+SESSION_FAULTS = Series(
+    "baton_router_session_faults_total",
+    Kind.COUNTER,
+    "Sessions ended because of what the worker sent: undecodable, no Welcome, impossible values.",
+)
 RUNNING = Series("baton_requests_running", Kind.GAUGE, "Requests in the router.", ())
 WORKER_RUNNING = Series(
     "baton_worker_requests_running", Kind.GAUGE, "Sequences in the batch.", ("role", "worker")

@@ -27,10 +27,10 @@ from baton.core.errors import BatonError, ConfigError, Unavailable
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
 from baton.registry.registration import (
     FORMAT,
-    check_format,
     check_worker_id,
     info_from_values,
     info_to_values,
+    registration_values,
 )
 
 POLL_S = 0.2
@@ -138,7 +138,7 @@ class DirectoryRegistry:
 
     def _read(self, path: Path) -> _Registration | None:
         try:
-            return _from_json(json.loads(path.read_bytes()))
+            return _from_json(registration_values(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, BatonError) as error:
@@ -195,8 +195,7 @@ def _to_json(registration: _Registration) -> dict[str, Any]:
     }
 
 
-def _from_json(values: Any) -> _Registration:
-    check_format(values)
+def _from_json(values: Mapping[str, Any]) -> _Registration:
     return _Registration(
         info=info_from_values(values["info"]),
         ttl_s=float(values["ttl_s"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
@@ -25,6 +25,8 @@ CALL_TIMEOUT_S = 1.0
 MAX_CONNECTIONS = 16
 _DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SCHEMES = ("redis", "rediss", "unix")
+_OPTION = re.compile(r"db|username|password|client_name|socket_\w+|ssl_\w+")
+"""Behind the `?` of a URL; others would change what answers look like."""
 
 
 def check_redis_url(name: str, url: str) -> None:
@@ -42,6 +44,7 @@ def check_redis_url(name: str, url: str) -> None:
     if parts.scheme == "unix":
         if not parts.path:
             raise ConfigError(f"{name} names no socket; take unix:///path/to/redis.sock")
+        _check_options(name, url, parts.query)
         return
     if not parts.hostname:
         raise ConfigError(f"{name} names no host; take {parts.scheme}://host:6379/0")
@@ -50,6 +53,23 @@ def check_redis_url(name: str, url: str) -> None:
     database = parts.path.lstrip("/")
     if database and not database.isdigit():
         raise ConfigError(f"{name} has {database[:20]!r} where the number of a database belongs")
+    _check_options(name, url, parts.query)
+
+
+def _check_options(name: str, url: str, query: str) -> None:
+    options = [option for option, _ in parse_qsl(query, keep_blank_values=True)]
+    for option in options:
+        if not _OPTION.fullmatch(option):
+            raise ConfigError(
+                f"{name} has the option {option[:40]!r}; known are db, username, password, "
+                "client_name, socket_... and ssl_..."
+            )
+    try:
+        open_redis(url).connection_pool.make_connection()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name} has an option with an unknown name or a wrong value: {', '.join(options)}"
+        ) from error
 
 
 def check_deployment(name: str, deployment: str) -> None:

@@ -31,10 +31,10 @@ from baton.registry.redis_connection import key_prefix, open_redis, redis_errors
 from baton.registry.redis_pump import RedisPump
 from baton.registry.registration import (
     FORMAT,
-    check_format,
     check_worker_id,
     info_from_values,
     info_to_values,
+    registration_values,
 )
 from baton.registry.registry import Snapshot
 from baton.registry.registry_view import RegistryView
@@ -54,8 +54,8 @@ OnGarbage = Callable[[str], None]
 
 
 class _Reply(NamedTuple):
-    generation: str
-    version: str
+    generation: bytes
+    version: bytes
     workers: Snapshot | None
     """None: nothing has changed since the version that was asked about."""
 
@@ -123,7 +123,7 @@ class RedisRegistry:
         """Raises Unavailable. Workers from before an interruption stay a while, see
         `RegistryView`."""
         try:
-            reply = await self._read("")
+            reply = await self._read(b"")
         except Unavailable:
             self._view.failed()
             raise
@@ -147,7 +147,7 @@ class RedisRegistry:
 
     async def _follow(self, changed: asyncio.Event) -> AsyncIterator[Snapshot]:
         view = RegistryView(HOLD_S)
-        version = ""
+        version = b""
         found: dict[WorkerId, WorkerInfo] = {}
         last: Snapshot | None = None
         retry_s = RETRY_MIN_S
@@ -176,7 +176,7 @@ class RedisRegistry:
                 async with asyncio.timeout(POLL_S):
                     await changed.wait()
 
-    async def _read(self, known_version: str) -> _Reply:
+    async def _read(self, known_version: bytes) -> _Reply:
         what = "reading the registry"
         with redis_errors(what):
             reply = await self._pump.run(
@@ -186,7 +186,7 @@ class RedisRegistry:
         if garbage:
             self._refuse(garbage.decode(errors="replace")[:300])
         workers = None if is_unchanged else self._parse(pairs)
-        return _Reply(generation.decode(), version.decode(), workers)
+        return _Reply(generation, version, workers)
 
     def _parse(self, pairs: Sequence[bytes]) -> Snapshot:
         workers: dict[WorkerId, WorkerInfo] = {}
@@ -219,9 +219,7 @@ class RedisRegistry:
 def _parse_registration(worker_id: WorkerId, data: bytes) -> WorkerInfo:
     if len(data) > MAX_INFO_BYTES:
         raise ValueError(f"{len(data)} bytes, {MAX_INFO_BYTES} at most")
-    values = json.loads(data.decode())
-    check_format(values)
-    info = info_from_values(values.get("info"))
+    info = info_from_values(registration_values(data).get("info"))
     if info.worker_id != worker_id:
         raise ValueError(f"it names {info.worker_id!r}")
     return info

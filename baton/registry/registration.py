@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -39,8 +40,13 @@ def info_from_values(values: Any) -> WorkerInfo:
     return info
 
 
-def check_format(values: Any) -> None:
-    """Raises ValueError."""
+def registration_values(data: bytes) -> Mapping[str, Any]:
+    """The registration that `data` holds as JSON in UTF-8. Raises ValueError."""
+    try:
+        values = json.loads(data.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     found = values.get("format") if isinstance(values, Mapping) else None
     if found != FORMAT:
         raise ValueError(f"format {str(found)[:20]}, this version reads {FORMAT}")
+    return dict(values)

@@ -24,7 +24,7 @@ class RegistryView:
         self._workers: dict[WorkerId, WorkerInfo] = {}
         self._missing: dict[WorkerId, WorkerInfo] = {}
         """Known before the last interruption and not seen since."""
-        self._generation: str | None = None
+        self._generation: bytes | None = None
         self._was_away = False
         self._hold_until_s = float("-inf")
 
@@ -41,7 +41,7 @@ class RegistryView:
         """The registry could not be read."""
         self._was_away = True
 
-    def update(self, generation: str, workers: Workers, now_s: float) -> Workers:
+    def update(self, generation: bytes, workers: Workers, now_s: float) -> Workers:
         """The registry was read. `generation` changes when it has lost its data."""
         is_interrupted = self._was_away or generation != self._generation
         if self.is_known and is_interrupted:

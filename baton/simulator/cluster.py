@@ -82,7 +82,6 @@ class _Running:
     open_on: set[WorkerId] = field(default_factory=set)
     """Workers that have not said their last word."""
     first: TokenDelta | None = None
-    first_at_s: float = 0.0
     is_reserved: bool = False
     num_reserved_cached: int = 0
     timeline: Timeline = field(default_factory=Timeline)
@@ -112,7 +111,8 @@ class SimCluster:
             for worker in workers:
                 router.report_links(worker.worker_id, self._links_of(worker))
         self._running: dict[RequestId, _Running] = {}
-        self._fetches = 0
+        self._num_ended = 0
+        self._progress: Callable[[int], None] | None = None
 
     def run(
         self, arrivals: Sequence[Arrival], *, progress: Callable[[int], None] | None = None
@@ -124,7 +124,7 @@ class SimCluster:
         outcomes = [Outcome(a.number, a.at_s, a.num_prompt_tokens) for a in arrivals]
         for arrival, outcome in zip(arrivals, outcomes, strict=True):
             self.events.at(arrival.at_s, lambda a=arrival, o=outcome: self._arrive(a, o))  # type: ignore[misc]
-        self._num_ended, self._progress = 0, progress
+        self._progress = progress
         while self.events.step():
             pass
         self.check_idle()
@@ -291,7 +291,7 @@ class SimCluster:
     def _on_chunk(self, chunk: ChunkDone) -> None:
         running = self._running.get(chunk.request_id)
         if chunk.is_last and running is not None:
-            running.first, running.first_at_s = chunk.first_token, self.events.now()
+            running.first = chunk.first_token
             self._hand_over(chunk.request_id, running)
         elif chunk.is_last:
             self._release(chunk.request_id)

@@ -35,7 +35,14 @@ from bench.router.contenders import (
     sglang_router,
     vllm_router,
 )
-from bench.router.end_to_end import CONCURRENCIES, answers, direct_session, memory, streams
+from bench.router.end_to_end import (
+    CONCURRENCIES,
+    STREAM_CONCURRENCIES,
+    answers,
+    direct_session,
+    memory,
+    streams,
+)
 from bench.router.index import run_index
 from bench.router.overload import run_overload
 from bench.router.placement import run_placement
@@ -55,9 +62,12 @@ def run_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
             )
             result["answers"] += map(asdict, rows)
             _print(f"one-token answers, {concurrency} at a time", result["answers"][-len(rows) :])
-        rows = asyncio.run(streams(contenders, rounds=args.rounds, seconds=2 * args.seconds))
-        result["streams"] = list(map(asdict, rows))
-        _print("streams", result["streams"])
+        for concurrency in STREAM_CONCURRENCIES:
+            seen = asyncio.run(
+                streams(contenders, concurrency, rounds=args.rounds, seconds=2 * args.seconds)
+            )
+            result["streams"] += map(asdict, seen)
+            _print(f"streams, {concurrency} at a time", result["streams"][-len(seen) :])
         result["memory"] = asyncio.run(
             memory(contenders, num_prompts=args.prompts, seconds=args.memory_s, seed=args.seed)
         )

@@ -24,7 +24,7 @@ from bench.router.contenders import Contender
 from bench.router.load import Seen, chat_body, run_load
 
 CONCURRENCIES = (1, 16, 64)
-NUM_STREAMS = 128
+STREAM_CONCURRENCIES = (1, 128)
 STREAM_TOKENS = 128
 LONG_PROMPT_BYTES = 32 << 10
 CALL_TIMEOUT_S = 10.0
@@ -49,7 +49,9 @@ class Streams:
     contender: str
     concurrency: int
     tokens_per_s: float
+    """As seen on this machine, whose cores the workers and the load take a share of."""
     cpu_us_per_token: float
+    """Of the router; a million over it is what one core of its own would carry."""
     first_token_p50_ms: float
     first_token_p99_ms: float
     num_failed: int
@@ -73,7 +75,7 @@ async def answers(
 
 
 async def streams(
-    contenders: Iterable[Contender], *, rounds: int, seconds: float, concurrency: int = NUM_STREAMS
+    contenders: Iterable[Contender], concurrency: int, *, rounds: int, seconds: float
 ) -> list[Streams]:
     """Streams of `STREAM_TOKENS` tokens each, as many at a time as `concurrency`."""
     results: dict[str, list[Streams]] = {}

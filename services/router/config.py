@@ -23,7 +23,7 @@ from services.router.index.prefix_table import MAX_ENTRIES
 from services.router.placement.perf_config import PerfConfig
 from services.router.placement.policy_config import PolicyConfig
 from services.router.requests.retry_config import BreakerConfig, RetryConfig
-from services.router.shared.config import SharedConfig
+from services.router.shared.config import SharedConfig, SharedPlace
 from services.router.tenants.tenants_config import TenantsConfig
 
 
@@ -138,7 +138,7 @@ class IndexConfig:
     """The prefix index."""
 
     max_entries: int = 1_000_000
-    """Distinct blocks remembered, 35 bytes each with up to 64 workers and 20 more for every 64
+    """Distinct blocks remembered, 31 bytes each with up to 64 workers and 20 more for every 64
     beyond; the memory is taken at the start. Best above what all workers can hold together: the
     least recently used ones go beyond it."""
     max_pending: int = 1024
@@ -218,6 +218,19 @@ class RouterConfig:
                 raise ConfigError(f"{name} must be between 0 and 65535, got {port}")
         if self.registry_dir is not None and self.workers:
             raise ConfigError("registry_dir and workers are both set; workers come from one source")
+        tenants = self.tenants
+        for name, tenant in (("default", tenants.default), *tenants.named.items()):
+            if tenant.slo_class and tenant.slo_class not in self.slo.classes:
+                raise ConfigError(
+                    f"tenants: the slo_class of {name} is {tenant.slo_class!r}, which is not one "
+                    f"of {', '.join(sorted(self.slo.classes))}"
+                )
+        is_alone = self.shared.found_place is SharedPlace.PROCESS
+        if tenants.require_key and tenants.keys_file is None and is_alone:
+            raise ConfigError(
+                "tenants.require_key is set and there is nowhere to find keys: set shared.url or "
+                "tenants.keys_file"
+            )
 
     @property
     def served_model_name(self) -> str:

@@ -297,6 +297,28 @@ async def test_keys_of_a_wrong_type_are_replaced(
     await until(lambda: watcher.names == {"a", "b"})
 
 
+@pytest.mark.parametrize("name", ["version", "generation"])
+async def test_keys_that_are_no_text_do_not_hide_the_workers(
+    registry: RedisRegistry, redis: RedisServer, watcher: Watcher, name: str
+) -> None:
+    with redis.client() as client:
+        client.set(PREFIX + name, b"\xff\xfe", px=60_000)
+    assert await registry.list() == {}
+    await registry.register(make_info("a"), ttl_s=60)
+    await until(lambda: watcher.names == {"a"})
+
+
+async def test_registration_nested_too_deeply_hides_no_other(
+    registry: RedisRegistry, redis: RedisServer, garbage: list[str]
+) -> None:
+    for name in ("a", "b"):
+        await registry.register(make_info(name), ttl_s=60)
+    with redis.client() as client:
+        client.hset(f"{PREFIX}info", "b", b"[" * 60_000)
+    assert set(await registry.list()) == {"a"}
+    assert "nested too deeply" in garbage[0]
+
+
 async def test_everything_left_behind_has_a_time_to_live(
     registry: RedisRegistry, redis: RedisServer
 ) -> None:

@@ -177,7 +177,7 @@ class Lane:
         returned."""
         assert ticket.state is TicketState.ADMITTED
         ticket.state = TicketState.ENDED
-        self._judge.ended(ticket.targets)
+        self._judge.ended(ticket)
         used = self.cost_tokens(num_uncached_tokens, ticket.num_prompt_tokens, num_output_tokens)
         self.queue.settle(ticket.tenant, used - ticket.cost_tokens)
         return used
@@ -239,7 +239,10 @@ class Lane:
         if predicted is None:
             return WAIT if self.queue else ADMIT
         self._assume_rates(ticket, prospect.num_workers, predicted)
-        judgement = self._judge.judge(ticket, predicted, now_s, is_arriving=True)
+        alone_itl_s = prospect.alone_itl_s
+        judgement = self._judge.judge(
+            ticket, predicted, now_s, alone_itl_s=alone_itl_s, is_arriving=True
+        )
         if judgement.verdict is Verdict.ADMIT and not self.queue:
             return judgement
         if judgement.verdict is Verdict.WAIT:
@@ -251,7 +254,14 @@ class Lane:
             ahead_tokens = self.queue.tokens_ahead(ticket) + ticket.cost_tokens
             wait_s = WAIT_RESERVE * self._drain_s(ahead_tokens, now_s)
             reason = judgement.reason
-            judgement = self._judge.judge(ticket, predicted, now_s, wait_s=wait_s, is_arriving=True)
+            judgement = self._judge.judge(
+                ticket,
+                predicted,
+                now_s,
+                alone_itl_s=alone_itl_s,
+                wait_s=wait_s,
+                is_arriving=True,
+            )
             if judgement.verdict is not Verdict.REJECT:
                 return Judgement(Verdict.WAIT, reason)
         return judgement
@@ -289,7 +299,9 @@ class Lane:
             self._price(ticket, prospect)
             judgement = ADMIT
             if prospect.predicted is not None:
-                judgement = self._judge.judge(ticket, prospect.predicted, now_s)
+                judgement = self._judge.judge(
+                    ticket, prospect.predicted, now_s, alone_itl_s=prospect.alone_itl_s
+                )
             if judgement.verdict is not Verdict.WAIT:
                 return ticket, judgement
             ticket.wait_reason = judgement.reason
@@ -326,7 +338,7 @@ class Lane:
     def _admit(self, ticket: Ticket, now_s: float) -> None:
         ticket.state, ticket.admitted_at_s = TicketState.ADMITTED, now_s
         self._meter.taken(ticket.cost_tokens, now_s)
-        self._judge.started(ticket.targets)
+        self._judge.started(ticket)
 
     def _refuse(self, ticket: Ticket, reason: Refusal, excess_s: float, now_s: float) -> None:
         ticket.state, ticket.refusal = TicketState.REFUSED, reason

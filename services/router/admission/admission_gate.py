@@ -202,7 +202,7 @@ class AdmissionGate:
         except Exception as error:
             # One request that cannot even be looked at must not hold up all others.
             self._give_up_on_asked(error, now_s)
-            return now_s
+            return now_s + MIN_PUMP_GAP_S
         self._tell_refused(pumped.refused)
         return now_s if pumped.has_more else lane.next_check_at_s or math.inf
 
@@ -258,7 +258,15 @@ class AdmissionGate:
         entrant.no_worker, entrant.placement = None, placement
         uncached = placement.terms_of(placement.computes_prompt).uncached
         num_computing = max(1, self._num_computing(entrant.flight.request.model))
-        return Prospect(self._at_completion(placement), uncached, num_computing)
+        alone_itl_s = self._alone_itl_s(ticket, placement)
+        return Prospect(self._at_completion(placement), uncached, num_computing, alone_itl_s)
+
+    def _alone_itl_s(self, ticket: Ticket, placement: Placement) -> float:
+        worker_id = placement.decode
+        if placement.predicted is None or worker_id is None or ticket.targets.itl_s is None:
+            return 0.0
+        role = placement.terms_of(worker_id).role
+        return self._perf.itl_s(role, 1, ticket.num_prompt_tokens, worker_id)
 
     def _at_completion(self, placement: Placement) -> Prediction | None:
         """The prediction with the decode batch as it will be when the prompt is computed, and at

@@ -186,7 +186,7 @@ class FairQueue(Generic[E]):
         far as it has so much waiting.
         """
         flow = self._flows.get(entry.tenant)
-        own = -self._debts.get(entry.tenant, 0.0)
+        own = min(-self._debts.get(entry.tenant, 0.0), self._max_debt(entry.weight))
         if flow is not None:
             key = _key(entry) if entry.is_queued else _key(entry)._replace(number=sys.maxsize)
             index = bisect_left(flow.keys, key)
@@ -277,7 +277,8 @@ class FairQueue(Generic[E]):
             self._owe(flow.tenant, flow.deficit)
 
     def _owe(self, tenant: str, deficit: float) -> None:
-        self._debts[tenant] = max(deficit, -self._max_debt(1.0))
+        # Bounded when the tenant comes back, by the weight that it has then.
+        self._debts[tenant] = deficit
         if len(self._debts) > MAX_DEBTORS:
             self._debts.popitem(last=False)
 

@@ -24,6 +24,10 @@ class SafetyMargin:
     def __init__(self) -> None:
         self.margin_s = 0.0
 
+    def of(self, target_s: float) -> float:
+        """The part of it that a request with this target is held to."""
+        return min(self.margin_s, MAX_MARGIN * target_s)
+
     def learn(
         self, predicted_s: float | None, actual_s: float | None, target_s: float | None
     ) -> None:
@@ -31,6 +35,10 @@ class SafetyMargin:
         however bold its prediction was."""
         if predicted_s is None or actual_s is None or target_s is None:
             return
-        is_safe = actual_s <= max(predicted_s + self.margin_s, NEAR * target_s)
-        step_s = STEP * target_s * (SAFE_SHARE - 1 if is_safe else SAFE_SHARE)
-        self.margin_s = max(0.0, min(MAX_MARGIN * target_s, self.margin_s + step_s))
+        margin_s = self.of(target_s)
+        if actual_s <= max(predicted_s + margin_s, NEAR * target_s):
+            self.margin_s = max(0.0, self.margin_s - STEP * target_s * (1 - SAFE_SHARE))
+        elif margin_s == self.margin_s:
+            # A target too small for the margin says nothing about the margin of others.
+            step_s = STEP * target_s * SAFE_SHARE
+            self.margin_s = min(MAX_MARGIN * target_s, self.margin_s + step_s)

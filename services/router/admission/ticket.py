@@ -53,6 +53,8 @@ class Prospect(NamedTuple):
     """Of the prompt, on the worker that would compute it."""
     num_workers: int = 1
     """Those that compute prompts of this model."""
+    alone_itl_s: float = 0.0
+    """Between its tokens with nobody beside it: no smaller target can be kept."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +74,8 @@ class Ticket(Entry):
     predicted_ttft_s: float | None = None
     """From arrival, as last predicted."""
     predicted_itl_s: float | None = None
+    promised_itl_s: float | None = None
+    """Its target, unless no worker could keep it; what others must leave it."""
     num_uncached_tokens: int = 0
     """Of the prompt, as last looked up."""
     wait_started_at_s: float | None = None

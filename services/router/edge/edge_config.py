@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.core.errors import ConfigError
-
-_POSITIVE = ("max_body_bytes", "body_timeout_s", "deadline_s", "keep_alive_s", "stalled_client_s")
+from baton.settings import check_positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,9 @@ class EdgeConfig:
     """At a stop, how long open streams may go on before they get an error."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value <= 0:
-                raise ConfigError(f"edge.{name} must be positive, got {value}")
+        check_positive(
+            "edge", self, "max_body_bytes", "body_timeout_s", "deadline_s", "keep_alive_s",
+            "stalled_client_s",
+        )  # fmt: skip
         if self.stop_grace_s < 0:
             raise ConfigError(f"edge.stop_grace_s must not be negative, got {self.stop_grace_s}")

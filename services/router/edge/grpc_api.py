@@ -176,8 +176,9 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
             async with contextlib.AsyncExitStack() as stack:
                 if isinstance(generation, AsyncGenerator):
                     await stack.enter_async_context(contextlib.aclosing(generation))
-                async for delta in generation:
-                    yield _delta_to_wire(job, delta)
+                async for ready in generation:
+                    for delta in ready:
+                        yield _delta_to_wire(job, delta)
         except Exception as error:
             await _end_with(context, error, job.request_id)
 

@@ -10,7 +10,12 @@ import os
 from services.router.config import RouterConfig
 from services.router.edge.http_app import HttpApp
 from services.router.edge.http_server import HttpServer
-from services.router.edge.scrape_target import ScrapeTarget, remove_target, write_target
+from services.router.edge.scrape_target import (
+    ScrapeTarget,
+    reachable_host,
+    remove_target,
+    write_target,
+)
 
 
 class OwnDoor:
@@ -33,7 +38,7 @@ class OwnDoor:
             return
         await self._http.start()
         if self._config.targets_dir is not None:
-            address = f"{_reachable(self._host)}:{self._http.port}"
+            address = f"{reachable_host(self._host)}:{self._http.port}"
             self._target = ScrapeTarget(address, self._config.name, os.getpid())
             write_target(self._config.targets_dir, self._target)
 
@@ -43,10 +48,3 @@ class OwnDoor:
             remove_target(self._config.targets_dir, self._target)
         if self._http is not None:
             await self._http.stop()
-
-
-def _reachable(host: str) -> str:
-    """Where this machine reaches a server on `host`."""
-    if host in ("0.0.0.0", "::"):
-        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
-    return f"[{host}]" if ":" in host else host

@@ -27,6 +27,13 @@ class ScrapeTarget:
     pid: int
 
 
+def reachable_host(host: str) -> str:
+    """Where this machine reaches a server that listens on `host`, as it stands in a URL."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1" if host == "0.0.0.0" else "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
 def write_target(directory: Path, target: ScrapeTarget) -> Path:
     """Write or replace the file of copy `target.name`. Raises ConfigError."""
     entry = {

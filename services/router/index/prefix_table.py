@@ -167,10 +167,7 @@ class PrefixTable:
 
     def _find(self, tags: NDArray[np.uint32], first: Places, second: Places) -> Places:
         """Where these blocks are; -1 for those that are not here."""
-        candidates = np.concatenate(
-            (self._buckets.take(first, 0), self._buckets.take(second, 0)), 1
-        )
-        return _place(_mask(candidates == tags[:, None]), first, second)
+        return _place(_mask(self._both(first, second) == tags[:, None]), first, second)
 
     def _both(self, first: Places, second: Places) -> NDArray[np.uint32]:
         """[num, 32]: tags of the two buckets of each."""
@@ -198,10 +195,7 @@ class PrefixTable:
 
     def _choose(self, first: Places, second: Places) -> Places:
         """A free place in the emptier bucket, or the place of the oldest block in both."""
-        candidates = np.concatenate(
-            (self._buckets.take(first, 0), self._buckets.take(second, 0)), 1
-        )
-        free = _mask(candidates == 0)
+        free = _mask(self._both(first, second) == 0)
         low, high = free & np.uint32(0xFFFF), free >> np.uint32(16)
         takes_second = np.bitwise_count(high) > np.bitwise_count(low)
         mask = np.where(takes_second, high, low)

@@ -18,7 +18,7 @@ from baton.core.errors import BatonError, InternalError, RequestCancelled
 from baton.core.request import FinishReason, TokenLogprobs
 from services.router.openai_api.error_body import error_answer
 from services.router.openai_api.exchange import Exchange, Receive
-from services.router.openai_api.feed import DeltaFeed, Item
+from services.router.openai_api.feed import Feed, Item, open_feed
 from services.router.openai_api.wire_format import DONE, Choice, WireFormat
 from services.router.requests.generation import GenerationDelta, GenerationInput, Generator, Usage
 
@@ -43,7 +43,7 @@ class Serving:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
-        self._feeds: set[DeltaFeed] = set()
+        self._feeds: set[Feed] = set()
 
     @property
     def num_running(self) -> int:
@@ -57,7 +57,7 @@ class Serving:
     async def run(self, job: Job, exchange: Exchange, wire: WireFormat) -> None:
         """Answer the request. Raises RequestError or ServiceError while nothing has been sent."""
         exchange.is_dispatched = True
-        feed = DeltaFeed([self._generator.generate(request) for request in job.inputs])
+        feed = open_feed([self._generator.generate(request) for request in job.inputs])
         self._feeds.add(feed)
         watch = asyncio.create_task(_watch_client(exchange.receive, feed))
         try:
@@ -71,7 +71,7 @@ class Serving:
             await feed.aclose()
 
 
-async def _watch_client(receive: Receive, feed: DeltaFeed) -> None:
+async def _watch_client(receive: Receive, feed: Feed) -> None:
     """After the body, the only thing a client can do is leave."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -91,7 +91,7 @@ class _Progress:
     """Its opening chunk has been written."""
 
 
-async def _collect(job: Job, feed: DeltaFeed, wire: WireFormat) -> bytes:
+async def _collect(job: Job, feed: Feed, wire: WireFormat) -> bytes:
     progress = [_Progress() for _ in job.inputs]
     while items := await feed.take():
         for index, delta in items:
@@ -106,7 +106,7 @@ async def _collect(job: Job, feed: DeltaFeed, wire: WireFormat) -> bytes:
     return wire.answer(choices, _total_usage(job, progress))
 
 
-async def _stream(job: Job, feed: DeltaFeed, exchange: Exchange, wire: WireFormat) -> None:
+async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) -> None:
     progress = [_Progress() for _ in job.inputs]
     items = await feed.take()
     await exchange.start_stream()

@@ -53,7 +53,8 @@ class DecodeSpeed(NamedTuple):
 
 
 class PerfModel:
-    """One per router. `version` changes whenever any prediction does."""
+    """One per router. `version` changes with the coefficients; what single workers differ by, and
+    what waiting takes, may move a little between two versions."""
 
     def __init__(self, config: PerfConfig | None = None) -> None:
         config = config or PerfConfig()

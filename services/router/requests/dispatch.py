@@ -23,7 +23,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 
 from baton.core.errors import (
     BatonError,
@@ -165,7 +165,7 @@ class Dispatcher:
             self._health,
         )
 
-    async def generate(self, request: GenerationInput) -> AsyncIterator[GenerationDelta]:
+    async def generate(self, request: GenerationInput) -> AsyncIterator[Sequence[GenerationDelta]]:
         flight = self._open(request)
         record = flight.record
         try:
@@ -175,15 +175,14 @@ class Dispatcher:
                     if not flight.num_tokens_left:
                         # Only the news of the end was lost.
                         end = NewTokens(finish_reason=FinishReason.LENGTH)
-                        yield flight.emit(end, record.last_token_at_s, self._recorder)
+                        yield (flight.emit(end, record.last_token_at_s, self._recorder),)
                         continue
                     flight.attempt = await self._place(flight)
-                for arrival in await flight.attempt.mailbox.take():
-                    delta = self._advance(flight, arrival)
-                    if delta is not None:
-                        yield delta
-                    if flight.attempt is None:
-                        break
+                deltas, error = self._follow(flight, await flight.attempt.mailbox.take())
+                if deltas:
+                    yield deltas
+                if error is not None:
+                    raise error
         except (asyncio.CancelledError, GeneratorExit):
             record.finish_reason = record.finish_reason or FinishReason.CANCELLED
             raise
@@ -305,6 +304,22 @@ class Dispatcher:
             await self._pool.wait_for_change(min(left_s, self._config.watchdog_period_s))
 
     # Following a request.
+
+    def _follow(
+        self, flight: Flight, arrivals: Sequence[Arrival]
+    ) -> tuple[list[GenerationDelta], Exception | None]:
+        """What the client gets of these arrivals, and why there is no more, if so."""
+        deltas: list[GenerationDelta] = []
+        try:
+            for arrival in arrivals:
+                delta = self._advance(flight, arrival)
+                if delta is not None:
+                    deltas.append(delta)
+                if flight.attempt is None:
+                    break
+        except Exception as error:
+            return deltas, error
+        return deltas, None
 
     def _advance(self, flight: Flight, arrival: Arrival) -> GenerationDelta | None:
         """Take one arrival; what the client gets of it. Raises when the request has failed."""

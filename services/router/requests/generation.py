@@ -6,7 +6,7 @@ follows the workers, detokenizes and yields `GenerationDelta`s. Neither knows th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -104,10 +104,11 @@ class Generator(Protocol):
         """Models served now; empty while no worker is connected."""
         ...
 
-    def generate(self, request: GenerationInput) -> AsyncIterator[GenerationDelta]:
-        """Run one request. Raises RequestError or ServiceError, also in mid-stream.
+    def generate(self, request: GenerationInput) -> AsyncIterator[Sequence[GenerationDelta]]:
+        """Run one request; yields all deltas that are there, at least one, at a time.
 
-        Closing the iterator (or cancelling its task) cancels the request on all workers.
+        Raises RequestError or ServiceError, also in mid-stream. Closing the iterator (or cancelling
+        its task) cancels the request on all workers.
         """
         ...
 

@@ -61,3 +61,10 @@ class SharedConfig:
             check_redis_url("shared.url", self.url)
         if self.place is SharedPlace.REDIS and self.url is None:
             raise ConfigError("shared.place is redis and shared.url is not set")
+
+    @property
+    def found_place(self) -> SharedPlace:
+        """`place`, with AUTO worked out."""
+        if self.place is not SharedPlace.AUTO:
+            return self.place
+        return SharedPlace.PROCESS if self.url is None else SharedPlace.REDIS

@@ -12,9 +12,7 @@ from services.router.shared.telemetry import SharedTelemetry
 
 def open_shared(config: SharedConfig, *, copy_id: str, metrics: Metrics) -> SharedState:
     """Not started. `copy_id`: this router's id, unique over copies and starts."""
-    place = config.place
-    if place is SharedPlace.AUTO:
-        place = SharedPlace.REDIS if config.url is not None else SharedPlace.PROCESS
+    place = config.found_place
     if place is SharedPlace.PROCESS:
         telemetry = SharedTelemetry(metrics, SharedBackend.PROCESS)
         telemetry.set_copies(config.num_copies)

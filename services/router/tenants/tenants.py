@@ -37,6 +37,7 @@ HeaderOf = Callable[[str], str]
 
 ANONYMOUS = "anonymous"
 MAX_SESSION_CHARS = 256
+"""Of a conversation's key, tenant included; affinity ignores longer ones."""
 _BEARER = re.compile(r"bearer +([\x21-\x7e]+) *", re.IGNORECASE)
 
 
@@ -66,7 +67,7 @@ class Caller:
     def session_key(self, user: str) -> str:
         """`user`: the body's; X-Session-Id goes before it. Conversations of two tenants differ."""
         name = self.session or user
-        if len(name) > MAX_SESSION_CHARS:
+        if len(self.tenant) + 1 + len(name) > MAX_SESSION_CHARS:
             name = hashlib.sha256(name.encode(errors="replace")).hexdigest()
         return f"{self.tenant}\0{name}" if name else ""
 

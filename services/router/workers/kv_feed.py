@@ -87,7 +87,8 @@ class KvFeed:
         give_up: Callable[[str], None],
         max_blocks: int,
     ) -> None:
-        """`name`: the worker's, for the log. `fetch_snapshot` has a deadline of its own.
+        """`name`: the worker's, for the log. `fetch_snapshot` has a deadline of its own; it raises
+        AioRpcError, or ValueError for an answer that is no snapshot.
         `max_blocks`: in a snapshot, and in events that wait for one."""
         self.refusal = ""
         """Why this session's events are not used; empty while they are."""
@@ -186,6 +187,12 @@ class KvFeed:
         except grpc.aio.AioRpcError as error:
             self._repair = None
             self._give_up(f"gap in KV events and no snapshot: {error.code().name}")
+            return
+        except ValueError as error:
+            self._repair = None
+            self._drop_waiting()
+            self._listener.on_kv_fault(KvFault.MALFORMED)
+            self._refuse(f"it answers for its snapshot {error}")
             return
         events = list(self._waiting)
         self._drop_waiting()

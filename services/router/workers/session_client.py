@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -50,6 +50,8 @@ from services.router.workers.kv_feed import Held, KvChange, KvFault, KvFeed
 from services.router.workers.wire_delta import delta_from_wire, is_last
 
 logger = logging.getLogger(__name__)
+
+Message = TypeVar("Message")
 
 CLOSE_TIMEOUT_S = 1.0
 CLOSED_BY_US = "the router closed the session"
@@ -81,6 +83,10 @@ class SessionListener(Protocol):
 
     def on_kv_refusal(self, session: WorkerSession, reason: str) -> None:
         """Nothing more of this session's KV events is used."""
+        ...
+
+    def on_session_fault(self, session: WorkerSession) -> None:
+        """The session ends because of what the worker sent."""
         ...
 
     def on_fabric(self, session: WorkerSession, report: FabricReport) -> None:
@@ -285,12 +291,12 @@ class WorkerSession:
                 first = await call.read()
             if first is grpc.aio.EOF:
                 return f"refused: {await call.details() or await call.code()}"
-            if not first.HasField("welcome"):
-                return "the worker's first message was not Welcome"
+            if not _decoded(first).HasField("welcome"):
+                raise ValueError("a first message that is not Welcome")
             self._on_welcome(first.welcome)
             writer = asyncio.create_task(self._write(call))
             while (message := await call.read()) is not grpc.aio.EOF:
-                self._on_message(message)
+                self._on_message(_decoded(message))
             return f"the worker ended the session: {await call.details() or await call.code()}"
         except TimeoutError:
             return limit
@@ -299,7 +305,11 @@ class WorkerSession:
                 return f"{error.code().name}: {error.details()}"
             return await unreachable_reason(error, self.address, self._tls)
         except (ValueError, ConfigError) as error:
-            return f"what the worker says of itself cannot be: {error}"
+            self._listener.on_session_fault(self)
+            if self.is_ready:
+                # Its Welcome is in order: at once connected again, it would be large and in vain.
+                self._pause_s = max(self._pause_s, self._config.stall_quarantine_s)
+            return f"the worker sent what cannot be: {error}"
         finally:
             self._kv.stop()
             if writer is not None:
@@ -386,8 +396,10 @@ class WorkerSession:
     async def _fetch_snapshot(self) -> pb.Welcome:
         assert self._stub is not None
         timeout_s = self._config.resync_timeout_s
-        snapshot: pb.Welcome = await self._stub.GetInfo(pb.GetInfoRequest(), timeout=timeout_s)
-        return snapshot
+        snapshot: pb.Welcome | None = await self._stub.GetInfo(
+            pb.GetInfoRequest(), timeout=timeout_s
+        )
+        return _decoded(snapshot)
 
     # KvListener
 
@@ -431,3 +443,10 @@ class WorkerSession:
                 reason,
             )
             self._listener.on_lost(self)
+
+
+def _decoded(message: Message | None) -> Message:
+    """gRPC gives None for bytes that are no such message. Raises ValueError."""
+    if message is None:
+        raise ValueError("a message that cannot be decoded")
+    return message

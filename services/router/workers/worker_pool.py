@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from baton.core import metrics as series
 from baton.core.errors import WorkerLost
 from baton.core.fabric import FabricReport
 from baton.core.tls import TlsFiles
@@ -56,6 +57,7 @@ class WorkerPool:
         """`links`: what is assumed of links between workers until they have measured them."""
         self.index = index
         self._kv = IndexFeed(index, metrics)
+        self._metrics = metrics
         self._router_id = router_id
         self._config = config
         self._tls = tls
@@ -194,6 +196,10 @@ class WorkerPool:
     def on_kv_refusal(self, session: WorkerSession, reason: str) -> None:
         if (worker_id := self._current(session)) is not None:
             self._kv.refuse(worker_id, reason)
+
+    def on_session_fault(self, session: WorkerSession) -> None:
+        if self._metrics is not None:
+            self._metrics.add(series.SESSION_FAULTS, 1)
 
     def on_fabric(self, session: WorkerSession, report: FabricReport) -> None:
         if session.info is not None and self._by_id.get(session.info.worker_id) is session:

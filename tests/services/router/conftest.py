@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -582,9 +582,18 @@ class Cluster:
 
     async def run(self, request: GenerationInput) -> Outcome:
         outcome = Outcome()
-        async for delta in self.core.dispatcher.generate(request):
+        async for delta in self.stream(request):
             outcome.add(delta)
         return outcome
+
+    async def stream(self, request: GenerationInput) -> AsyncIterator[GenerationDelta]:
+        """One delta at a time; closing it closes the generation."""
+        generation = self.core.dispatcher.generate(request)
+        assert isinstance(generation, AsyncGenerator)
+        async with contextlib.aclosing(generation):
+            async for deltas in generation:
+                for delta in deltas:
+                    yield delta
 
     async def generate(self, prompt: Sequence[int], max_tokens: int = 8, **kw: object) -> Outcome:
         return await self.run(self.input(prompt, max_tokens, **kw))

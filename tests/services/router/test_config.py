@@ -46,12 +46,21 @@ def test_layers_from_file_environment_and_overrides(tmp_path):
         {"index": {"max_entries": 0}},
         {"health": {"load_fresh_s": -1}},
         {"registry_dir": "/x", "workers": ["h:1"]},
+        {"tenants": {"default": {"slo_class": "gold"}}},
+        {"tenants": {"named": {"acme": {"slo_class": "gold"}}}},
+        {"tenants": {"require_key": True}},
         {"unheard_of": 1},
     ],
 )
 def test_wrong_settings_stop_the_start(values):
     with pytest.raises(ConfigError):
         load_router_config(overrides={"model_path": "/m", **values})
+
+
+def test_keys_may_be_required_where_there_is_a_place_for_them():
+    for place in ({"shared": {"url": "redis://h:1/0"}}, {"shared": {"place": "ray"}}):
+        values = {"model_path": "/m", "tenants": {"require_key": True}, **place}
+        assert load_router_config(overrides=values).tenants.needs_key
 
 
 def test_core_needs_a_tokenizer_and_a_source_of_workers(tmp_path):

@@ -107,6 +107,17 @@ def test_margin_does_not_grow_where_there_is_time_enough():
     assert margin.margin_s == 0.0
 
 
+def test_margin_of_others_is_not_lost_to_a_target_that_is_too_small_for_it():
+    margin = SafetyMargin()
+    for _ in range(10):
+        margin.learn(0.5, 100.0, 1.0)
+    learned_s = margin.margin_s
+    for _ in range(100):
+        margin.learn(0.5, 0.6, 0.001)
+    assert margin.margin_s == learned_s
+    assert margin.of(1.0) == learned_s and margin.of(0.001) == 0.0005
+
+
 def test_margin_is_bounded_and_comes_back():
     margin = SafetyMargin()
     for _ in range(1000):

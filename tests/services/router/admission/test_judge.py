@@ -47,7 +47,8 @@ def test_idle_worker_is_never_refused_for_a_prediction():
 
 def test_too_slow_a_batch_is_waited_for():
     judge = judge_of()
-    running = SloTargets(None, 0.05)
+    running = ticket_of(None, 0.05)
+    judge.judge(running, Prediction(0.1, 0.01), 0.0)
     judge.started(running)
     slow = Prediction(0.1, 0.06)
     assert judge.judge(ticket_of(None, 0.05), slow, 0.0).reason is Refusal.ITL
@@ -56,6 +57,20 @@ def test_too_slow_a_batch_is_waited_for():
     judge.ended(running)
     assert judge.judge(ticket_of(None, None), slow, 0.0).verdict is Verdict.ADMIT
     judge.check_integrity()
+
+
+def test_a_pace_that_nobody_could_keep_is_promised_to_nobody():
+    judge, slow = judge_of(), Prediction(0.1, 0.06)
+    hasty = ticket_of(None, 1e-6)
+    # It neither waits for all others to end,
+    judge.started(ticket_of(None))
+    assert judge.judge(hasty, slow, 0.0, alone_itl_s=0.01).verdict is Verdict.ADMIT
+    # nor do others wait until it has.
+    judge.started(hasty)
+    assert judge.judge(ticket_of(None), slow, 0.0).verdict is Verdict.ADMIT
+    judge.ended(hasty)
+    judge.check_integrity()
+    assert judge.judge(ticket_of(None, 0.02), slow, 0.0, alone_itl_s=0.01).reason is Refusal.ITL
 
 
 @pytest.mark.parametrize("predicted", [Prediction(0.7, 0.0, 0.6), Prediction(0.1, 0.0, 0.0, True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,13 +79,13 @@ class ScriptedGenerator:
     async def health(self) -> Health:
         return Health(self.is_ready, "scripted")
 
-    async def generate(self, request: GenerationInput) -> AsyncIterator[GenerationDelta]:
+    async def generate(self, request: GenerationInput) -> AsyncIterator[Sequence[GenerationDelta]]:
         self.started.append(request)
         is_done = False
         try:
             async for delta in self._deltas(request):
                 self.num_yielded += 1
-                yield delta
+                yield (delta,)
             is_done = True
         finally:
             (self.finished if is_done else self.closed_early).append(request.request_id)

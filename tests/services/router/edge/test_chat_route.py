@@ -295,7 +295,7 @@ async def test_request_id_is_echoed_or_made(client):
 async def test_abnormal_end_is_an_error(client, generator):
     async def broken(request):
         generator.finished.append(request.request_id)
-        yield GenerationDelta("a", finish_reason=FinishReason.ERROR)
+        yield [GenerationDelta("a", finish_reason=FinishReason.ERROR)]
 
     generator.generate = broken
     response = await client.post(URL, json=chat())

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from baton.core.errors import RequestCancelled, WorkerLost
-from services.router.openai_api.feed import BUFFERED_DELTAS, DeltaFeed
+from services.router.openai_api.feed import BUFFERED_DELTAS, DeltaFeed, SoloFeed, open_feed
 from services.router.requests.generation import GenerationDelta
 
 
@@ -25,7 +25,7 @@ class Script:
         try:
             for i in range(self.count):
                 self.num_yielded += 1
-                yield GenerationDelta(str(i))
+                yield [GenerationDelta(str(i))]
             if self.error is not None:
                 raise self.error
             if self.waits:
@@ -104,5 +104,78 @@ async def test_closing_leaves_no_task_behind(started):
     feed = DeltaFeed([Script(0, waits=True).run() for _ in range(3)])
     if started:
         await asyncio.sleep(0.01)
+    await feed.aclose()
+    assert asyncio.all_tasks() == before
+
+
+# A single generation.
+
+
+def test_single_generation_is_read_without_a_pump():
+    assert isinstance(open_feed([Script(1).run()]), SoloFeed)
+
+
+async def test_deltas_and_error_of_a_single_generation_come_in_order():
+    feed = SoloFeed(Script(2, error=WorkerLost("x")).run())
+    assert [await feed.take(), await feed.take()] == [
+        [(0, GenerationDelta("0"))], [(0, GenerationDelta("1"))],
+    ]  # fmt: skip
+    with pytest.raises(WorkerLost):
+        await feed.take()
+    await feed.aclose()
+
+
+async def test_fail_wakes_the_reader_and_closes_the_generation_and_nothing_else():
+    script = Script(0, waits=True)
+    feed = SoloFeed(script.run())
+
+    async def read():
+        with pytest.raises(RequestCancelled):
+            await feed.take()
+        # The reader's own task is not cancelled.
+        await asyncio.sleep(0.001)
+        return "went on"
+
+    reading = asyncio.create_task(read())
+    await asyncio.sleep(0.01)
+    feed.fail(RequestCancelled("gone"))
+    feed.fail(RequestCancelled("twice"))
+    assert await reading == "went on"
+    assert not reading.cancelling()
+    assert script.is_closed
+    await feed.aclose()
+
+
+async def test_fail_while_the_writer_is_busy_closes_the_generation_at_once():
+    script = Script(3)
+    feed = SoloFeed(script.run())
+    await feed.take()
+    feed.fail(RequestCancelled("gone"))
+    await asyncio.sleep(0.01)
+    assert script.is_closed
+    with pytest.raises(RequestCancelled):
+        await feed.take()
+    await feed.aclose()
+
+
+async def test_cancelling_the_reader_is_not_taken_for_a_failure():
+    script = Script(0, waits=True)
+    feed = SoloFeed(script.run())
+    reading = asyncio.create_task(feed.take())
+    await asyncio.sleep(0.01)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await feed.aclose()
+    assert script.is_closed
+
+
+async def test_drain_lets_a_single_generation_come_to_its_own_end():
+    before = asyncio.all_tasks()
+    script = Script(3)
+    feed = SoloFeed(script.run())
+    await feed.take()
+    await feed.drain(1.0)
+    assert script.num_yielded == 3 and script.is_closed
     await feed.aclose()
     assert asyncio.all_tasks() == before

@@ -168,8 +168,8 @@ async def test_slow_reader_bounds_what_is_buffered(edge):
     async def endless(request):
         for _ in range(num_deltas):
             edge.generator.num_yielded += 1
-            yield GenerationDelta("y" * 32, (1,))
-        yield GenerationDelta("", (), (), FinishReason.STOP, None, Usage(1, 1, 0))
+            yield [GenerationDelta("y" * 32, (1,))]
+        yield [GenerationDelta("", (), (), FinishReason.STOP, None, Usage(1, 1, 0))]
 
     edge.generator.generate = endless
     raw = socket.socket()
@@ -197,7 +197,7 @@ async def test_client_that_never_reads_is_cut(generator, serve_edge):
     async def endless(request):
         try:
             while True:
-                yield GenerationDelta("y" * 100, (1,))
+                yield [GenerationDelta("y" * 100, (1,))]
         finally:
             generator.closed_early.append(request.request_id)
 

@@ -16,6 +16,7 @@ from services.router.admission.slo import SloTargets
 from services.router.admission.slo_config import SloConfig
 from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
+from services.router.placement.affinity import MAX_KEY_LENGTH
 from services.router.shared.process_state import ProcessState
 from services.router.shared.state import QuotaLimits, TenantRecord, hash_key
 from services.router.tenants.api_keys import new_key, write_keys
@@ -199,9 +200,10 @@ async def test_conversation_is_known_by_header_or_user_and_kept_apart_by_tenant(
         await ask(client, {"X-Tenant-Id": "acme"}, user="u")
         await ask(client)
         await ask(client, user="u" * 100_000)
+        await ask(client, {"X-Tenant-Id": "a" * 100}, user="u" * 200)
     keys = [r.session_key for r in generator.started]
-    assert keys[3] == "" and len(set(keys)) == 5
-    assert keys[1].endswith("\0s") and max(map(len, keys)) < 300
+    assert keys[3] == "" and len(set(keys)) == 6
+    assert keys[1].endswith("\0s") and max(map(len, keys)) <= MAX_KEY_LENGTH
 
 
 async def test_caches_are_isolated_where_asked_for(serve, generator):

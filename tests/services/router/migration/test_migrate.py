@@ -175,7 +175,7 @@ async def test_old_workers_late_tokens_come_before_the_new_ones(two):
 
 
 async def test_slow_client_does_not_hold_a_move_up(two):
-    stream = two.core.dispatcher.generate(two.input(LONG, 240))
+    stream = two.stream(two.input(LONG, 240))
     for _ in range(4):
         first = await anext(stream)
     assert first.token_ids

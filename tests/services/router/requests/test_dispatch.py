@@ -34,7 +34,7 @@ async def test_long_prompt_is_prefilled_remotely_and_joined(cluster):
 
 async def test_first_token_does_not_wait_for_the_hand_off(cluster):
     cluster["d0"].faults.hold_kv = True
-    stream = cluster.core.dispatcher.generate(cluster.input(LONG, 4))
+    stream = cluster.stream(cluster.input(LONG, 4))
     first = await asyncio.wait_for(anext(stream), 2)
     assert len(first.token_ids) == 1, "held KV leaves only the prefill worker's token"
     cluster["d0"].faults.hold_kv = False
@@ -93,9 +93,7 @@ async def test_stop_string_over_token_borders_ends_and_cancels(cluster):
 async def test_characters_are_never_broken(cluster):
     data = "né🎉ñ".encode()
     cluster["d0"].tokens_of = lambda request, k: data[k]
-    pieces = [
-        d.text async for d in cluster.core.dispatcher.generate(cluster.input(SHORT, len(data)))
-    ]
+    pieces = [d.text async for d in cluster.stream(cluster.input(SHORT, len(data)))]
     assert "".join(pieces) == "né🎉ñ"
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
 

@@ -364,7 +364,7 @@ async def test_cancel_reaches_both_workers_in_every_state(make_cluster, state):
 
 
 async def test_closing_the_iterator_cancels(cluster):
-    stream = cluster.core.dispatcher.generate(cluster.input(LONG, 1000))
+    stream = cluster.stream(cluster.input(LONG, 1000))
     for _ in range(3):
         await anext(stream)
     await stream.aclose()
@@ -373,7 +373,7 @@ async def test_closing_the_iterator_cancels(cluster):
 
 
 async def test_slow_client_neither_blocks_others_nor_loses_tokens(cluster):
-    stream = cluster.core.dispatcher.generate(cluster.input(LONG, 300))
+    stream = cluster.stream(cluster.input(LONG, 300))
     first = await anext(stream)
     cluster.assert_right(await run(cluster, LONG, 20), LONG, 20)
     while cluster["d0"].live:
@@ -384,7 +384,7 @@ async def test_slow_client_neither_blocks_others_nor_loses_tokens(cluster):
 
 
 async def test_slow_client_of_a_finished_request_is_no_reason_to_blame_its_worker(cluster):
-    stream = cluster.core.dispatcher.generate(cluster.input(LONG, 30))
+    stream = cluster.stream(cluster.input(LONG, 30))
     first = await anext(stream)
     while cluster["d0"].live:
         await asyncio.sleep(0.01)

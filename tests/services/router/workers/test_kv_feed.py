@@ -252,6 +252,20 @@ async def test_snapshot_after_a_gap_is_checked_as_well():
     assert known.numbers() == [] and len(known.refusals) == 1 and not known.given_up
 
 
+async def test_snapshot_that_cannot_be_read_refuses_the_events_and_keeps_the_session():
+    known = Known()
+    known.start(welcome(2, blocks(1)))
+    known.feed.push(5, [stored(5)])
+    await settle()
+    await known.answer(ValueError("a message that cannot be decoded"))
+    assert known.faults == [KvFault.GAP, KvFault.MALFORMED] and not known.given_up
+    assert known.refusals == ["it answers for its snapshot a message that cannot be decoded"]
+    known.feed.push(6, [stored(6)])
+    assert known.numbers() == [] and known.num_fetched == 1
+    known.start(welcome(0, blocks(1)))
+    assert known.numbers() == [1]
+
+
 async def test_events_waiting_for_a_snapshot_are_bounded():
     known = Known()
     known.start(welcome())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
 
+import grpc
 import pytest
 
 from baton.core.block import chain_hashes, join_hashes, root_hash
@@ -13,6 +15,7 @@ from baton.core.errors import WorkerLost
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import WorkerId
 from baton.rpc.v1 import worker_pb2 as pb
+from baton.telemetry.metrics import Metrics
 from services.router.index.prefix_index import PrefixIndex
 from services.router.placement.policy_config import PolicyConfig
 from services.router.requests.mailbox import Arrival, Mailbox
@@ -162,6 +165,101 @@ async def test_stopped_process_behind_an_open_port_is_given_up_soon(config):
         assert session.lost_reason == "no connection within 0.2 s"
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+class RawWorker:
+    """Sends bytes where messages belong."""
+
+    def __init__(self, *messages: bytes, snapshot: bytes = b"") -> None:
+        self.messages = messages
+        self.snapshot = snapshot
+        self.num_sessions = 0
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        """Its address."""
+        handlers = {
+            "Session": grpc.stream_stream_rpc_method_handler(self._session),
+            "GetInfo": grpc.unary_unary_rpc_method_handler(self._info),
+        }
+        server = grpc.aio.server()
+        name = pb.DESCRIPTOR.services_by_name["Worker"].full_name
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            await server.stop(grace=None)
+
+    async def _session(self, requests, context):
+        self.num_sessions += 1
+        await anext(requests)
+        for message in self.messages:
+            await context.write(message)
+        await asyncio.sleep(60)
+
+    async def _info(self, request, context):
+        return self.snapshot
+
+
+@contextlib.asynccontextmanager
+async def pool_of(worker, session_config):
+    """A pool with one session to `worker`, and its metrics."""
+    metrics = Metrics()
+    pool = WorkerPool(router_id="r", config=session_config, index=PrefixIndex(10), metrics=metrics)
+    async with worker.running() as address:
+        pool.start(StaticMembership([address]))
+        yield pool, metrics
+        await pool.stop()
+
+
+async def shown(metrics, line):
+    async with asyncio.timeout(3):
+        while line not in metrics.render().decode():
+            await asyncio.sleep(0.01)
+
+
+def welcome_of(cluster):
+    return pb.WorkerMessage(welcome=cluster["d0"]._welcome())
+
+
+GARBAGE = b"\xff\xff\xff"
+
+
+async def test_worker_whose_first_message_is_garbage_is_refused_with_a_reason(config, caplog):
+    for first in (GARBAGE, pb.WorkerMessage(step=pb.StepBatch()).SerializeToString()):
+        async with pool_of(RawWorker(first), config.session) as (_, metrics):
+            await shown(metrics, "baton_router_session_faults_total 2.0")
+    said = [r.message for r in caplog.records if r.message.startswith("no session with")]
+    assert len(said) == 2, "each reason once, however often it is tried"
+    assert "a message that cannot be decoded" in said[0] and "not Welcome" in said[1]
+    assert not [r for r in caplog.records if r.name.startswith("services") and r.exc_info]
+
+
+async def test_worker_that_turns_to_garbage_is_left_alone_a_while(cluster, config, caplog):
+    session_config = dataclasses.replace(config.session, stall_quarantine_s=30.0)
+    worker = RawWorker(welcome_of(cluster).SerializeToString(), GARBAGE)
+    async with pool_of(worker, session_config) as (pool, metrics):
+        await shown(metrics, "baton_router_session_faults_total 1.0")
+        await asyncio.sleep(5 * session_config.backoff_min_s)
+        assert worker.num_sessions == 1, "its Welcome is not asked for again and again"
+        (state,) = pool.view().workers
+        assert state.is_quarantined
+    assert any("a message that cannot be decoded" in r.message for r in caplog.records)
+    assert not [r for r in caplog.records if r.name.startswith("services") and r.exc_info]
+
+
+async def test_worker_whose_snapshot_is_garbage_is_placed_by_load_alone(cluster, config, caplog):
+    event = pb.StepBatch(first_kv_sequence=5, kv_events=[pb.KvEvent(stored=bytes(16))])
+    messages = (welcome_of(cluster), pb.WorkerMessage(step=event))
+    worker = RawWorker(*(m.SerializeToString() for m in messages), snapshot=GARBAGE)
+    session_config = dataclasses.replace(config.session, idle_timeout_s=30.0)
+    async with pool_of(worker, session_config) as (pool, metrics):
+        await shown(metrics, 'baton_router_kv_unmatched{worker="d0"} 1.0')
+        assert 'faults_total{reason="malformed"} 1.0' in metrics.render().decode()
+        assert pool.session(WorkerId("d0")).is_ready and worker.num_sessions == 1
+    assert not [r for r in caplog.records if r.name.startswith("services") and r.exc_info]
 
 
 async def test_unhealthy_worker_gets_no_work_and_does_not_count_as_answering(make_cluster):

@@ -1,0 +1,93 @@
+{{/*
+What the schema cannot say: values that contradict each other. Each message names the key, what it got and the limit.
+*/}}
+{{- define "baton.validate" -}}
+{{- $v := .Values -}}
+{{- $roots := dict "prefill" (dict "root" . "pool" "prefill") "decode" (dict "root" . "pool" "decode") -}}
+{{- include "baton.validateSecrets" . -}}
+{{- if and (eq $v.runtime "kubernetes") (not (include "baton.hasRedis" .)) -}}
+{{- fail "runtime kubernetes needs Redis, by which workers are found: set redis.enabled: true or redis.externalUrl" -}}
+{{- end -}}
+{{- if and (eq $v.runtime "kubernetes") (eq $v.pools.layout "paired") -}}
+{{- fail "pools.layout paired needs runtime ray: its pods hold several workers" -}}
+{{- end -}}
+{{- if and $v.keda.enabled (ne $v.runtime "kubernetes") -}}
+{{- fail "keda.enabled needs runtime kubernetes: the sizes of Ray's pools stand in the serve config" -}}
+{{- end -}}
+{{- if and $v.ray.head.faultTolerance (not (include "baton.hasRedis" .)) -}}
+{{- fail "ray.head.faultTolerance needs Redis: set redis.enabled: true or redis.externalUrl" -}}
+{{- end -}}
+{{- range $name := list "prefill" "decode" -}}
+{{- $keda := index $v.keda $name -}}
+{{- if gt (int $keda.minReplicas) (int $keda.maxReplicas) -}}
+{{- fail (printf "keda.%s.minReplicas %d is above keda.%s.maxReplicas %d" $name (int $keda.minReplicas) $name (int $keda.maxReplicas)) -}}
+{{- end -}}
+{{- include "baton.validatePool" (dict "root" $ "pool" $name) -}}
+{{- end -}}
+{{- range $key, $default := dict "device" "cpu" "block_size" "" "kv_cache_dtype" "auto" "load_format" "auto" "dtype" "bfloat16" -}}
+{{- $prefill := dig "engine" $key $default $v.config.prefill | toString -}}
+{{- $decode := dig "engine" $key $default $v.config.decode | toString -}}
+{{- if ne $prefill $decode -}}
+{{- fail (printf "config.prefill.engine.%s is %q and config.decode.engine.%s %q: such pools cannot exchange KV; make them equal" $key $prefill $key $decode) -}}
+{{- end -}}
+{{- end -}}
+{{- $needed := include "baton.gpusPerPair" . | int -}}
+{{- if and (eq $v.pools.layout "paired") (gt $needed (int $v.gpu.maxPerNode)) -}}
+{{- fail (printf "a pod of pools.paired needs %d GPUs and gpu.maxPerNode is %d: lower pools.paired.prefill, pools.paired.decode or engine.tp_size" $needed (int $v.gpu.maxPerNode)) -}}
+{{- end -}}
+{{- if ge (int64 $v.fabric.sharedMemory.rayObjectStoreBytes) (include "baton.bytes" $v.fabric.sharedMemory.sizeLimit | int64) -}}
+{{- fail (printf "fabric.sharedMemory.rayObjectStoreBytes %d does not fit into fabric.sharedMemory.sizeLimit %s" (int64 $v.fabric.sharedMemory.rayObjectStoreBytes) $v.fabric.sharedMemory.sizeLimit) -}}
+{{- end -}}
+{{- include "baton.validateModel" . -}}
+{{- if and $v.gateway.enabled (not $v.gateway.parentRefs) -}}
+{{- fail "gateway.enabled needs gateway.parentRefs: the gateways to attach to" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.validateSecrets" -}}
+{{- $v := .Values -}}
+{{- if not (or $v.secrets.existingSecret $v.secrets.clusterSecret) -}}
+{{- fail "secrets.clusterSecret or secrets.existingSecret is missing; make one with `openssl rand -hex 32`" -}}
+{{- end -}}
+{{- if and $v.tls.enabled (not $v.tls.existingSecret) -}}
+{{- fail "tls.enabled needs tls.existingSecret, with ca.crt, tls.crt and tls.key" -}}
+{{- end -}}
+{{- if and $v.redis.enabled $v.redis.externalUrl -}}
+{{- fail "redis.enabled and redis.externalUrl are both set; there is one Redis" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* (root, pool) */}}
+{{- define "baton.validatePool" -}}
+{{- $v := .root.Values -}}
+{{- $tp := dig "engine" "tp_size" 1 (index $v.config .pool) | int -}}
+{{- range $key := list "numAttentionHeads" "numKvHeads" -}}
+{{- $heads := index $v.model $key -}}
+{{- if $heads -}}
+{{- if ne (mod (int $heads) $tp) 0 -}}
+{{- fail (printf "config.%s.engine.tp_size %d does not divide model.%s %d" $.pool $tp $key (int $heads)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq (include "baton.device" .) "cuda") (eq $v.pools.layout "separate") -}}
+{{- fail (printf "config.%s.engine.device is cuda and pools.layout separate: GPUs exchange KV within one pod only; set pools.layout: paired and runtime: ray" .pool) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.validateModel" -}}
+{{- $model := .Values.model -}}
+{{- if and (eq $model.source "image") (not $model.image.reference) -}}
+{{- fail "model.source image needs model.image.reference" -}}
+{{- end -}}
+{{- if and (eq $model.source "fetch") (not (and $model.fetch.image $model.fetch.command)) -}}
+{{- fail "model.source fetch needs model.fetch.image and model.fetch.command" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A quantity such as 2Gi or 500M as a number. */}}
+{{- define "baton.bytes" -}}
+{{- $text := toString . -}}
+{{- $units := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "K" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "" 1 -}}
+{{- $number := regexFind "^[0-9]+" $text -}}
+{{- mul ($number | int64) (index $units (trimPrefix $number $text) | int64) -}}
+{{- end -}}
