@@ -110,5 +110,6 @@ def check_positive(section: str, config: object, *names: str) -> None:
     """Raises ConfigError naming the first of `names` in `config` that is not above zero."""
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
+        # Not `<= 0`, which lets nan pass.
+        if not value > 0:
             raise ConfigError(f"{section}.{name} must be positive, got {value}")

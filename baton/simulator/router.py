@@ -23,7 +23,6 @@ from services.router.index.prefix_index import PrefixIndex
 from services.router.placement.affinity import SessionAffinity
 from services.router.placement.comparison_policies import make_policy
 from services.router.placement.load_book import UNREPORTED_S, LoadBook
-from services.router.placement.perf_config import PerfConfig
 from services.router.placement.perf_model import PerfModel
 from services.router.placement.perf_observer import PerfObserver
 from services.router.placement.placement import Placement, PlacementRequest
@@ -39,9 +38,9 @@ MODEL = "simulated"
 class SimRouter:
     """One router copy."""
 
-    def __init__(self, policy: PolicyConfig, *, seed: int, perf: PerfConfig | None = None) -> None:
+    def __init__(self, policy: PolicyConfig, *, seed: int) -> None:
         rng = random.Random(seed)
-        self.perf = PerfModel(perf)
+        self.perf = PerfModel()
         self._index = PrefixIndex(MAX_INDEX_ENTRIES)
         self._predicted = PredictedPrefixes()
         self._table = WorkerTable(LinkPrices.from_config(policy))

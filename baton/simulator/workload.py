@@ -30,7 +30,6 @@ class Arrival:
     block_hashes: tuple[BlockHash, ...]
     """Of the prompt's full blocks."""
     session_key: str = ""
-    tenant: str = ""
 
 
 def read_mooncake(path: Path, *, limit: int | None = None, speed: float = 1.0) -> list[Arrival]:

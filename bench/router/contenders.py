@@ -143,42 +143,45 @@ def ours(
 def sglang_router(
     children: Children, python: Path, workers: Workers, model: str, log: Path, *, is_pd: bool
 ) -> Contender:
-    port, metrics_port = free_port(), free_port()
-    command = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--prometheus-port", str(metrics_port)]
-    command += ["--policy", "cache_aware", "--log-level", "error", "--disable-retries"]
-    if is_pd:
-        command.append("--pd-disaggregation")
-        for address in workers.capped:
-            command += ["--prefill", f"http://{address}", "8998"]
-        for address in workers.decode:
-            command += ["--decode", f"http://{address}"]
-    else:
-        command += ["--worker-urls", *(f"http://{a}" for a in workers.decode)]
-    child = children.start(command, _NO_HUB, log)
-    _wait_until_up(child, f"http://127.0.0.1:{port}/health", log)
-    name = "sglang-router " + ("PD" if is_pd else "cache_aware")
-    return Contender(name, f"127.0.0.1:{port}", psutil.Process(child.pid), model)
+    options = ["--pd-disaggregation"]
+    for address in workers.capped:
+        options += ["--prefill", f"http://{address}", "8998"]
+    pd_options = options if is_pd else None
+    return _peer(children, python, "sglang", workers, model, log, pd_options)
 
 
 def vllm_router(
     children: Children, python: Path, workers: Workers, model: str, log: Path, *, is_pd: bool
 ) -> Contender:
+    options = ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+    for address in workers.capped:
+        options += ["--prefill", f"http://{address}"]
+    pd_options = options if is_pd else None
+    return _peer(children, python, "vllm", workers, model, log, pd_options)
+
+
+def _peer(
+    children: Children,
+    python: Path,
+    project: str,
+    workers: Workers,
+    model: str,
+    log: Path,
+    pd_options: list[str] | None,
+) -> Contender:
+    """`pd_options`: what makes it a router of two pools, short of the decode workers."""
     port, metrics_port = free_port(), free_port()
-    command = [str(python), "-m", "vllm_router.launch_router", "--host", "127.0.0.1"]
+    command = [str(python), "-m", f"{project}_router.launch_router", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--prometheus-port", str(metrics_port)]
     command += ["--policy", "cache_aware", "--log-level", "error", "--disable-retries"]
-    if is_pd:
-        command += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
-        for address in workers.capped:
-            command += ["--prefill", f"http://{address}"]
-        for address in workers.decode:
-            command += ["--decode", f"http://{address}"]
+    urls = [f"http://{address}" for address in workers.decode]
+    if pd_options is None:
+        command += ["--worker-urls", *urls]
     else:
-        command += ["--worker-urls", *(f"http://{a}" for a in workers.decode)]
+        command += [*pd_options, *(word for url in urls for word in ("--decode", url))]
     child = children.start(command, _NO_HUB, log)
     _wait_until_up(child, f"http://127.0.0.1:{port}/health", log)
-    name = "vllm-router " + ("PD" if is_pd else "cache_aware")
+    name = f"{project}-router " + ("cache_aware" if pd_options is None else "PD")
     return Contender(name, f"127.0.0.1:{port}", psutil.Process(child.pid), model)
 
 

@@ -24,7 +24,7 @@ from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
 from baton.rpc.channel import new_server
-from baton.rpc.convert import load_to_wire, worker_info_to_wire
+from baton.rpc.convert import hashing_to_wire, load_to_wire, worker_info_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
 
@@ -125,12 +125,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self._load = load_to_wire(load)
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: object) -> pb.Welcome:
-        layout = KvLayout(self._model, 1, 1, 8, BLOCK_SIZE, "float32")
-        info = WorkerInfo(
-            WorkerId(self._name), Epoch(str(os.getpid())), self._role, self.address, self._model,
-            layout, NUM_BLOCKS, MAX_MODEL_LEN, 1 << 16, "fake", os.getpid(),
-        )  # fmt: skip
-        return pb.Welcome(info=worker_info_to_wire(info), load=self._load)
+        return welcome(self._name, self._role, self.address, self._model, self._load)
 
     async def Session(
         self, messages: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext
@@ -152,6 +147,16 @@ class FakeWorker(pb_grpc.WorkerServicer):
                 session.submit(message.submit)
             elif message.HasField("cancel"):
                 session.cancel(message.cancel.request_id)
+
+
+def welcome(name: str, role: Role, address: str, model: str, load: pb.LoadReport) -> pb.Welcome:
+    """Of a worker without blocks, which it would name as the router does."""
+    layout = KvLayout(model, 1, 1, 8, BLOCK_SIZE, "float32")
+    info = WorkerInfo(
+        WorkerId(name), Epoch(str(os.getpid())), role, address, model, layout, load.total_blocks,
+        MAX_MODEL_LEN, 1 << 16, "fake", os.getpid(),
+    )  # fmt: skip
+    return pb.Welcome(info=worker_info_to_wire(info), load=load, hashing=hashing_to_wire(layout))
 
 
 async def _serve(args: argparse.Namespace) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import time
 from collections import deque
@@ -24,19 +23,16 @@ from dataclasses import dataclass, field
 import grpc
 import uvloop
 
-from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent as Event
-from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
+from baton.core.worker_info import LoadReport, Role
 from baton.rpc.channel import new_server
-from baton.rpc.convert import load_to_wire, worker_info_to_wire
+from baton.rpc.convert import load_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
+from bench.router.fake_worker import BLOCK_SIZE, IDLE_REPORT_S, welcome
 
-BLOCK_SIZE = 16
 NUM_BLOCKS = 1 << 18
-MAX_MODEL_LEN = 1 << 17
 CHUNK_TOKENS = 512
-IDLE_REPORT_S = 0.5
 HANDOFF_POLL_S = 0.002
 TOKEN_ID = 97
 
@@ -186,12 +182,7 @@ class ModelledWorker(pb_grpc.WorkerServicer):
     # gRPC
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: object) -> pb.Welcome:
-        layout = KvLayout(self._model, 1, 1, 8, BLOCK_SIZE, "float32")
-        info = WorkerInfo(
-            WorkerId(self._name), Epoch(str(os.getpid())), self._role, self.address, self._model,
-            layout, NUM_BLOCKS, MAX_MODEL_LEN, 1 << 16, "fake", os.getpid(),
-        )  # fmt: skip
-        return pb.Welcome(info=worker_info_to_wire(info), load=self.load())
+        return welcome(self._name, self._role, self.address, self._model, self.load())
 
     async def Session(
         self, messages: AsyncIterator[pb.RouterMessage], context: grpc.aio.ServicerContext

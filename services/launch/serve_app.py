@@ -27,9 +27,11 @@ from services.decode.config import DEFAULTS as DECODE_DEFAULTS
 from services.launch.pools import gpu_demand
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig, load_router_config
-from services.router.deployment import RouterDeployment, RouterReplica
+from services.router.deployment import SERVE_OPTIONS as ROUTER_OPTIONS
+from services.router.deployment import RouterReplica
 from services.worker.config import WorkerConfig, load_worker_config
-from services.worker.deployment import SERVE_OPTIONS, WorkerReplica
+from services.worker.deployment import SERVE_OPTIONS as WORKER_OPTIONS
+from services.worker.deployment import WorkerReplica
 
 RESOURCE_PREFIX = "baton_"
 """A node that offers baton_prefill: 2 has room for two prefill workers."""
@@ -87,8 +89,11 @@ class RouterFromFile(RouterReplica):
         await super().__init__(values, log_dir, *pools)
 
 
-PrefillPool = serve.deployment(name="Prefill", **SERVE_OPTIONS)(PrefillFromFile)
-DecodePool = serve.deployment(name="Decode", **SERVE_OPTIONS)(DecodeFromFile)
+PrefillPool = serve.deployment(name="Prefill", **WORKER_OPTIONS)(PrefillFromFile)
+DecodePool = serve.deployment(name="Decode", **WORKER_OPTIONS)(DecodeFromFile)
+RouterDeployment = serve.deployment(name="Router", **ROUTER_OPTIONS)(
+    serve.ingress()(RouterFromFile)
+)
 _POOLS = {Role.PREFILL: PrefillPool, Role.DECODE: DecodePool}
 _DEFAULTS = {Role.PREFILL: PREFILL_DEFAULTS, Role.DECODE: DECODE_DEFAULTS}
 
@@ -100,18 +105,15 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     roles = (Role.PREFILL, Role.DECODE) if given.num_prefill else (Role.DECODE,)
     pools = [_bind_pool(given, role) for role in roles]
     config = load_router_config(file=given.file("router"), environ=os.environ)
-    options = dict(RouterDeployment.ray_actor_options or {})
-    router = serve.deployment(
-        name="Router",
-        ray_actor_options={**options, "resources": {f"{RESOURCE_PREFIX}router": 1}},
+    router = RouterDeployment.options(
         num_replicas=given.num_routers,
         max_replicas_per_node=1,
-        max_ongoing_requests=RouterDeployment.max_ongoing_requests,
-        health_check_period_s=1.0,
-        health_check_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.edge.stop_grace_s + STOP_MARGIN_S,
-    )(serve.ingress()(RouterFromFile))
+        ray_actor_options={
+            **ROUTER_OPTIONS["ray_actor_options"],
+            "resources": {f"{RESOURCE_PREFIX}router": 1},
+        },
+    )
     return router.bind(str(given.file("router")), str(given.log_dir), *pools)
 
 
@@ -124,7 +126,7 @@ def _bind_pool(args: AppArgs, role: Role) -> serve.Application:
         num_replicas=args.num_prefill if role is Role.PREFILL else args.num_decode,
         graceful_shutdown_timeout_s=config.drain_s + STOP_MARGIN_S,
         ray_actor_options={
-            **SERVE_OPTIONS["ray_actor_options"],
+            **WORKER_OPTIONS["ray_actor_options"],
             "num_gpus": gpu_demand(config.engine),
             "resources": {f"{RESOURCE_PREFIX}{role.value}": 1},
         },

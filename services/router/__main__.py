@@ -90,8 +90,11 @@ class RouterProcess:
         """Close the doors, let short requests finish, end the others with an error."""
         doors = asyncio.gather(self.http.stop(), self.grpc.stop(), return_exceptions=True)
         await asyncio.wait({doors}, timeout=self._config.edge.stop_grace_s)
-        async with asyncio.timeout(CORE_STOP_TIMEOUT_S):
-            await self._core.stop()
+        try:
+            async with asyncio.timeout(CORE_STOP_TIMEOUT_S):
+                await self._core.stop()
+        except TimeoutError:
+            logger.warning("requests or sessions did not end within %g s", CORE_STOP_TIMEOUT_S)
         await doors
         await self.own.stop()
         log_fields(logger, "router stopped")

@@ -59,6 +59,11 @@ class SessionConfig:
             "backoff_min_s", "backoff_max_s", "stall_quarantine_s", "resync_timeout_s",
             "max_pending_deltas", "max_snapshot_blocks",
         )  # fmt: skip
+        if self.backoff_min_s > self.backoff_max_s:
+            raise ConfigError(
+                "session.backoff_min_s must not be above backoff_max_s, "
+                f"got {self.backoff_min_s:g} and {self.backoff_max_s:g}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,10 +181,14 @@ class RouterCore:
 
     async def _update_gauges(self) -> None:
         while True:
-            view = self.pool.view()
-            self._gauges.update(view)
-            self._fabric_gauges.update(view)
-            self.gate.update_gauges()
+            try:
+                view = self.pool.view()
+                self._gauges.update(view)
+                self._fabric_gauges.update(view)
+                self.gate.update_gauges()
+            except Exception:
+                # Requests do not depend on being counted, and the next look may succeed.
+                logger.exception("the gauges could not be updated; trying again")
             await asyncio.sleep(GAUGE_PERIOD_S)
 
 

@@ -29,6 +29,18 @@ _ENVIRONMENT = {
 }
 
 
+SERVE_OPTIONS: dict[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0.1, "runtime_env": {"env_vars": _ENVIRONMENT}},
+    # Serve's default of 5 would queue requests that the dispatcher could place.
+    "max_ongoing_requests": 4096,
+    "health_check_period_s": 1.0,
+    "health_check_timeout_s": 5.0,
+    "graceful_shutdown_wait_loop_s": 0.1,
+    # Serve lets running streams go on for this long before it stops the replica.
+    "graceful_shutdown_timeout_s": 20.0,
+}
+
+
 class RouterReplica:
     """One router a replica. `pools` are handles to the worker deployments."""
 
@@ -69,14 +81,4 @@ class RouterReplica:
         self._http.close()
 
 
-RouterDeployment = serve.deployment(
-    name="Router",
-    ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ENVIRONMENT}},
-    # Serve's default of 5 would queue requests that the dispatcher could place.
-    max_ongoing_requests=4096,
-    health_check_period_s=1.0,
-    health_check_timeout_s=5.0,
-    graceful_shutdown_wait_loop_s=0.1,
-    # Serve lets running streams go on for this long before it stops the replica.
-    graceful_shutdown_timeout_s=20.0,
-)(serve.ingress()(RouterReplica))
+RouterDeployment = serve.deployment(name="Router", **SERVE_OPTIONS)(serve.ingress()(RouterReplica))

@@ -79,6 +79,14 @@ def test_two_router_copies_hit_nearly_as_much_as_one():
     assert abs(one - two) < 0.02
 
 
+def test_prefixes_are_read_from_other_workers_where_their_own_are_busy():
+    arrivals = conversations(60, gap_s=1.0)
+    cluster, outcomes = run(arrivals)
+    fetched = [outcome for outcome in outcomes if outcome.num_fetched_tokens]
+    assert fetched and all(o.num_fetched_tokens <= o.num_cached_tokens for o in fetched)
+    cluster.check_idle()
+
+
 def test_first_token_takes_at_least_what_the_hardware_says():
     arrivals = conversations(1, turns=1)
     hardware = Hardware()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from baton.core.errors import ConfigError
@@ -52,10 +53,9 @@ class AdmissionConfig:
             "max_retry_after_s",
         )  # fmt: skip
         for name in ("max_tenant_requests", "max_tenant_tokens", "output_token_cost"):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"admission.{name} must not be negative, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"admission.{name} must be a number from 0 on, got {value}")
         if not 0 < self.shed_ratio <= 1:
             raise ConfigError(
                 f"admission.shed_ratio must be above 0 and at most 1, got {self.shed_ratio}"

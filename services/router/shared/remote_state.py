@@ -135,7 +135,7 @@ class RemoteState:
         refund = Refund(grant.tenant, grant.limits, num_tokens=unused, slot=grant.slot)
         if held.is_estimated:
             self._view.refund(refund, num_copies=self._num_copies, now_s=self._clock.now())
-            if False:
+            if self._circuit.is_closed and grant.limits.max_concurrent is not None:
                 # A sign of life may have entered its slot meanwhile.
                 self._refund_later(Refund(grant.tenant, grant.limits, slot=grant.slot))
         else:

@@ -25,6 +25,7 @@ MAX_BATCH_BYTES = 4 << 20
 MAX_NOTE_BLOCKS = 1024
 """Of a longer prompt only the leading blocks are told: 16 KiB a note."""
 MAX_ID_BYTES = 255
+"""A worker with a longer id is told of nowhere."""
 
 _MAGIC = b"BPN1"
 _NOTE = struct.Struct("<BBIIH")
@@ -65,9 +66,12 @@ def record_from_json(data: bytes) -> TenantRecord:
 
 
 def encode_batch(sender: str, notes: Sequence[PlacementNote]) -> bytes:
+    """Notes that name a worker by more than `MAX_ID_BYTES` are left out."""
     parts = [_MAGIC, bytes([len(sender.encode())]), sender.encode()]
     for note in notes:
         prefill, decode = (note.prefill_worker or "").encode(), (note.decode_worker or "").encode()
+        if max(len(prefill), len(decode)) > MAX_ID_BYTES:
+            continue
         num_blocks = min(MAX_NOTE_BLOCKS, len(note.hashes) // HASH_BYTES)
         parts += [
             _NOTE.pack(

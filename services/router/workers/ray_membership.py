@@ -12,17 +12,25 @@ value, hence the one module-level object, reached by an import inside the method
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+from google.protobuf.message import DecodeError
 
 # The stable path ray.serve.request_router exports only the abstract base.
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.handle import DeploymentHandle
 
-from baton.core.worker_info import WorkerId
+from baton.core.errors import ConfigError
+from baton.core.worker_info import WorkerId, WorkerInfo
 from baton.rpc.convert import worker_info_from_wire
 from baton.rpc.v1 import worker_pb2
 from services.router.workers.membership import PushMembership, Snapshot
+
+logger = logging.getLogger(__name__)
+
+MAX_REPORTED = 256
 
 
 class ReplicaBoard:
@@ -31,6 +39,7 @@ class ReplicaBoard:
     def __init__(self) -> None:
         self._by_deployment: dict[str, Snapshot] = {}
         self._listener: tuple[asyncio.AbstractEventLoop, PushMembership] | None = None
+        self._reported: set[str] = set()
 
     def listen(self, membership: PushMembership) -> None:
         """Push all further changes, and what is known now, to `membership` on this loop."""
@@ -41,12 +50,23 @@ class ReplicaBoard:
         """Replace the replicas of one deployment; those without metadata are not ready yet."""
         workers: dict[WorkerId, str] = {}
         for record in metadata.values():
-            if record and "worker_info" in record:
-                message = worker_pb2.WorkerInfo.FromString(bytes.fromhex(record["worker_info"]))
-                info = worker_info_from_wire(message)
+            if record and (info := self._read(deployment, record.get("worker_info"))) is not None:
                 workers[info.worker_id] = info.address
         self._by_deployment[deployment] = workers
         self._push()
+
+    def _read(self, deployment: str, text: str | None) -> WorkerInfo | None:
+        """None for what is missing or makes no sense: one replica must not hide the others."""
+        if text is None:
+            return None
+        try:
+            return worker_info_from_wire(worker_pb2.WorkerInfo.FromString(bytes.fromhex(text)))
+        except (ValueError, DecodeError, ConfigError) as error:
+            reason = f"a replica of {deployment} is left out: {error}"
+        if reason not in self._reported and len(self._reported) < MAX_REPORTED:
+            self._reported.add(reason)
+            logger.warning("%s", reason)
+        return None
 
     def _push(self) -> None:
         if self._listener is None:

@@ -81,7 +81,10 @@ def test_the_name_of_a_deployment_can_be_part_of_a_key() -> None:
         ({"num_routers": 0}, "num_routers must be between 1 and"),
         ({"num_routers": 1000}, "num_routers must be between 1 and"),
         ({"redis_url": "http://x"}, "redis_url must start with"),
-        ({"redis_url": "redis://:secret@h/0?decode_responses=yes"}, "the option 'decode_responses'"),
+        (
+            {"redis_url": "redis://:secret@h/0?decode_responses=yes"},
+            "the option 'decode_responses'",
+        ),
         ({"redis_url": "redis://:secret@h/0?socket_timeout=soon"}, "a wrong value: socket_timeout"),
         ({"redis_url": "unix:///tmp/s?socket_colour=red"}, "an unknown name"),
         ({"deployment": "a/b"}, "deployment must be"),

@@ -34,6 +34,9 @@ def test_layers_from_file_environment_and_overrides(tmp_path):
     [
         {"http_port": 70000},
         {"session": {"idle_timeout_s": 0}},
+        {"session": {"backoff_min_s": 3, "backoff_max_s": 2}},
+        {"edge": {"deadline_s": 0}},
+        {"edge": {"stop_grace_s": -1}},
         {"dispatch": {"max_retries": -1}},
         {"policy": {"local_prefill_max_tokens": -1}},
         {"policy": {"min_offer_blocks": 0}},

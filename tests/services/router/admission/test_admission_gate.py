@@ -103,6 +103,20 @@ async def test_too_late_is_refused_before_any_work_and_admitted_when_told_to_com
     assert 'finish_reason="error"' not in text, "a refused request has not ended: it never began"
 
 
+async def test_pace_that_no_worker_keeps_holds_nobody_up(cluster, assert_nothing_left):
+    for worker in cluster.workers.values():
+        worker.step_s = 0.03
+    first = asyncio.create_task(cluster.run(asks(cluster, max_tokens=50)))
+    async with asyncio.timeout(3):
+        while not any(w.submitted for w in cluster.workers.values()):
+            await asyncio.sleep(0.005)
+    hasty = asks(cluster, targets=SloTargets(None, 1e-6))
+    cluster.assert_right(await asyncio.wait_for(cluster.run(hasty), 5), LONG, 4)
+    assert not first.done(), "it waited for all others to end"
+    await first
+    await assert_nothing_left(cluster)
+
+
 async def test_waiting_request_is_refused_in_time_for_its_target(cluster, assert_nothing_left):
     await queued(cluster, 12_000)  # 0.6 s of the assumed speed: in time, but not to be added to
     waits = asyncio.create_task(cluster.run(asks(cluster, targets=SloTargets(0.9))))

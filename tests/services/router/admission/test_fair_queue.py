@@ -128,9 +128,7 @@ def test_debt_kept_over_an_empty_queue_is_bounded_by_the_weight():
     queue = queue_of()
     queue.push(Entry("other", 1000))
     queue.push(Entry("large", 500_000, weight=10.0))
-    large = [entry for entry in queue if entry.tenant == "large"][0]
-    list(queue.heads())
-    queue.take(large)
+    queue.take(next(entry for entry in queue if entry.tenant == "large"))
     queue.settle("large", 1e9)
     again = Entry("large", 1.0, weight=10.0)
     # All that others have waiting comes first, up to as many rounds as any tenant can owe.

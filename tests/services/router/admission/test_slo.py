@@ -88,6 +88,8 @@ def test_outcome(targets, ttft_s, itl_s, expected, is_met):
         (lambda: AdmissionConfig(max_queued_requests=0), "max_queued_requests"),
         (lambda: AdmissionConfig(shed_ratio=1.5), "shed_ratio"),
         (lambda: AdmissionConfig(output_token_cost=-1), "output_token_cost"),
+        (lambda: AdmissionConfig(output_token_cost=float("inf")), "output_token_cost"),
+        (lambda: AdmissionConfig(max_ahead_s=float("nan")), "max_ahead_s"),
         (lambda: TenantConfig(weight=0), "weight"),
         (lambda: TenantConfig(max_concurrent=0), "max_concurrent"),
         (lambda: TenantsConfig(named={"": TenantConfig()}), "tenant name"),

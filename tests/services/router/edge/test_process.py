@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,6 +16,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from services.router import __main__ as process
+from services.router.config import load_router_config
 
 
 class Launcher:
@@ -118,6 +122,26 @@ def test_ends_with_its_parent(launcher):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+async def test_doors_close_though_a_session_will_not_end(
+    tokenizer_folder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(process, "CORE_STOP_TIMEOUT_S", 0.05)
+    values = {
+        **{"model_path": tokenizer_folder, "model_name": "tiny", "workers": ["127.0.0.1:9"]},
+        **{"http_port": 0, "grpc_port": 0, "edge": {"stop_grace_s": 0.1}},
+        "copy": {"own_port": 0, "targets_dir": tmp_path},
+    }
+    router = process.RouterProcess(load_router_config(overrides=values))
+    await router.start()
+    assert list(tmp_path.iterdir())
+    stop_core = router._core.stop
+    monkeypatch.setattr(router._core, "stop", lambda: asyncio.sleep(60))
+    await router.stop()
+    assert not list(tmp_path.iterdir()), "nobody is sent to a copy that has ended"
+    assert "did not end within" in caplog.text
+    await stop_core()
 
 
 def test_does_not_start_without_its_parent(launcher):

@@ -165,6 +165,11 @@ def test_a_batch_survives_the_wire() -> None:
     assert decoded[1].prefill_worker is None and decoded[1].kv_tokens == (1 << 32) - 1
 
 
+def test_worker_with_too_long_an_id_spoils_no_batch() -> None:
+    long = dataclasses.replace(NOTE, decode_worker=WorkerId("d" * 300))
+    assert decode_batch(encode_batch("r", [NOTE, long, NOTE])).notes == [NOTE, NOTE]
+
+
 def test_long_prompts_are_told_in_part() -> None:
     long = dataclasses.replace(NOTE, hashes=bytes(16 * (MAX_NOTE_BLOCKS + 5)))
     (note,) = decode_batch(encode_batch("r", [long])).notes

@@ -114,9 +114,7 @@ async def test_slot_of_a_request_that_was_let_in_by_estimate_is_free_after_it(st
 
 async def test_question_that_nobody_waits_for_any_more_takes_nothing(state, store):
     store.delay_s = 30.0
-    question = asyncio.create_task(
-        state.take_quota("acme", limits=ONE_AT_A_TIME, num_tokens=1)
-    )
+    question = asyncio.create_task(state.take_quota("acme", limits=ONE_AT_A_TIME, num_tokens=1))
     await until(lambda: not store.has_room())
     question.cancel()
     await asyncio.gather(question, return_exceptions=True)
