@@ -13,7 +13,7 @@ import pytest
 
 from running_system import RunningSystem
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 NUM_REQUESTS = 500
 CONCURRENCY = 16

@@ -93,7 +93,7 @@ def test_serves_every_client_and_stops_within_ten_seconds(
     assert system.leftovers() == []
 
 
-@pytest.mark.parametrize("mode", ["--no-ray", "--ray"])
+@pytest.mark.parametrize("mode", ["--no-ray", pytest.param("--ray", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("delay_s", [0.7, 4.0])
 def test_stops_within_ten_seconds_while_it_is_still_starting(
     make_system: Callable[..., RunningSystem], mode: str, delay_s: float
@@ -105,7 +105,7 @@ def test_stops_within_ten_seconds_while_it_is_still_starting(
     assert system.leftovers() == []
 
 
-@pytest.mark.parametrize("mode", ["--no-ray", "--ray"])
+@pytest.mark.parametrize("mode", ["--no-ray", pytest.param("--ray", marks=pytest.mark.slow)])
 def test_sigterm_stops_it_cleanly(start_system: Callable[..., RunningSystem], mode: str) -> None:
     system = start_system(mode)
     assert system.interrupt(2 * STOP_LIMIT_S, signal.SIGTERM) < STOP_LIMIT_S

@@ -144,6 +144,7 @@ def test_prefill_on_one_rank_decode_on_two(
     assert_ends(system)
 
 
+@pytest.mark.slow
 def test_prefill_on_two_ranks_decode_on_one(
     start: Callable[..., RunningSystem], expected: list[str]
 ) -> None:
@@ -155,7 +156,14 @@ def test_prefill_on_two_ranks_decode_on_one(
     assert_ends(system)
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (2, 1),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_with_a_pool_each(
     start: Callable[..., RunningSystem], expected: list[str], prefill: int, decode: int
 ) -> None:

@@ -17,7 +17,7 @@ from baton.rpc.v1 import worker_pb2, worker_pb2_grpc
 from completions import complete
 from running_system import RunningSystem
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 WAIT_S = 60.0
 
