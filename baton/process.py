@@ -16,6 +16,17 @@ EXIT_CONFIG = 2
 """Wrong settings: starting again will not help."""
 
 
+def process_exists(pid: int) -> bool:
+    """On this machine, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def add_settings_arguments(parser: argparse.ArgumentParser, *, example: str) -> None:
     """--config and --set, see `baton.settings.load`."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")

@@ -59,7 +59,6 @@ from kernels.streamed_gemm import (
     can_stream,
     candidate_streamed_tiles,
     launch_streamed,
-    streamed_tile_for,
 )
 
 __all__ = ["candidate_tiles", "pack_int4", "tile_for", "unpack_int4", "weight_only_gemm"]
@@ -215,7 +214,7 @@ def weight_only_gemm(
             out=out,
         )
     if tile is None and can_stream(x, weight, scale, group_size):
-        tile = streamed_tile_for(x.shape[0], group_size=group_size)
+        tile = StreamedTile()
     if tile is None:
         tile = tile_for(
             x.shape[0],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from redis_server import RedisServer
 
 ImportModel = Callable[[str], Path]
 
@@ -15,6 +19,25 @@ def pytest_configure() -> None:
     """Without a GPU Triton's interpreter runs the kernels; it is chosen when triton is imported."""
     if not Path("/dev/nvidia0").exists():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real Redis on a random port."""
+    # A GPU machine may have no client for it.
+    from redis_server import running_redis
+
+    yield from running_redis(tmp_path_factory.mktemp("redis"))
+
+
+@pytest.fixture
+def redis(redis_process: RedisServer) -> RedisServer:
+    """A running server without data."""
+    if not redis_process.is_running:
+        redis_process.start()
+    with redis_process.client() as client:
+        client.flushall()
+    return redis_process
 
 
 @pytest.fixture(scope="session")

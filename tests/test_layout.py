@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "baton.process": (),
     "baton.rpc": ("baton.core",),
     "baton.telemetry": ("baton.core",),
-    "baton.registry": ("baton.core",),
+    "baton.registry": ("baton.core", "baton.process"),
     "baton.model_import": ("baton.core",),
     "baton.model_info": ("baton.core",),
     "baton.engine": ("baton.core", "kernels"),

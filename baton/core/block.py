@@ -14,6 +14,8 @@ from typing import NewType
 
 BlockId = NewType("BlockId", int)
 BlockHash = NewType("BlockHash", bytes)
+Hashes = Sequence[BlockHash] | bytes
+"""One after the other, or joined by `join_hashes`."""
 
 HASH_BYTES = 16
 """128 bits: at 10^9 live blocks a collision has a chance of about 10^-21."""
@@ -54,9 +56,9 @@ def chain_hashes(root: BlockHash, token_ids: Sequence[int], block_size: int) -> 
     return hashes
 
 
-def join_hashes(hashes: Sequence[BlockHash]) -> bytes:
-    """The wire form: hashes back to back."""
-    return b"".join(hashes)
+def join_hashes(hashes: Hashes) -> bytes:
+    """The wire form: hashes back to back. What has that form already stays as it is."""
+    return hashes if isinstance(hashes, bytes) else b"".join(hashes)
 
 
 def split_hashes(data: bytes) -> list[BlockHash]:

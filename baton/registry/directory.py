@@ -25,6 +25,7 @@ from typing import Any
 from baton.core.clock import Clock
 from baton.core.errors import BatonError, ConfigError, Unavailable
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
+from baton.process import process_exists
 from baton.registry.registration import (
     FORMAT,
     check_worker_id,
@@ -49,7 +50,7 @@ class _Registration:
     """On the machine's monotonic clock."""
 
     def is_live(self, now_s: float) -> bool:
-        return now_s - self.renewed_at_s < self.ttl_s and _process_exists(self.info.pid)
+        return now_s - self.renewed_at_s < self.ttl_s and process_exists(self.info.pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class DirectoryRegistry:
         now_s = self._clock.now()
         found = [self._read(path) for path in sorted(self._directory.glob(f"*{_SUFFIX}"))]
         return [
-            RegistryEntry(r.info, r.ttl_s, now_s - r.renewed_at_s, _process_exists(r.info.pid))
+            RegistryEntry(r.info, r.ttl_s, now_s - r.renewed_at_s, process_exists(r.info.pid))
             for r in found
             if r is not None
         ]
@@ -108,7 +109,7 @@ class DirectoryRegistry:
                 continue
             if registration.is_live(now_s):
                 live[registration.info.worker_id] = registration.info
-            elif not _process_exists(registration.info.pid):
+            elif not process_exists(registration.info.pid):
                 self._remove_dead(path, registration)
         return live
 
@@ -212,13 +213,3 @@ def _write_atomically(path: Path, data: bytes) -> None:
 def _create(path: Path, data: bytes) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)
-
-
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

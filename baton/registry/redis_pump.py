@@ -31,6 +31,24 @@ COMMANDS_PER_BATCH = 128
 CLOSE_TIMEOUT_S = 2 * CALL_TIMEOUT_S
 
 
+GUARDED_CALL = """
+local garbage = ''
+local function text(value) return string.format('%.17g', value) end
+local function call(key, ...)
+  -- A key of another type is thrown away, and the call made again.
+  local reply = redis.pcall(...)
+  if type(reply) == 'table' and reply.err then
+    garbage = key .. ': ' .. reply.err
+    redis.call('DEL', key)
+    return redis.call(...)
+  end
+  return reply
+end
+"""
+"""Lua that scripts begin with: `call(key, ...)` survives what others have put at its key and leaves
+it in `garbage`; `text` writes numbers so that nothing of them is lost."""
+
+
 @dataclass(frozen=True, slots=True)
 class Script:
     """Lua, known to Redis by its hash."""

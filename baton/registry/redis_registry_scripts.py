@@ -7,23 +7,14 @@ only when its replacement is gone.
 
 from __future__ import annotations
 
-from baton.registry.redis_pump import Script
+from baton.registry.redis_pump import GUARDED_CALL, Script
 
-_PRELUDE = """
+_PRELUDE = (
+    GUARDED_CALL
+    + """
 local info, lease, version, generation = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local garbage = ''
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
-local function text(value) return string.format('%.17g', value) end
-local function call(key, ...)
-  local reply = redis.pcall(...)
-  if type(reply) == 'table' and reply.err then
-    garbage = key .. ': ' .. reply.err
-    redis.call('DEL', key)
-    return redis.call(...)
-  end
-  return reply
-end
 local function keep(key, ttl)
   -- At least as long as what was just written; others may need it longer.
   local wanted = math.floor(ttl * 1000) + 1000
@@ -47,6 +38,7 @@ local function registered(id)
   return value.info.epoch, tonumber(value.ttl_s)
 end
 """
+)
 
 REGISTER = Script.of(
     _PRELUDE

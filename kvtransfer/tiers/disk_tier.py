@@ -20,7 +20,6 @@ import errno
 import logging
 import os
 import threading
-from itertools import islice
 from pathlib import Path
 
 from baton.core.block import BlockHash
@@ -190,7 +189,7 @@ class DiskTier:
     def watch(self) -> None:
         """Keep note of blocks that come or go, for `take_changes`."""
         with self._lock:
-            self._index.changes = {}
+            self._index.watch()
 
     @property
     def has_changes(self) -> bool:
@@ -199,11 +198,7 @@ class DiskTier:
     def take_changes(self, max_blocks: int) -> list[BlockHash]:
         """Blocks that came or went since they were last taken, the earliest first."""
         with self._lock:
-            changes = self._index.changes or {}
-            taken = list(islice(changes, max_blocks))
-            for block_hash in taken:
-                del changes[block_hash]
-        return taken
+            return self._index.take_changes(max_blocks)
 
     def hashes(self) -> list[BlockHash]:
         """Of all blocks held. O(blocks)."""

@@ -160,6 +160,18 @@ class SlotIndex:
             if not holds:
                 raise InternalError(f"tier index broke a law: {law}")
 
+    def watch(self) -> None:
+        """Keep note of blocks that come or go, for `take_changes`."""
+        self.changes = {}
+
+    def take_changes(self, max_blocks: int) -> list[BlockHash]:
+        """Blocks that came or went since they were last taken, the earliest first."""
+        changes = self.changes or {}
+        taken = list(islice(changes, max_blocks))
+        for block_hash in taken:
+            del changes[block_hash]
+        return taken
+
     def _note(self, block_hash: BlockHash) -> None:
         if self.changes is not None:
             self.changes[block_hash] = None

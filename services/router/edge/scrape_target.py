@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.core.errors import ConfigError
+from baton.process import process_exists
 
 SUFFIX = ".json"
 
@@ -64,7 +65,7 @@ def remove_target(directory: Path, target: ScrapeTarget) -> None:
 def read_targets(directory: Path) -> list[ScrapeTarget]:
     """The copies whose processes live, by name."""
     found = [read_target(path) for path in sorted(directory.glob(f"*{SUFFIX}"))]
-    return [target for target in found if target is not None and _lives(target.pid)]
+    return [target for target in found if target is not None and process_exists(target.pid)]
 
 
 def read_target(path: Path) -> ScrapeTarget | None:
@@ -82,15 +83,5 @@ def _sweep(directory: Path) -> None:
     """Copies that were killed leave their files behind."""
     for path in directory.glob(f"*{SUFFIX}"):
         target = read_target(path)
-        if target is not None and not _lives(target.pid):
+        if target is not None and not process_exists(target.pid):
             path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from baton.core.block import HASH_BYTES, BlockHash, join_hashes
+from baton.core.block import HASH_BYTES, BlockHash, Hashes, join_hashes
 from baton.core.tier import Tier
 from baton.core.worker_info import WorkerId
 from services.router.index.prefix_match import PrefixMatch
@@ -57,9 +57,9 @@ class PredictedPrefixes:
         """Placements remembered."""
         return len(self._notes)
 
-    def note(self, hashes: Sequence[BlockHash] | bytes, worker_id: WorkerId, now_s: float) -> None:
+    def note(self, hashes: Hashes, worker_id: WorkerId, now_s: float) -> None:
         """The worker has been sent a prompt of these blocks. Time does not run backwards."""
-        joined = hashes if isinstance(hashes, bytes) else join_hashes(hashes)
+        joined = join_hashes(hashes)
         self._expire(now_s)
         if not joined or len(joined) > self._max_bytes:
             return

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from baton.core.block import BlockHash, join_hashes
+from baton.core.block import BlockHash, Hashes, join_hashes
 from baton.core.tier import Tier
 from baton.core.worker_info import WorkerId
 from services.router.index.prefix_changes import (
@@ -42,9 +42,6 @@ MAX_PROBES = 40
 """A match that needs more looks at all blocks instead, which costs about as much."""
 MAX_MASKS_BYTES = 4 << 20
 MAX_MASKS_ROWS = 16
-
-Hashes = Sequence[BlockHash] | bytes
-"""One by one, or joined as on the wire."""
 
 
 class PrefixIndex:
@@ -120,13 +117,13 @@ class PrefixIndex:
         if slot is None:
             slot = self.slot_of(worker_id)
         self._used.add(slot)
-        self._add(slot, NUM_TIERS - tier, _joined(hashes))
+        self._add(slot, NUM_TIERS - tier, join_hashes(hashes))
 
     def remove(self, worker_id: WorkerId, hashes: Hashes) -> None:
         """The worker has these blocks in no tier any more. Unknown ones are ignored."""
         slot = self._slots.get(worker_id)
         if slot in self._used:
-            self._add(slot, NOTHING, _joined(hashes))
+            self._add(slot, NOTHING, join_hashes(hashes))
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Forget the worker; its slot goes to the next new one."""
@@ -139,7 +136,7 @@ class PrefixIndex:
     def touch(self, hashes: Hashes) -> None:
         """Mark a prompt's blocks as just used, the first one most recently: a bounded index then
         loses the ends of chains before their beginnings."""
-        self._add(0, TOUCH, _joined(hashes))
+        self._add(0, TOUCH, join_hashes(hashes))
 
     def flush(self, max_hashes: int | None = None) -> None:
         """Apply what waits, in order: all of it, or about `max_hashes`."""
@@ -281,7 +278,3 @@ class PrefixIndex:
         lengths = np.zeros((NUM_TIERS, self.num_slots), np.int32)
         lengths.flags.writeable = False
         return lengths
-
-
-def _joined(hashes: Hashes) -> bytes:
-    return hashes if isinstance(hashes, bytes) else join_hashes(hashes)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from baton.core.block import BlockHash
+from baton.core.block import Hashes, join_hashes
 from baton.core.errors import WorkerLost
 from baton.core.kv_layout import KvLayout
 from baton.core.request import PeerRef, RequestId
@@ -31,7 +31,7 @@ WORKER_DEADLINE_MARGIN_S = 1.0
 """Workers give up this much later than the router, so the client gets the router's answer."""
 
 
-OnPlaced = Callable[[Placement, Sequence[BlockHash], int], None]
+OnPlaced = Callable[[Placement, Hashes, int], None]
 
 
 class Placer:
@@ -104,10 +104,11 @@ class Placer:
         except WorkerLost:
             attempt.close("a worker is gone", now_s)
             raise
+        joined = join_hashes(hashes)
         if self.on_placed is not None:
-            self.on_placed(placement, hashes, flight.order.num_tokens)
-        self._pool.index.touch(hashes)
-        self.predicted.note(hashes, placement.computes_prompt, now_s)
+            self.on_placed(placement, joined, flight.order.num_tokens)
+        self._pool.index.touch(joined)
+        self.predicted.note(joined, placement.computes_prompt, now_s)
         self._affinity.note(flight.request.tenant, flight.request.session_key, placement.workers)
         return attempt
 

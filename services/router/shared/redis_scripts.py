@@ -10,25 +10,15 @@ had been none, and the answer says so. All keys written here have a time to live
 
 from __future__ import annotations
 
-from baton.registry.redis_pump import Script
+from baton.registry.redis_pump import GUARDED_CALL, Script
 
-_PRELUDE = """
-local garbage = ''
+_PRELUDE = (
+    GUARDED_CALL
+    + """
 local function number(text)
   local value = tonumber(text)
   if value == nil or value ~= value or value > 1e15 or value < -1e15 then return nil end
   return value
-end
-local function text(value) return string.format('%.17g', value) end
-local function call(key, ...)
-  -- A key of another type is thrown away, and the call made again.
-  local reply = redis.pcall(...)
-  if type(reply) == 'table' and reply.err then
-    garbage = key .. ': ' .. reply.err
-    redis.call('DEL', key)
-    return redis.call(...)
-  end
-  return reply
 end
 local now = tonumber(ARGV[1])
 if now == 0 then
@@ -36,6 +26,7 @@ if now == 0 then
   now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 """
+)
 
 _QUOTA = """
 local function settled(key, stored, limit, elapsed)

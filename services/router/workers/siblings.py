@@ -10,9 +10,9 @@ Does not know: where notes travel, how placement uses them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from baton.core.block import BlockHash, join_hashes
+from baton.core.block import Hashes, join_hashes
 from baton.core.worker_info import WorkerId
 from services.router.placement.load_book import UNREPORTED_S
 from services.router.placement.placement import Placement
@@ -42,7 +42,7 @@ class Siblings:
         self._serial = itertools.count()
         shared.on_placement(self._heard)
 
-    def placed(self, placement: Placement, hashes: Sequence[BlockHash], num_tokens: int) -> None:
+    def placed(self, placement: Placement, hashes: Hashes, num_tokens: int) -> None:
         """This router has just sent a prompt of `num_tokens` with these full blocks."""
         if self._shared.status().num_copies < 2:
             return

@@ -5,33 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
 from baton.core.metrics import SHARED_NOTES
 from baton.core.worker_info import WorkerId
-from redis_server import RedisServer, running_redis
 from services.router.core import RouterCore
 from services.router.placement.policy_config import PolicyConfig
 from services.router.shared.config import SharedConfig
 from services.router.shared.state import PlacementNote
 
 DEADLINE_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    yield from running_redis(tmp_path_factory.mktemp("redis"))
-
-
-@pytest.fixture
-def redis(redis_process: RedisServer) -> RedisServer:
-    if not redis_process.is_running:
-        redis_process.start()
-    with redis_process.client() as client:
-        client.flushall()
-    return redis_process
 
 
 StartTwo = Callable[[], Awaitable[tuple[object, RouterCore]]]
