@@ -31,6 +31,7 @@ from bench.fabric.system import (
     busiest,
     random_prompt,
     serving,
+    transfer_row,
     wait_for_ended,
     wait_for_workers,
 )
@@ -155,22 +156,11 @@ def hidden_row(systems: Systems, num_tokens: int, rounds: int, seed: int) -> dic
             gaps[name].append(steps[0])
             later[name].append(statistics.median(steps[1:]))
     ended = wait_for_ended(systems.apart, num_before + rounds)[num_before:]
-    transfers = [r["kv_transfer_seconds"] for r in ended]
-    exposed = [r["kv_transfer_exposed_seconds"] for r in ended]
-    second = {name: statistics.median(values) for name, values in gaps.items()}
     return {
-        "prompt_tokens": num_tokens,
-        "bytes": ended[0]["kv_transfer_bytes"],
+        **transfer_row(num_tokens, ended, gaps),
         "first_token_s": {name: statistics.median(v) for name, v in first.items()},
-        "transfer_s": statistics.median(transfers),
-        "exposed_s": statistics.median(exposed),
-        "hidden": 1 - sum(exposed) / max(sum(transfers), 1e-9),
-        "second_token_s": second["apart"],
-        "colocated_second_token_s": second["together"],
-        "added_s": second["apart"] - second["together"],
         "step_s": {name: statistics.median(v) for name, v in later.items()},
         "equal_token_streams": f"{num_equal} of {rounds}",
-        "rounds": {"transfer_s": transfers, "exposed_s": exposed, "gaps_s": gaps},
     }
 
 

@@ -130,6 +130,14 @@ def _hidden_row(
             times = asyncio.run(token_times(system.port, prompt, OUTPUT_TOKENS))
             gaps[name].append(times[1] - times[0])
     ended = wait_for_ended(apart, num_before + args.rounds)[num_before:]
+    return transfer_row(num_tokens, ended, gaps)
+
+
+def transfer_row(
+    num_tokens: int, ended: list[dict[str, Any]], gaps: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Of prompts of one length: `ended` requests of the system with two workers, and the seconds
+    from first to second token there ("apart") and colocated ("together")."""
     transfers = [r["kv_transfer_seconds"] for r in ended]
     exposed = [r["kv_transfer_exposed_seconds"] for r in ended]
     second = {name: statistics.median(values) for name, values in gaps.items()}
@@ -138,7 +146,7 @@ def _hidden_row(
         "bytes": ended[0]["kv_transfer_bytes"],
         "transfer_s": statistics.median(transfers),
         "exposed_s": statistics.median(exposed),
-        "hidden": 1 - sum(exposed) / sum(transfers),
+        "hidden": 1 - sum(exposed) / max(sum(transfers), 1e-9),
         "second_token_s": second["apart"],
         "colocated_second_token_s": second["together"],
         "added_s": second["apart"] - second["together"],

@@ -20,7 +20,7 @@ import grpc
 import pytest
 
 from baton.core.block import BlockHash, join_hashes
-from baton.core.errors import Overloaded
+from baton.core.errors import BatonError, Overloaded
 from baton.core.fabric import FabricReport
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
@@ -597,6 +597,23 @@ class Cluster:
 
     async def generate(self, prompt: Sequence[int], max_tokens: int = 8, **kw: object) -> Outcome:
         return await self.run(self.input(prompt, max_tokens, **kw))
+
+    async def ended(
+        self, prompt: Sequence[int], max_tokens: int, *, cancel_after_s: float | None = None
+    ) -> str:
+        """How a request ended amid trouble: right, with every token as it must be, cancelled or
+        error."""
+        task = asyncio.create_task(self.generate(prompt, max_tokens))
+        if cancel_after_s is not None:
+            await asyncio.sleep(cancel_after_s)
+            task.cancel()
+        try:
+            self.assert_right(await task, prompt, max_tokens)
+        except asyncio.CancelledError:
+            return "cancelled"
+        except BatonError:
+            return "error"
+        return "right"
 
     async def rendered(self, *samples: str, timeout_s: float = 3.0) -> str:
         """The metrics, once they hold all of `samples`."""

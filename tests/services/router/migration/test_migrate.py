@@ -11,7 +11,6 @@ import random
 
 import pytest
 
-from baton.core.errors import BatonError
 from baton.core.logging import JsonFormatter
 from baton.core.request import FinishReason, Work
 from migrating import clean, done, other, outcomes, running, until, with_steps, works
@@ -259,17 +258,7 @@ async def test_random_walk_over_moves_with_faults(make_cluster, seed):
         max_tokens = rng.choice((2, 30, 100, 150))
         cancel_after_s = rng.choice((None, None, None, rng.uniform(0, 0.3)))
         async with slots:
-            task = asyncio.create_task(cluster.generate(prompt, max_tokens))
-            if cancel_after_s is not None:
-                await asyncio.sleep(cancel_after_s)
-                task.cancel()
-            try:
-                cluster.assert_right(await task, prompt, max_tokens)
-                counts["right"] += 1
-            except asyncio.CancelledError:
-                counts["cancelled"] += 1
-            except BatonError:
-                counts["error"] += 1
+            counts[await cluster.ended(prompt, max_tokens, cancel_after_s=cancel_after_s)] += 1
 
     async def trouble():
         while True:

@@ -11,7 +11,6 @@ import time
 import pytest
 
 from baton.core.errors import (
-    BatonError,
     DeadlineExceeded,
     InternalError,
     NoWorker,
@@ -414,17 +413,7 @@ async def test_mixed_requests_with_cancels_and_faults_all_end(make_cluster, seed
         max_tokens = rng.choice((1, 2, 10, 100))
         cancel_after_s = rng.choice((None, None, None, rng.uniform(0, 0.1)))
         async with slots:
-            task = asyncio.create_task(cluster.generate(prompt, max_tokens))
-            if cancel_after_s is not None:
-                await asyncio.sleep(cancel_after_s)
-                task.cancel()
-            try:
-                cluster.assert_right(await task, prompt, max_tokens)
-                counts["right"] += 1
-            except asyncio.CancelledError:
-                counts["cancelled"] += 1
-            except BatonError:
-                counts["error"] += 1
+            counts[await cluster.ended(prompt, max_tokens, cancel_after_s=cancel_after_s)] += 1
 
     async def trouble() -> None:
         while True:
