@@ -51,8 +51,16 @@ $(LINT_STAMP): $(STAMP)
 serve: $(STAMP)  ## router, one prefill and one decode worker on this machine (ARGS="--no-ray ...")
 	@exec $(BIN)/baton serve $(ARGS)
 
-test: $(TEST_STAMP)  ## all tests that belong in CI
+# These start whole systems or use every core themselves; the rest shares two cores.
+TESTS_ALONE := tests/e2e tests/deploy tests/parity tests/chaos
+
+test: $(TEST_STAMP)  ## all tests that belong in CI (ARGS="tests/core -k name" runs just those)
+ifeq ($(strip $(ARGS)),)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS_ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(TESTS_ALONE)
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-slow: $(TEST_STAMP)  ## the minutes-long suites
 	$(BIN)/python -m pytest -m slow $(ARGS)
