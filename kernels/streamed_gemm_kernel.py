@@ -1,17 +1,14 @@
-"""The kernel behind `streamed_gemm`: weights go from memory to the integer tensor cores untouched.
+"""The kernel behind `streamed_gemm`: a tile of weights on its way before x is there.
 
-A program computes tiles of 16 or 32 weight rows. Its warps share K: in a step, each multiplies one
-block of 128 bytes of every row, which a thread loads 16 bytes at a time in the order the tensor
-cores want them. The loads of the next STAGES steps, of the next tile as well, are always under way.
+A program computes 16 or 32 weight rows. Its warps share K: in a step, each multiplies one block of
+128 bytes of every row. The loads of the first STAGES steps are issued before the wait for the
+kernel before; x is read straight into the layout of the tensor cores' right operand, eight columns
+of it, where the rows of x are, and copies of the last one.
 
-Before the first step a program splits x into bytes: per block of K, x = (d_0 2^16 + d_1 2^8 + d_2)
-2^s with signed bytes d_p, exact to 2^-21 of the block's largest value (two bytes and 2^-14 with
-more than two rows). The bytes of a row of x are columns of the right operand, so that 1-2 rows in
-three bytes, or 4 in two, cost as much as one in one. Products with int8 weights are exact; each
-block's sum is scaled in float32.
-
-int4 weights are masked to the high halves of bytes, q * 16 as signed bytes. Neighbouring bytes
-hold nibbles of planes 0 and 1, and of 2 and 3 (`int4_packing`): for a plane the other bytes are 0.
+Weights become bfloat16, exactly, in registers: a nibble u under the exponent of 128 reads 128 + u,
+the low seven bits of a byte likewise, and a constant, or the byte's sign, is subtracted. Within a
+block k is taken in the order in which one 16-byte load leaves neighbouring registers of x
+together, which the tensor cores want in pairs.
 
 Does not know which tile suits which shape.
 """
@@ -22,9 +19,33 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BLOCK_BYTES = gl.constexpr(128)
-"""Of a row, multiplied by one warp in one step."""
+PLANE = gl.constexpr(64)
+"""int4 words of a row that a warp multiplies in one step: a chunk of `int4_packing`."""
+COLUMNS = gl.constexpr(8)
+"""Of the tensor cores' right operand: the rows of x."""
+
+
+@triton.constexpr_function
+def _nibble_asm(plane):
+    """Nibble `plane` of two words to a pair of bfloat16: 128 + (q + 8), less 136."""
+    shift = f"shr.b32 t, $1, {4 * plane};" if plane else "mov.b32 t, $1;"
+    return (
+        "{ .reg .b32 t, c; mov.b32 c, 0x43084308;"
+        f" {shift} lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; sub.rn.bf16x2 $0, t, c; }}"
+    )
+
+
+@triton.constexpr_function
+def _byte_asm():
+    """Four signed bytes to two pairs of bfloat16: 128 + (q & 127), less 128, or 256 below zero."""
+    pairs = [
+        f"prmt.b32 t, $2, 0, {selector}; lop3.b32 a, t, 0x007F007F, 0x43004300, 0xEA;"
+        f" lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA; sub.rn.bf16x2 ${i}, a, b;"
+        for i, selector in enumerate(("0x4140", "0x4342"))
+    ]
+    return "{ .reg .b32 t, a, b; " + " ".join(pairs) + " }"
 
 
 @gluon.jit
@@ -54,279 +75,156 @@ def _block_rows(tile, r, i, N, R: gl.constexpr, SWIGLU: gl.constexpr, EVEN_N: gl
 
 
 @gluon.jit
-def _load_scale(ptrs, mask):
-    """Bits of scales; 16-bit ones as integers, which a loop carries without repacking."""
-    bits = gl.load(ptrs, mask=mask)
-    if bits.dtype == gl.float32:
-        return bits
-    else:
-        return bits.to(gl.uint16, bitcast=True).to(gl.uint32)
+def _pair_x(x, LAYOUT: gl.constexpr):
+    """x [WARPS, k, COLUMNS] with k in the order of `_pair_weights`; no instruction."""
+    W: gl.constexpr = x.shape[0]
+    K: gl.constexpr = x.shape[1]
+    C: gl.constexpr = x.shape[2]
+    # k = half, thread, (pair of registers, register), element; the register goes first.
+    x = gl.permute(gl.reshape(x, [W, 2, 4, K // 32, 2, 2, C]), [0, 4, 2, 1, 3, 5, 6])
+    return gl.convert_layout(gl.reshape(x, [W, K, C]), LAYOUT)
 
 
 @gluon.jit
-def _scale_value(bits, DTYPE: gl.constexpr):
-    """float32 of `_load_scale`'s bits."""
-    if gl.float32 == DTYPE:
-        return bits
-    elif gl.bfloat16 == DTYPE:
-        return (bits << 16).to(gl.float32, bitcast=True)
+def _pair_weights(weight, LAYOUT: gl.constexpr):
+    """Weights [WARPS, 16, k] with k in the order of `_pair_x`."""
+    W: gl.constexpr = weight.shape[0]
+    N: gl.constexpr = weight.shape[1]
+    K: gl.constexpr = weight.shape[2]
+    weight = gl.permute(gl.reshape(weight, [W, N, 2, 4, K // 32, 2, 2]), [0, 1, 5, 3, 2, 4, 6])
+    return gl.convert_layout(gl.reshape(weight, [W, N, K]), LAYOUT)
+
+
+@gluon.jit
+def _load_x(x_ptrs, k_of, K, K_0: gl.constexpr, LAYOUT: gl.constexpr, EVEN_K: gl.constexpr):
+    if EVEN_K:
+        return _pair_x(gl.load(x_ptrs + K_0), LAYOUT)
     else:
-        return gl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }",
-            "=f,r",
-            [bits],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        return _pair_x(gl.load(x_ptrs + K_0, mask=k_of + K_0 < K, other=0.0), LAYOUT)
 
 
 @gluon.jit
 def _load_step(
-    weight_ptr, scale_ptr, stride_wn, stride_sn, stride_sg,
-    tile, step, is_there, N, num_words, num_groups,
-    WORDS: gl.constexpr, PARTS: gl.constexpr, WARPS: gl.constexpr, R: gl.constexpr,
-    GROUPS: gl.constexpr, EVEN_K: gl.constexpr, EVEN_N: gl.constexpr, SWIGLU: gl.constexpr,
+    weight_ptrs, scale_ptrs, word_of, warp, num_words, num_groups,
+    STEP: gl.constexpr, WARPS: gl.constexpr, PIECE: gl.constexpr, R: gl.constexpr,
+    GROUPS: gl.constexpr, STRIDE_SG: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
-    """(words, scales) of one step: R times [WARPS, 16, 32] int32 in layout WORDS, and for int4 R
-    times GROUPS times [WARPS, 16] in the layout of a product's rows.
+    """(words, scales) of one step: R times [WARPS, 16, PIECE], and for int4 R times GROUPS times
+    [WARPS, 16]. Offsets are constants, which the load instructions hold.
     """
-    s = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None][:, :, None]
-    i = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, WORDS)))[None, :][:, :, None]
-    j = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, :][:, None, :]
-    word_0 = step * (WARPS * 32)
-    word = s * 32 + j
-    mask = is_there
-    if not EVEN_K:
-        # Past the end of a row x is 0, whatever the register of a load that is left out holds.
-        mask = is_there & (word_0 + word < num_words)
+    FIRST: gl.constexpr = STEP * WARPS * PIECE
     words: gl.tuple = ()
     scales: gl.tuple = ()
     for r in gl.static_range(R):
-        first, rest = _block_rows(tile, r, i, N, R, SWIGLU, EVEN_N)
-        base = weight_ptr + (first.to(gl.int64) * stride_wn + word_0)
-        offsets = rest * gl.to_tensor(stride_wn).to(gl.int32) + word
-        words += (gl.load(base + offsets, mask=mask, eviction_policy="evict_first"),)
-    if GROUPS > 0:
-        s_2 = gl.arange(0, WARPS, gl.SliceLayout(1, PARTS))[:, None]
-        i_2 = gl.arange(0, 16, gl.SliceLayout(0, PARTS))[None, :]
-        for r in gl.static_range(R):
-            first, rest = _block_rows(tile, r, i_2, N, R, SWIGLU, EVEN_N)
-            base = scale_ptr + first.to(gl.int64) * stride_sn
-            row_offsets = rest * gl.to_tensor(stride_sn).to(gl.int32)
-            for g in gl.static_range(GROUPS):
-                group = (step * WARPS + s_2) * GROUPS + g
-                if not EVEN_K:
-                    group = gl.minimum(group, num_groups - 1)
-                offsets = row_offsets + group * gl.to_tensor(stride_sg).to(gl.int32)
-                scales += (_load_scale(base + offsets, is_there),)
+        if EVEN_K:
+            words += (gl.load(weight_ptrs[r] + FIRST, eviction_policy="evict_first"),)
+        else:
+            mask = word_of + FIRST < num_words
+            words += (
+                gl.load(weight_ptrs[r] + FIRST, mask=mask, other=0, eviction_policy="evict_first"),
+            )
+    for r in gl.static_range(R):
+        for g in gl.static_range(GROUPS):
+            if EVEN_K:
+                scales += (gl.load(scale_ptrs[r] + (STEP * WARPS * GROUPS + g) * STRIDE_SG),)
+            else:
+                # A group past the end of K meets zeros of x; its scale is that of the last one.
+                group = gl.minimum((STEP * WARPS + warp) * GROUPS + g, num_groups - 1)
+                scales += (gl.load(scale_ptrs[r] + group * STRIDE_SG),)
     return words, scales
 
 
 @gluon.jit
-def _as_bytes(words, BYTES: gl.constexpr):
-    """int8 [WARPS, 16, 128] in layout BYTES of int32 [WARPS, 16, 32]; no instruction."""
-    b_0 = words.to(gl.int8)
-    b_1 = (words >> 8).to(gl.int8)
-    b_2 = (words >> 16).to(gl.int8)
-    b_3 = (words >> 24).to(gl.int8)
-    halves = gl.join(gl.join(b_0, b_2), gl.join(b_1, b_3))
-    shape: gl.constexpr = [words.shape[0], words.shape[1], words.shape[2] * 4]
-    return gl.convert_layout(gl.reshape(halves, shape), BYTES, assert_trivial=True)
-
-
-@triton.constexpr_function
-def _plane_asm(plane):
-    """Nibble `plane` of each half of a register as the signed byte 16 * (u - 8) at its place."""
-    mask, sign = ("0x00F000F0", "0x00800080") if plane < 2 else ("0xF000F000", "0x80008000")
-    shift = "shl.b32 t, $1, 4;" if plane % 2 == 0 else "mov.b32 t, $1;"
-    # 0x6A: (a & b) ^ c.
-    return f"{{ .reg .b32 t, c; mov.b32 c, {sign}; {shift} lop3.b32 $0, t, {mask}, c, 0x6A; }}"
-
-
-@gluon.jit
-def _plane(words, PLANE: gl.constexpr, BYTES: gl.constexpr):
-    """Weights of one plane times 16, and zeros between, int8 [WARPS, 16, 128]."""
-    bits = gl.inline_asm_elementwise(
-        _plane_asm(PLANE), "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1
-    )
-    return _as_bytes(bits, BYTES)
-
-
-@gluon.jit
-def _column_of_byte(byte, HALF: gl.constexpr, PLANE: gl.constexpr):
-    """Column, within the block, of the weight in a byte; of its low or high half for int4."""
-    if PLANE == 0:
-        return byte
-    else:
-        word = byte // 2
-        plane = (byte % 2) * 2 + HALF
-        return word // PLANE * (4 * PLANE) + plane * PLANE + word % PLANE
-
-
-@gluon.jit
-def _load_x(
-    x_ptr, stride_xm, M, K, step,
-    SPLIT: gl.constexpr, WARPS: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr,
-    PLANE: gl.constexpr, EVEN_K: gl.constexpr,
-):  # fmt: skip
-    """x [WARPS, 128, ROWS] of a step, in the order of the weights' bytes; for int4 of the low and
-    of the high halves.
-    """
-    s = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, SPLIT)))[:, None][:, :, None]
-    b = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(2, SPLIT)))[None, :][:, :, None]
-    m = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(1, SPLIT)))[None, :][:, None, :]
-    row_ptrs = x_ptr + gl.minimum(m, M - 1).to(gl.int64) * stride_xm
-    xs: gl.tuple = ()
-    for half in gl.static_range(HALVES):
-        k = (step * WARPS + s) * (128 * HALVES) + _column_of_byte(b, half, PLANE)
-        if EVEN_K:
-            xs += (gl.load(row_ptrs + k),)
-        else:
-            xs += (gl.load(row_ptrs + k, mask=k < K, other=0.0),)
-    return xs
-
-
-@gluon.jit
-def _low_byte(x):
-    """(the low byte as a signed one, what is left for those above)"""
-    low = x.to(gl.int8)
-    return low, (x - low.to(gl.int32)) >> 8
-
-
-@gluon.jit
-def _split_x(
-    xs, digits, factors,
-    WARPS: gl.constexpr, ROWS: gl.constexpr, SLOTS: gl.constexpr, HALVES: gl.constexpr,
-):  # fmt: skip
-    """Write a step's bytes of x to `digits` and what they count to `factors`; squares of x."""
-    BITS: gl.constexpr = 21 if SLOTS == 4 else 13
-    largest = xs[0].to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
-    squares = xs[0].to(gl.float32) * xs[0].to(gl.float32)
-    if HALVES == 2:
-        # Magnitudes in the order of their bits; NaN above all.
-        other = xs[1].to(gl.float32)
-        largest = gl.maximum(largest, other.to(gl.int32, bitcast=True) & 0x7FFFFFFF)
-        squares += other * other
-    exponent = gl.max(largest, axis=1) >> 23  # [WARPS, ROWS], with its bias
-    is_finite = exponent < 255
-    # Blocks below 2^-95 count as if they reached it: every factor is a normal number.
-    exponent = gl.maximum(exponent, 32)
-    up = gl.expand_dims(((254 + BITS - exponent) << 23).to(gl.float32, bitcast=True), 1)
-    # Nibbles stand at the upper half of a byte: 16 times as large.
-    lowest = ((exponent - BITS - (4 if HALVES == 2 else 0)) << 23).to(gl.float32, bitcast=True)
-    lowest = gl.where(is_finite, lowest, float("nan"))
-    if SLOTS == 4:
-        # The fourth column is multiplied as well, with a zero.
-        factor = gl.join(gl.join(lowest, lowest * 65536.0), gl.join(lowest * 256.0, lowest))
-    else:
-        factor = gl.join(lowest, lowest * 256.0)
-    factors.slice(0, ROWS, dim=1).store(gl.reshape(factor, [WARPS, ROWS, SLOTS]))
-    for half in gl.static_range(HALVES):
-        # Adding 1.5 * 2^23 leaves the rounded number in the low bits.
-        shifted = xs[half].to(gl.float32) * up + 12582912.0
-        d_0, rest = _low_byte(shifted.to(gl.int32, bitcast=True) - 0x4B400000)
-        d_1, rest = _low_byte(rest)
-        if SLOTS == 4:
-            d_2, rest = _low_byte(rest)
-            digit = gl.join(gl.join(d_0, d_2), gl.join(d_1, gl.zeros_like(d_2)))
-        else:
-            digit = gl.join(d_0, d_1)
-        target = digits.slice(half * WARPS, WARPS, dim=0)
-        target.slice(0, ROWS, dim=2).store(gl.reshape(digit, [WARPS, 128, ROWS, SLOTS]))
-    return squares
-
-
-@gluon.jit
 def _add_step(
-    acc, words, scales, digits, factors,
-    PRODUCT: gl.constexpr, BYTES: gl.constexpr, X_BYTES: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr, R: gl.constexpr, IS_INT4: gl.constexpr, GROUPS: gl.constexpr,
-    SCALE_DTYPE: gl.constexpr, COLUMNS: gl.constexpr,
+    acc, words, scales, x_ptrs, k_of, K,
+    K_0: gl.constexpr, PRODUCT: gl.constexpr, A: gl.constexpr, X: gl.constexpr,
+    WARPS: gl.constexpr, R: gl.constexpr, GROUPS: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     """acc plus the products of a step, R times [WARPS, 16, COLUMNS] float32."""
-    factor = gl.expand_dims(factors.load(gl.SliceLayout(1, PRODUCT)), 1)
-    zeros = gl.zeros([WARPS, 16, COLUMNS], gl.int32, PRODUCT)
     added: gl.tuple = ()
-    if IS_INT4:
-        x_low = digits.slice(0, WARPS, dim=0).load(X_BYTES)
-        x_high = digits.slice(WARPS, WARPS, dim=0).load(X_BYTES)
+    if GROUPS > 0:
+        PLANES_OF_GROUP: gl.constexpr = 4 // GROUPS
+        xs: gl.tuple = ()
+        for plane in gl.static_range(4):
+            xs += (_load_x(x_ptrs, k_of, K, K_0 + plane * PLANE, X, EVEN_K),)
         for r in gl.static_range(R):
-            scaled = gl.zeros([WARPS, 16, COLUMNS], gl.float32, PRODUCT)
+            total = acc[r]
             for plane in gl.static_range(4):
-                x = x_low if plane % 2 == 0 else x_high
-                if plane % (4 // GROUPS) == 0:
-                    product = zeros
-                product = mma_v2(_plane(words[r], plane, BYTES), x, product)
-                if (plane + 1) % (4 // GROUPS) == 0:
-                    bits = scales[r * GROUPS + plane * GROUPS // 4]
-                    scale = gl.expand_dims(_scale_value(bits, SCALE_DTYPE), 2)
-                    scaled += product.to(gl.float32) * scale
-            added += (acc[r] + scaled * factor,)
+                if plane % PLANES_OF_GROUP == 0:
+                    product = gl.zeros([WARPS, 16, COLUMNS], gl.float32, PRODUCT)
+                weight = gl.inline_asm_elementwise(
+                    _nibble_asm(plane), "=r,r", [words[r]],
+                    dtype=gl.bfloat16, is_pure=True, pack=2,
+                )  # fmt: skip
+                product = mma_v2(_pair_weights(weight, A), xs[plane], product)
+                if (plane + 1) % PLANES_OF_GROUP == 0:
+                    scale = scales[r * GROUPS + plane // PLANES_OF_GROUP].to(gl.float32)
+                    total += product * gl.expand_dims(scale, 2)
+            added += (total,)
     else:
-        x = digits.load(X_BYTES)
+        x = _load_x(x_ptrs, k_of, K, K_0, X, EVEN_K)
         for r in gl.static_range(R):
-            product = mma_v2(_as_bytes(words[r], BYTES), x, zeros)
-            added += (acc[r] + product.to(gl.float32) * factor,)
+            weight = gl.inline_asm_elementwise(
+                _byte_asm(), "=r,=r,r", [words[r]], dtype=gl.bfloat16, is_pure=True, pack=4
+            )
+            added += (mma_v2(_pair_weights(weight, A), x, acc[r]),)
     return added
 
 
 @gluon.jit
-def _scale_columns(y, n, in_range, column_scale_ptr, bias_ptr):
-    if column_scale_ptr is not None:
-        scale = gl.load(column_scale_ptr + n, mask=in_range, other=0.0)
-        y *= scale.to(gl.float32)[:, None]
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + n, mask=in_range, other=0.0)
-        y += bias.to(gl.float32)[:, None]
-    return y
+def _squares_of_x(
+    x_ptr, stride_xm, M, K,
+    ROWS: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """[ROWS, WIDTH / 8] sums of x^2 that no other thread has a part of."""
+    m = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
+    i = gl.arange(0, WIDTH // 8, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
+    j = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    k = i * 8 + j
+    rows = gl.minimum(m, M - 1) * gl.to_tensor(stride_xm).to(gl.int32)
+    x = gl.load(x_ptr + rows + k, mask=k < K, other=0.0).to(gl.float32)
+    return gl.sum(x * x, axis=2)
+
+
+@gluon.jit
+def _rstd_of_columns(
+    squares, K, rms_eps,
+    ROWS: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """[COLUMNS]: 1 / sqrt(mean(x^2) + rms_eps) of the rows of x."""
+    rstd = gl.rsqrt(gl.sum(squares, axis=1) / K + rms_eps)
+    if ROWS == 1:
+        return gl.sum(rstd, axis=0) * gl.full([COLUMNS], 1.0, gl.float32, LAYOUT)
+    else:
+        PAIRS: gl.constexpr = gl.BlockedLayout([1, 1], [4, COLUMNS], [WARPS, 1], [1, 0])
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, PAIRS))[:, None]
+        column = gl.arange(0, COLUMNS, gl.SliceLayout(0, PAIRS))[None, :]
+        rstd = gl.convert_layout(rstd, gl.SliceLayout(1, PAIRS))[:, None]
+        return gl.convert_layout(gl.sum(gl.where(row == column, rstd, 0.0), axis=0), LAYOUT)
 
 
 @gluon.jit
 def _sum_of_warps(sums, first, SUMS: gl.constexpr, ROWS: gl.constexpr):
-    """[ROWS, rows of x]: what warps and digits add up to for ROWS rows of a tile."""
-    parts = sums.slice(first, ROWS, dim=1).load(SUMS)  # [WARPS, ROWS, rows of x, SLOTS]
-    return gl.sum(gl.sum(parts, axis=3), axis=0)
+    """[ROWS, COLUMNS]: what the warps' parts of rows from `first` on add up to."""
+    return gl.sum(sums.slice(first, ROWS, dim=1).load(SUMS), axis=0)
 
 
 @gluon.jit
-def _store_tile(
-    sums, rstd, tile, column_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    stride_rm, stride_om, M, N,
-    SUMS: gl.constexpr, OUT_ROWS: gl.constexpr, SWIGLU: gl.constexpr,
-):  # fmt: skip
-    """y [OUT_ROWS, rows of x] of one tile; see `gemm_epilogue`."""
-    OUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, SUMS))
-    n = tile * OUT_ROWS + gl.arange(0, OUT_ROWS, gl.SliceLayout(1, OUT))
-    m = gl.arange(0, sums.shape[2], gl.SliceLayout(0, OUT))
-    n_in_range = n < N
-    in_range = n_in_range[:, None] & (m < M)[None, :]
-    m_64 = m.to(gl.int64)[None, :]
-    y = _sum_of_warps(sums, 0, SUMS, OUT_ROWS) * rstd[None, :]
-    y = _scale_columns(y, n, n_in_range, column_scale_ptr, bias_ptr)
-    if SWIGLU:
-        up = _sum_of_warps(sums, OUT_ROWS, SUMS, OUT_ROWS) * rstd[None, :]
-        up = _scale_columns(up, N + n, n_in_range, column_scale_ptr, bias_ptr)
-        y = y / (1.0 + gl.exp(-y)) * up
-    if residual_ptr is not None:
-        residual_ptrs = residual_ptr + m_64 * stride_rm + n[:, None]
-        y += gl.load(residual_ptrs, mask=in_range, other=0.0).to(gl.float32)
-    out_ptrs = out_ptr + m_64 * stride_om + n[:, None]
-    gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=in_range)
+def _load_columns(ptr, n, in_range):
+    """[rows of the tile, 1] float32."""
+    return gl.load(ptr + n, mask=in_range, other=0.0).to(gl.float32)[:, None]
 
 
 @gluon.jit
-def _next(step, tile, num_programs, STEPS: gl.constexpr):
-    """(step, tile) after these."""
-    step += 1
-    is_done = step == STEPS
-    return gl.where(is_done, 0, step), gl.where(is_done, tile + num_programs, tile)
+def _replaced(values, value, INDEX: gl.constexpr):
+    """`values` with `value` as the one at INDEX."""
+    return values[:INDEX] + (value,) + values[INDEX + 1 :]  # noqa: RUF005
 
 
 @gluon.jit
 def streamed_gemm_kernel(
     x_ptr,  # [M, K]
-    weight_ptr,  # [N, K / 4 or K / 8] int32, with SWIGLU [2 N, ..]: gate rows, then up rows
+    weight_ptr,  # int8 [N, K] or int16 [N, K / 4], with SWIGLU [2 N, ..]: gate rows, then up rows
     scale_ptr,  # [N or 2 N], int4 [N or 2 N, num_groups]
     bias_ptr,  # [N or 2 N], or None
     residual_ptr,  # [M, N], or None
@@ -334,125 +232,126 @@ def streamed_gemm_kernel(
     stride_xm: gl.int64,
     stride_wn: gl.int64,
     stride_sn: gl.int64,
-    stride_sg: gl.int64,
     stride_rm: gl.int64,
     stride_om: gl.int64,
     M,
     N,
     K,
-    num_tiles,
     num_words,
     num_groups,
     rms_eps,
-    ROWS: gl.constexpr,  # of x that are split: M, or the power of two above it
-    COLUMNS: gl.constexpr,  # of the right operand: 8 or 16
-    SLOTS: gl.constexpr,  # columns of a row of x
+    ROWS: gl.constexpr,  # M, or the power of two above it
     WARPS: gl.constexpr,
     R: gl.constexpr,  # blocks of 16 weight rows in a tile
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
-    PLANE: gl.constexpr,  # of int4 words; 0 for int8
-    GROUPS: gl.constexpr,  # of int4 in a block: 2 or 4
-    HAS_RMS: gl.constexpr,
+    GROUPS: gl.constexpr,  # of int4 in a block: 2 or 4; 0 for int8
+    STRIDE_SG: gl.constexpr,
+    RMS_WIDTH: gl.constexpr,  # K, or the power of two above it; 0 without RMSNorm
     SWIGLU: gl.constexpr,
     EVEN_K: gl.constexpr,
     EVEN_N: gl.constexpr,
+    USE_PDL: gl.constexpr,
 ):
-    IS_INT4: gl.constexpr = PLANE > 0
-    HALVES: gl.constexpr = 2 if IS_INT4 else 1
-    MAX_M: gl.constexpr = COLUMNS // SLOTS
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    BYTES: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 16)
-    WORDS: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 4)
-    X_BYTES: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 16)
-    PARTS: gl.constexpr = gl.SliceLayout(2, PRODUCT)
-    SPLIT: gl.constexpr = gl.BlockedLayout([1, 4, 1], [1, 32, 1], [WARPS, 1, 1], [1, 0, 2])
-    SUMS: gl.constexpr = gl.BlockedLayout(
-        [WARPS * MAX_M // 16, 1, 1, SLOTS],
-        [16 // MAX_M, 2, MAX_M, 1],
-        [1, WARPS, 1, 1],
-        [3, 2, 1, 0],
-    )
-    X_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, SUMS)))
-    SCALE_DTYPE: gl.constexpr = scale_ptr.dtype.element_ty
+    IS_INT4: gl.constexpr = GROUPS > 0
+    PIECE: gl.constexpr = PLANE if IS_INT4 else 128
+    BLOCK: gl.constexpr = 4 * PLANE if IS_INT4 else 128
     OUT_ROWS: gl.constexpr = 8 * R if SWIGLU else 16 * R
-    digits = gl.allocate_shared_memory(
-        gl.int8,
-        [STEPS, HALVES * WARPS, 128, COLUMNS],
-        gl.SwizzledSharedLayout(1, 1, 1, [1, 2, 0]),
-    )
-    factors = gl.allocate_shared_memory(
-        gl.float32, [STEPS, WARPS, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    )
-    sums = gl.allocate_shared_memory(
-        gl.float32, [WARPS, 16 * R, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    )
-    program = gl.program_id(0)
-    num_programs = gl.num_programs(0)
-    num_items = (num_tiles - program + num_programs - 1) // num_programs * STEPS
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 8 if IS_INT4 else 16)
+    X: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 8 if IS_INT4 else 16)
+    SCALES: gl.constexpr = gl.SliceLayout(2, PRODUCT)
+    SUMS: gl.constexpr = gl.BlockedLayout([WARPS, 1, 1], [1, 4, COLUMNS], [1, WARPS, 1], [2, 1, 0])
+    SQUARES: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
+    OUT: gl.constexpr = gl.SliceLayout(0, SUMS)
+    tile = gl.program_id(0)
+    if USE_PDL:
+        gdc_launch_dependents()
+    s = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None][:, :, None]
+    i = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :][:, :, None]
+    j = gl.arange(0, PIECE, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, :][:, None, :]
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, SCALES))[:, None]
+    row = gl.arange(0, 16, gl.SliceLayout(0, SCALES))[None, :]
+    word_of = s * PIECE + j
+    weight_ptrs: gl.tuple = ()
+    scale_ptrs: gl.tuple = ()
+    for r in gl.static_range(R):
+        first, rest = _block_rows(tile, r, i, N, R, SWIGLU, EVEN_N)
+        ptrs = weight_ptr + first.to(gl.int64) * stride_wn
+        weight_ptrs += (ptrs + rest * gl.to_tensor(stride_wn).to(gl.int32) + word_of,)
+        if IS_INT4:
+            first, rest = _block_rows(tile, r, row, N, R, SWIGLU, EVEN_N)
+            ptrs = scale_ptr + first.to(gl.int64) * stride_sn
+            ptrs += rest * gl.to_tensor(stride_sn).to(gl.int32)
+            scale_ptrs += (ptrs + warp * (GROUPS * STRIDE_SG) if EVEN_K else ptrs,)
     words: gl.tuple = ()
     scales: gl.tuple = ()
-    load_step = 0
-    load_tile = program
-    for stage in gl.static_range(STAGES):
+    for step in gl.static_range(STAGES):
         step_words, step_scales = _load_step(
-            weight_ptr, scale_ptr, stride_wn, stride_sn, stride_sg,
-            load_tile, load_step, stage < num_items, N, num_words, num_groups,
-            WORDS, PARTS, WARPS, R, GROUPS, EVEN_K, EVEN_N, SWIGLU,
+            weight_ptrs, scale_ptrs, word_of, warp, num_words, num_groups,
+            step, WARPS, PIECE, R, GROUPS, STRIDE_SG, EVEN_K,
         )  # fmt: skip
         words += (step_words,)
         scales += (step_scales,)
-        load_step, load_tile = _next(load_step, load_tile, num_programs, STEPS)
-    xs: gl.tuple = ()
-    for split_step in gl.static_range(STEPS):
-        xs += (
-            _load_x(x_ptr, stride_xm, M, K, split_step, SPLIT, WARPS, ROWS, HALVES, PLANE, EVEN_K),
-        )
-    squares = gl.zeros([WARPS, 128, ROWS], gl.float32, SPLIT)
-    for split_step in gl.static_range(STEPS):
-        squares += _split_x(
-            xs[split_step],
-            digits.index(split_step).reshape([HALVES * WARPS, 128, MAX_M, SLOTS]),
-            factors.index(split_step).reshape([WARPS, MAX_M, SLOTS]),
-            WARPS, ROWS, SLOTS, HALVES,
-        )  # fmt: skip
-    gl.thread_barrier()
-    rstd = gl.full([MAX_M], 1.0, gl.float32, X_ROWS)
-    if HAS_RMS:
-        sum_sq = gl.sum(gl.sum(squares, axis=1), axis=0)
-        of_rows = gl.rsqrt(sum_sq / K + rms_eps)
-        rstd = gl.sum(of_rows, axis=0) * rstd if ROWS == 1 else gl.convert_layout(of_rows, X_ROWS)
+    n = tile * OUT_ROWS + gl.arange(0, OUT_ROWS, gl.SliceLayout(1, OUT))
+    n_in_range = n < N
+    if not IS_INT4:
+        gain = _load_columns(scale_ptr, n, n_in_range)
+        if SWIGLU:
+            up_gain = _load_columns(scale_ptr, N + n, n_in_range)
+    m_x = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, :][:, None, :]
+    s_x = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None][:, :, None]
+    j_x = gl.arange(0, PIECE, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :][:, :, None]
+    k_of = s_x * BLOCK + j_x
+    x_ptrs = x_ptr + gl.minimum(m_x, M - 1) * gl.to_tensor(stride_xm).to(gl.int32) + k_of
+    if USE_PDL:
+        gdc_wait()
+    if RMS_WIDTH > 0:
+        squares = _squares_of_x(x_ptr, stride_xm, M, K, ROWS, RMS_WIDTH, SQUARES)
+    m = gl.arange(0, COLUMNS, gl.SliceLayout(0, OUT))
+    m_64 = m.to(gl.int64)[None, :]
+    in_range = n_in_range[:, None] & (m < M)[None, :]
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + m_64 * stride_rm + n[:, None]
+        residual = gl.load(residual_ptrs, mask=in_range, other=0.0).to(gl.float32)
     acc: gl.tuple = ()
     for _ in gl.static_range(R):
         acc += (gl.zeros([WARPS, 16, COLUMNS], gl.float32, PRODUCT),)
-    step = 0
-    tile = program
-    for item_0 in range(0, num_items, STAGES):
-        for stage in gl.static_range(STAGES):
-            if item_0 + stage < num_items:
-                acc = _add_step(
-                    acc, words[stage], scales[stage], digits.index(step), factors.index(step),
-                    PRODUCT, BYTES, X_BYTES, PARTS, WARPS, R, IS_INT4, GROUPS, SCALE_DTYPE, COLUMNS,
-                )  # fmt: skip
-                if step == STEPS - 1:
-                    for r in gl.static_range(R):
-                        sums.slice(16 * r, 16, dim=1).store(acc[r])
-                    _store_tile(
-                        sums.reshape([WARPS, 16 * R, MAX_M, SLOTS]), rstd, tile,
-                        None if IS_INT4 else scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                        stride_rm, stride_om, M, N, SUMS, OUT_ROWS, SWIGLU,
-                    )  # fmt: skip
-                    cleared: gl.tuple = ()
-                    for _ in gl.static_range(R):
-                        cleared += (gl.zeros([WARPS, 16, COLUMNS], gl.float32, PRODUCT),)
-                    acc = cleared
-                step, tile = _next(step, tile, num_programs, STEPS)
+    for step in gl.static_range(STEPS):
+        acc = _add_step(
+            acc, words[step % STAGES], scales[step % STAGES], x_ptrs, k_of, K,
+            step * WARPS * BLOCK, PRODUCT, A, X, WARPS, R, GROUPS, EVEN_K,
+        )  # fmt: skip
+        if step + STAGES < STEPS:
             step_words, step_scales = _load_step(
-                weight_ptr, scale_ptr, stride_wn, stride_sn, stride_sg,
-                load_tile, load_step, item_0 + stage + STAGES < num_items,
-                N, num_words, num_groups,
-                WORDS, PARTS, WARPS, R, GROUPS, EVEN_K, EVEN_N, SWIGLU,
+                weight_ptrs, scale_ptrs, word_of, warp, num_words, num_groups,
+                step + STAGES, WARPS, PIECE, R, GROUPS, STRIDE_SG, EVEN_K,
             )  # fmt: skip
-            words = words[:stage] + (step_words,) + words[stage + 1 :]  # noqa: RUF005
-            scales = scales[:stage] + (step_scales,) + scales[stage + 1 :]  # noqa: RUF005
-            load_step, load_tile = _next(load_step, load_tile, num_programs, STEPS)
+            words = _replaced(words, step_words, step % STAGES)
+            scales = _replaced(scales, step_scales, step % STAGES)
+    sums = gl.allocate_shared_memory(
+        gl.float32, [WARPS, 16 * R, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )
+    for r in gl.static_range(R):
+        sums.slice(16 * r, 16, dim=1).store(acc[r])
+    y = _sum_of_warps(sums, 0, SUMS, OUT_ROWS)
+    if RMS_WIDTH > 0:
+        rstd = _rstd_of_columns(squares, K, rms_eps, ROWS, WARPS, gl.SliceLayout(0, OUT))[None, :]
+        y *= rstd
+    if not IS_INT4:
+        y *= gain
+    if bias_ptr is not None:
+        y += _load_columns(bias_ptr, n, n_in_range)
+    if SWIGLU:
+        up = _sum_of_warps(sums, OUT_ROWS, SUMS, OUT_ROWS)
+        if RMS_WIDTH > 0:
+            up *= rstd
+        if not IS_INT4:
+            up *= up_gain
+        if bias_ptr is not None:
+            up += _load_columns(bias_ptr, N + n, n_in_range)
+        y = y / (1.0 + gl.exp(-y)) * up
+    if residual_ptr is not None:
+        y += residual
+    out_ptrs = out_ptr + m_64 * stride_om + n[:, None]
+    gl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=in_range)

@@ -12,9 +12,9 @@ Shapes: x [M, K] bfloat16, float16 or float32, any M; bias [N]; residual and y [
 float32, bfloat16 or float16. f, rstd and residual as in `skinny_gemm`. int4 scales are read
 fastest when scale.t() is contiguous.
 
-Up to 4 rows of bfloat16 with int8 or int4 weights go to `streamed_gemm`, which widens nothing; here
-are the others. From some 500 rows on, widening the weight once (`dequantize_weight`) and
-multiplying by cuBLAS is faster.
+Up to 8 rows of bfloat16 with int8 or int4 weights go to `streamed_gemm`; here are the others. From
+some 500 rows on, widening the weight once (`dequantize_weight`) and multiplying by cuBLAS is
+faster.
 
 Bytes: N K bits / 8 + scales + M (K + N) itemsize; FLOPs: 2 M N K. Bound: reading the weights once
 up to about 64 rows, the tensor cores in x's dtype from a few hundred on. A multiprocessor issues
@@ -59,6 +59,7 @@ from kernels.streamed_gemm import (
     can_stream,
     candidate_streamed_tiles,
     launch_streamed,
+    streamed_tile_for,
 )
 
 __all__ = ["candidate_tiles", "pack_int4", "tile_for", "unpack_int4", "weight_only_gemm"]
@@ -140,7 +141,7 @@ def candidate_tiles(
     """Tiles worth timing for a shape, the table's own first; `streams` where `can_stream` holds."""
     tiles: list[Tile | StreamedTile] = []
     if streams and num_rows <= STREAMED_MAX_NUM_ROWS:
-        tiles += candidate_streamed_tiles(num_rows, group_size=group_size)
+        tiles += candidate_streamed_tiles(num_rows, n, k, group_size=group_size)
     tiles.append(tile_for(num_rows, n, k, group_size=group_size))
     if group_size is None and num_rows <= 4:
         tiles += [
@@ -213,18 +214,16 @@ def weight_only_gemm(
             swiglu=swiglu,
             out=out,
         )
-    if tile is None and can_stream(x, weight, scale, group_size):
-        tile = StreamedTile()
     if tile is None:
-        tile = tile_for(
-            x.shape[0],
-            weight.shape[0],
-            x.shape[1],
-            group_size=group_size,
-            itemsize=x.element_size(),
-        )
+        shape = (x.shape[0], weight.shape[0], x.shape[1])
+        if can_stream(x, weight, scale, group_size):
+            tile = streamed_tile_for(*shape, group_size=group_size)
+        else:
+            tile = tile_for(*shape, group_size=group_size, itemsize=x.element_size())
     if isinstance(tile, StreamedTile):
-        launch_streamed(x, weight, scale, out, epilogue, tile, group_size=group_size)
+        launch_streamed(
+            x, weight, scale, out, epilogue, tile, group_size=group_size, launch_pdl=launch_pdl
+        )
     elif group_size is None:
         launch_gemm(
             x,

@@ -13,13 +13,14 @@ from kernels.streamed_gemm import (
     StreamedTile,
     can_stream,
     candidate_streamed_tiles,
+    streamed_tile_for,
 )
 from kernels.weight_only_gemm import weight_only_gemm, weight_only_gemm_reference
 
 BF16 = torch.bfloat16
 KINDS = (None, 64, 128)
 """Group sizes; None is int8."""
-NUM_ROWS = (1, 2, 3, 4)
+NUM_ROWS = (1, 2, 3, 5, 8)
 
 # (N, K): tiles and blocks filled and not, K of one block and of many steps.
 SHAPES = [(16, 128), (63, 1008), (1000, 4608), (4096, 4096), (4096, 14336), (6144, 2064)]
@@ -60,9 +61,10 @@ def _check(
 @pytest.mark.parametrize("kind", KINDS)
 def test_table_leads_the_candidates(kind: int | None) -> None:
     for num_rows in NUM_ROWS:
-        tiles = candidate_streamed_tiles(num_rows, group_size=kind)
-        assert tiles[0] == StreamedTile()
-        assert len(set(tiles)) == len(tiles)
+        for n, k in SHAPES:
+            tiles = candidate_streamed_tiles(num_rows, n, k, group_size=kind)
+            assert tiles[0] == streamed_tile_for(num_rows, n, k, group_size=kind)
+            assert len(set(tiles)) == len(tiles)
 
 
 def test_what_it_does_not_serve_goes_elsewhere(device: torch.device) -> None:
@@ -90,9 +92,9 @@ def test_grid_of_shapes(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, 8])
 def test_candidate_tiles_agree(num_rows: int, kind: int | None, device: torch.device) -> None:
-    for tile in candidate_streamed_tiles(num_rows, group_size=kind)[::5]:
+    for tile in candidate_streamed_tiles(num_rows, 1000, 4096, group_size=kind)[::5]:
         _check(kind, num_rows, 1000, 4096, device, swiglu=True, tile=tile)
 
 
@@ -131,7 +133,7 @@ def test_every_number_is_multiplied_exactly(kind: int | None, device: torch.devi
 def test_large_values_beside_small_ones(
     num_rows: int, kind: int | None, device: torch.device
 ) -> None:
-    """What is lost is a share of the largest value of a block, not of the row."""
+    """Products and sums are float32's over the whole range of bfloat16."""
     torch.manual_seed(0)
     weight, scale = _quantised(kind, 64, 4096, device)
     x = torch.randn(num_rows, 4096, device=device)
@@ -162,7 +164,7 @@ def test_a_row_that_is_not_finite_does_not_touch_the_others(
     x[1, 77] = value
     y = weight_only_gemm(x, weight, scale)
     assert_close(y[:1], weight_only_gemm_reference(x[:1], weight, scale))
-    assert bool(y[1].isnan().all())
+    assert not bool(y[1].isfinite().any())
 
 
 @pytest.mark.gpu
@@ -177,7 +179,7 @@ def test_residual_may_be_the_output(device: torch.device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, 8])
 def test_dependent_launches_in_a_graph(
     num_rows: int, kind: int | None, device: torch.device
 ) -> None:
