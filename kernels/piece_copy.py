@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from kernels.platform import runs_triton
 
-MAX_PROGRAMS = 33
-"""1 MiB under way, which is enough for NVLink: more programs copy no faster and take more from
-other work on the GPU that copies."""
+MAX_PROGRAMS = 30
+"""Just under 1 MiB under way, which is enough for NVLink: more programs copy no faster, and take
+more from other work on both GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,15 +225,35 @@ def copy_pieces(
         copy_pieces_reference(src, dst, src_units=src_units, dst_units=dst_units)
 
 
-def compile_pieces(src: PieceSide, dst: PieceSide) -> None:
-    """Compile what `copy_pieces` launches for these two, by a launch that moves nothing.
+class CompiledPieces:
+    """`copy_pieces` between two sides, without looking for the code and its arguments each time."""
 
-    Takes seconds for a pair of shapes that was never met. Raises ValueError as `copy_pieces`.
-    """
-    none = torch.empty(0, dtype=torch.int32, device=dst.offsets.device)
-    _check(src, dst, none, none)
-    if runs_triton(none):
-        _launch(src, dst, none, none, 1, TILE)
+    def __init__(self, src: PieceSide, dst: PieceSide, *, max_programs: int) -> None:
+        """Compiles, by a launch that moves nothing: takes seconds for a pair of shapes that was
+        never met. Raises ValueError as `copy_pieces`."""
+        none = torch.empty(0, dtype=torch.int32, device=dst.offsets.device)
+        _check(src, dst, none, none)
+        self._sides = (src, dst)
+        self._max_programs = max_programs
+        self._kernel = None
+        if runs_triton(none):
+            # The interpreter gives no code that could be launched by itself.
+            self._kernel = _launch(src, dst, none, none, 1, TILE)
+
+    def launch(self, src_units: Tensor, dst_units: Tensor) -> None:
+        """Lists as `copy_pieces` takes them, not empty and not checked."""
+        src, dst = self._sides
+        if self._kernel is None:
+            copy_pieces(
+                src,
+                dst,
+                src_units=src_units,
+                dst_units=dst_units,
+                max_programs=self._max_programs,
+            )
+            return
+        grid, arguments, constants = _call(src, dst, src_units, dst_units, self._max_programs, TILE)
+        self._kernel[(grid, 1, 1)](*arguments, *constants.values())
 
 
 def _launch(
@@ -243,7 +263,21 @@ def _launch(
     dst_units: Tensor,
     max_programs: int,
     tile: CopyTile,
-) -> None:
+) -> Any:
+    """The code that was launched; None from the interpreter."""
+    grid, arguments, constants = _call(src, dst, src_units, dst_units, max_programs, tile)
+    return _copy_pieces_kernel[(grid,)](*arguments, **constants, num_warps=tile.num_warps)
+
+
+def _call(
+    src: PieceSide,
+    dst: PieceSide,
+    src_units: Tensor,
+    dst_units: Tensor,
+    max_programs: int,
+    tile: CopyTile,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """Number of programs, arguments, and constants in the order of the kernel's signature."""
     num_entries, num_pieces = len(src_units), src.offsets.shape[1]
     alignment = min(src.alignment, dst.alignment)
     word_bytes = min(alignment, 4)
@@ -252,7 +286,7 @@ def _launch(
     num_tiles = triton.cdiv(num_entries * num_pieces, shape.pieces) * triton.cdiv(
         num_words, shape.words
     )
-    _copy_pieces_kernel[(max(1, min(num_tiles, max_programs)),)](
+    arguments = (
         src.address,
         dst.address,
         src.offsets,
@@ -262,16 +296,18 @@ def _launch(
         src.block_bytes,
         dst.block_bytes,
         num_entries,
-        SRC_UNITS_PER_BLOCK=len(src.offsets),
-        DST_UNITS_PER_BLOCK=len(dst.offsets),
-        NUM_PIECES=num_pieces,
-        NUM_WORDS=num_words,
-        WORD=tl.int32 if word_bytes == 4 else tl.uint8,
-        P=shape.pieces,
-        W=shape.words,
-        IS_ALIGNED=alignment == 16,
-        num_warps=tile.num_warps,
     )
+    constants = {
+        "SRC_UNITS_PER_BLOCK": len(src.offsets),
+        "DST_UNITS_PER_BLOCK": len(dst.offsets),
+        "NUM_PIECES": num_pieces,
+        "NUM_WORDS": num_words,
+        "WORD": tl.int32 if word_bytes == 4 else tl.uint8,
+        "P": shape.pieces,
+        "W": shape.words,
+        "IS_ALIGNED": alignment == 16,
+    }
+    return max(1, min(num_tiles, max_programs)), arguments, constants
 
 
 def _check(src: PieceSide, dst: PieceSide, src_units: Tensor, dst_units: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 What a launch wrote is seen by all launches of this process that come after its `is_done`: the
 kernel has ended then, and later ones start with empty caches of their own. Lists of units go to
-the device through pinned memory, so a launch waits for nothing. Under Triton's interpreter, on CPU
-memory, a copy has ended when its launch returns.
+the device through pinned memory that is kept from launch to launch, so a launch waits for nothing
+and takes none. Under Triton's interpreter, on CPU memory, a copy has ended when its launch returns.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from kernels.piece_copy import MAX_PROGRAMS, PieceSide, compile_pieces, copy_pieces, make_side
+from kernels.piece_copy import MAX_PROGRAMS, CompiledPieces, PieceSide, make_side
 
 POLL_S = 5e-5
+MIN_STAGED_UNITS = 1 << 16
+"""A read of all layers of 64 Ki tokens in blocks of 64 has half as many."""
+NUM_FIRST_STAGES = 2
+MAX_STAGES = 8
+"""Of 512 KiB each and more, in both memories."""
 
 
 class PieceLaunch:
     """One launch under way."""
 
-    __slots__ = ("_event", "_units")
+    __slots__ = ("_event",)
 
-    def __init__(self, event: torch.cuda.Event | None, units: torch.Tensor) -> None:
+    def __init__(self, event: torch.cuda.Event | None) -> None:
         self._event = event
-        # Read by the kernel; its memory is not handed out anew before this object goes.
-        self._units = units
 
     def is_done(self) -> bool:
         """What it wrote is visible to all that is launched from now on. Raises RuntimeError when
@@ -45,18 +49,42 @@ class PieceLaunch:
         return True
 
 
+class _Stage:
+    """Two lists of units on their way to the device."""
+
+    def __init__(self, max_units: int, device: torch.device) -> None:
+        self.max_units = max_units
+        size = 2 * max_units
+        self._host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._words: NDArray[np.int32] = self._host.numpy()
+        self._device = torch.empty(size, dtype=torch.int32, device=device)
+        self.launch: PieceLaunch | None = None
+        """Of the lists in it; they are read until it has ended."""
+
+    def send(self, src: NDArray[np.int32], dst: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        """On the device, behind what was launched before."""
+        count = len(src)
+        self._words[:count], self._words[count : 2 * count] = src, dst
+        self._device[: 2 * count].copy_(self._host[: 2 * count], non_blocking=True)
+        return self._device[:count], self._device[count : 2 * count]
+
+
 class PieceStream:
-    """Any thread may use it."""
+    """One thread starts copies; any thread may prepare them."""
 
     def __init__(self, device_id: int | None, *, max_programs: int = MAX_PROGRAMS) -> None:
         """`device_id`: CUDA ordinal, None for host memory under the interpreter."""
         self._max_programs = max_programs
+        self._stages: list[_Stage] = []
         if device_id is None:
             self._device = torch.device("cpu")
             self._stream = None
         else:
             self._device = torch.device("cuda", device_id)
             self._stream = torch.cuda.Stream(self._device)
+        # Taking memory may wait for whatever else the device does, so the first reads find some.
+        for _ in range(NUM_FIRST_STAGES):
+            self._add_stage(MIN_STAGED_UNITS)
 
     def side(
         self, address: int, offsets: NDArray[np.int64], *, block_bytes: int, piece_bytes: int
@@ -71,35 +99,41 @@ class PieceStream:
                 device=self._device,
             )
 
-    def compile(self, src: PieceSide, dst: PieceSide) -> None:
-        """See `piece_copy.compile_pieces`."""
+    def prepare(self, src: PieceSide, dst: PieceSide) -> CompiledPieces:
+        """What `start` takes; see `piece_copy.CompiledPieces`."""
         with self._launching():
-            compile_pieces(src, dst)
+            return CompiledPieces(src, dst, max_programs=self._max_programs)
 
     def start(
         self,
-        src: PieceSide,
-        dst: PieceSide,
+        pieces: CompiledPieces,
         src_units: NDArray[np.int32],
         dst_units: NDArray[np.int32],
     ) -> PieceLaunch:
-        """See `piece_copy.copy_pieces`."""
-        units = torch.from_numpy(np.stack((src_units, dst_units)))
+        """Copy one unit or more; see `piece_copy.copy_pieces`."""
+        stage = self._stage(len(src_units))
         with self._launching():
-            if self._stream is not None:
-                units = units.pin_memory().to(self._device, non_blocking=True)
-            copy_pieces(
-                src,
-                dst,
-                src_units=units[0],
-                dst_units=units[1],
-                max_programs=self._max_programs,
-            )
+            pieces.launch(*stage.send(src_units, dst_units))
             event = None
             if self._stream is not None:
                 event = torch.cuda.Event()
                 event.record(self._stream)
-        return PieceLaunch(event, units)
+        stage.launch = PieceLaunch(event)
+        return stage.launch
+
+    def _stage(self, num_units: int) -> _Stage:
+        """One that no launch reads any more."""
+        for stage in self._stages:
+            if stage.max_units >= num_units and (stage.launch is None or stage.launch.is_done()):
+                return stage
+        return self._add_stage(max(MIN_STAGED_UNITS, 1 << (num_units - 1).bit_length()))
+
+    def _add_stage(self, max_units: int) -> _Stage:
+        with self._launching():
+            stage = _Stage(max_units, self._device)
+        # The allocators hand memory out anew only behind what was launched with it.
+        self._stages = [*self._stages[1 - MAX_STAGES :], stage]
+        return stage
 
     def _launching(self) -> AbstractContextManager[object]:
         """The stream and its device are the thread's inside."""

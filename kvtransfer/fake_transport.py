@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.core.block import BlockId
@@ -30,8 +29,8 @@ from kvtransfer.metadata import (
     open_card,
     seal_card,
 )
-from kvtransfer.plan import Copy, PairPlan, checked_pair, plan_pair
-from kvtransfer.transport import PoolRegion, ReadStats, UnitsPerBlock
+from kvtransfer.plan import Copy, PairPlan, checked_pair, layer_units, plan_pair
+from kvtransfer.transport import PoolRegion, ReadStats, UnitIds, UnitsPerBlock
 
 NAME = "fake"
 
@@ -49,12 +48,15 @@ class FakeRead:
     started_at_s: float
     landed: asyncio.Future[ReadStats] = field(repr=False)
     is_given_up: bool = False
+    layers: range | None = None
+    """All of them where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
     card: PeerCard
     plan: PairPlan
+    layer_plan: PairPlan
 
 
 class FakeFabric:
@@ -125,10 +127,11 @@ class FakeTransport:
         peer = open_card(card, self._fabric.secret, now_s=time.time(), nonce=nonce)
         check_compatible(peer, layout=self.region.layout)
         plan = plan_pair(peer.pool, self.region.rank_pool)
-        if plan is None:
+        layer_plan = plan_pair(peer.pool, self.region.rank_pool, by_layer=True)
+        if plan is None or layer_plan is None:
             raise IncompatiblePeer(f"rank {peer.tp_rank} of {peer.worker_id} has none of our heads")
         self._live(peer)
-        self._peers[peer.worker_id] = _Peer(peer, plan)
+        self._peers[peer.worker_id] = _Peer(peer, plan, layer_plan)
         return peer.worker_id, peer.epoch
 
     def link(self, peer: WorkerId) -> LinkReport | None:
@@ -148,6 +151,10 @@ class FakeTransport:
         plan = self._connected(peer).plan
         return UnitsPerBlock(plan.remote.units_per_block, plan.local.units_per_block)
 
+    def num_layers(self, peer: WorkerId) -> int:
+        self._connected(peer)
+        return self.region.layout.num_layers
+
     async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
         self._live(self._connected(peer).card)
         report = self.link(peer)
@@ -157,13 +164,14 @@ class FakeTransport:
     async def read(
         self,
         peer: WorkerId,
-        remote: Sequence[BlockId],
-        local: Sequence[BlockId],
+        remote: UnitIds,
+        local: UnitIds,
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
         known = self._connected(peer)
-        read = self._new_read(known, peer, remote, local)
+        read = self._new_read(known, peer, remote, local, layers)
         self._live(known.card)
         self.open_reads.append(read)
         try:
@@ -232,7 +240,12 @@ class FakeTransport:
         return known
 
     def _new_read(
-        self, known: _Peer, peer: WorkerId, remote: Sequence[BlockId], local: Sequence[BlockId]
+        self,
+        known: _Peer,
+        peer: WorkerId,
+        remote: UnitIds,
+        local: UnitIds,
+        layers: range | None,
     ) -> FakeRead:
         plan = known.plan
         sources, targets = checked_pair(
@@ -242,14 +255,20 @@ class FakeTransport:
             num_remote_blocks=plan.remote.num_units,
             num_local_blocks=plan.local.num_units,
         )
+        moved = plan
+        if layers is not None:
+            num_layers, moved = self.region.layout.num_layers, known.layer_plan
+            sources = layer_units(sources, layers, num_layers)
+            targets = layer_units(targets, layers, num_layers)
         return FakeRead(
             peer,
-            tuple(remote),
-            tuple(local),
-            tuple(dict.fromkeys(BlockId(u // plan.local.units_per_block) for u in local)),
-            plan.copies(sources, targets),
+            tuple(map(BlockId, remote)),
+            tuple(map(BlockId, local)),
+            tuple(dict.fromkeys(BlockId(int(u) // plan.local.units_per_block) for u in local)),
+            moved.copies(sources, targets),
             time.monotonic(),
             asyncio.get_running_loop().create_future(),
+            layers=layers,
         )
 
     def _live(self, card: PeerCard) -> FakeTransport:

@@ -9,6 +9,9 @@ sequence, so that pools of unequal block sizes meet:
 The last block of a sequence may be partly used, so the longer side is cut to the shorter one, and
 the two agree when they are the same number of larger blocks.
 
+Layers of the last blocks are read while the owner computes them, when nothing else is waiting
+(`filling`).
+
 The lease is renewed at a third of its term; the reader stops trusting it before the owner would, at
 `LEASE_TRUST` of the term after the last message that kept it alive.
 
@@ -17,7 +20,7 @@ Knows no transport, no stream and no clock: times come in, effects go out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from baton.core.block import BlockId
@@ -43,12 +46,15 @@ from kvtransfer.fetch_state import (
     TransferFailure,
     TransferResult,
 )
+from kvtransfer.filling import Filling
 from kvtransfer.messages import (
     ChunkReady,
     Complete,
     FetchPrefix,
     Freeze,
     GiveUp,
+    LayersRead,
+    LayersReady,
     LeaseId,
     ReaderMessage,
     Renew,
@@ -84,6 +90,9 @@ class FetchMachine:
     _num_read: int = 0
     """Positions that were read."""
     _in_flight: tuple[BlockId, ...] = ()
+    _layers_in_flight: range | None = None
+    """None: all of them."""
+    _filling: Filling | None = None
     _read_started_s: float = 0.0
     _lease_id: LeaseId | None = None
     _lease_s: float = 0.0
@@ -133,11 +142,35 @@ class FetchMachine:
         if self._lease_id is None:
             self._lease_granted_s = now_s
         self._lease_id, self._lease_s, self._lease_kept_s = chunk.lease_id, chunk.lease_s, now_s
+        if first + len(announced) > known:
+            self._check_filling(chunk.fill_id, first, announced)
         self._remote += announced[known - first :]
         if chunk.is_last and self._announced_all_s is None:
             self._announced_all_s, self._first_token = now_s, chunk.first_token
         misfit = self._misfit()
         return self._fail(TransferError(misfit), now_s) if misfit else self._advance(now_s)
+
+    def layers_ready(self, layers: LayersReady, now_s: float) -> list[FetchEffect]:
+        """A hint: one that does not continue what is announced is of no use."""
+        if self.state in (FetchState.ENDED, FetchState.COMPLETING):
+            return []
+        if self.expected.kind is not FetchKind.PROMPT or self._announced_all_s is not None:
+            return []
+        units = self.expected.units_per_block.remote
+        first, remote = layers.first_block_index * units, expanded(layers.block_ids, units)
+        if first != len(self._remote) or not 0 < layers.num_layers <= self.expected.num_layers:
+            return []
+        if self._filling is None or not self._filling.is_same(layers.fill_id, remote):
+            num_layers = self.expected.num_layers
+            self._filling = Filling(layers.fill_id, first, remote, num_layers, 0)
+        self._filling.num_ready = max(self._filling.num_ready, layers.num_layers)
+        return self._advance(now_s)
+
+    def _check_filling(self, fill_id: int, first: int, announced: tuple[BlockId, ...]) -> None:
+        """What was read early counts exactly if this announcement vouches for it."""
+        filling = self._filling
+        if filling is not None and not filling.is_confirmed_by(fill_id, first, announced):
+            self._filling = None
 
     def read_done(self, read: ReadStats, now_s: float) -> list[FetchEffect]:
         if self.state is not FetchState.READING:
@@ -148,11 +181,15 @@ class FetchMachine:
         if self._announced_all_s is not None:
             # The owner computes nothing more of it: what is left of the read hides behind nothing.
             self.stats.exposed_seconds += now_s - max(self._announced_all_s, self._read_started_s)
-        self._num_read += len(self._in_flight)
-        self.stats.num_blocks = -(-self._num_read // self.expected.units_per_block.local)
-        self._in_flight = ()
+        if self._layers_in_flight is None:
+            self._count_read(len(self._in_flight))
+        self._in_flight, self._layers_in_flight = (), None
         self.state = FetchState.WAITING
         return self._advance(now_s)
+
+    def _count_read(self, num_units: int) -> None:
+        self._num_read += num_units
+        self.stats.num_blocks = -(-self._num_read // self.expected.units_per_block.local)
 
     def read_failed(self, error: TransferError, now_s: float) -> list[FetchEffect]:
         """A read that passed its deadline may still land; any other error means it cannot."""
@@ -286,15 +323,23 @@ class FetchMachine:
 
     def _advance(self, now_s: float) -> list[FetchEffect]:
         """Start the next read, or ask for what comes after the last one."""
-        if self.state is not FetchState.WAITING or self._lease_id is None:
+        if self.state is not FetchState.WAITING:
             return []
         first, end = self._num_requested, min(len(self._remote), len(self._local))
+        filling = self._filling
+        if filling is not None and first >= end and self._announced_all_s is None:
+            end = min(filling.first + len(filling.remote), len(self._local))
+            return self._read_layers(filling, first, end, now_s)
+        if self._lease_id is None:
+            return []
         if first < end:
             self._num_requested = end
-            self._in_flight = self._local[first:end]
-            self._read_started_s = now_s
-            self.state = FetchState.READING
-            return [StartRead(tuple(self._remote[first:end]), self._in_flight)]
+            layers = None
+            if filling is not None and filling.num_read:
+                layers = filling.rest
+                self._count_read(end - first)
+            if layers is None or layers:
+                return self._read(self._remote[first:end], first, end, layers, now_s)
         if self._announced_all_s is not None:
             self.state = FetchState.COMPLETING
             return [ToOwner(self._complete_message())]
@@ -304,6 +349,30 @@ class FetchMachine:
         if self._frozen_at_s is None:
             self._frozen_at_s = now_s
         return [ToOwner(Freeze(self.expected.request_id))]
+
+    def _read(
+        self,
+        remote: Sequence[BlockId],
+        first: int,
+        end: int,
+        layers: range | None,
+        now_s: float,
+    ) -> list[FetchEffect]:
+        self._in_flight, self._layers_in_flight = self._local[first:end], layers
+        self._read_started_s = now_s
+        self.state = FetchState.READING
+        return [StartRead(tuple(remote), self._in_flight, layers)]
+
+    def _read_layers(
+        self, filling: Filling, first: int, end: int, now_s: float
+    ) -> list[FetchEffect]:
+        """Those that are complete and not here yet, of blocks that are not announced."""
+        if first < end and (layers := filling.take_ready()):
+            return self._read(filling.units(first, end), first, end, layers, now_s)
+        if filling.rest or filling.is_told:
+            return []
+        filling.is_told = True
+        return [ToOwner(LayersRead(self.expected.request_id, filling.fill_id))]
 
     def _complete_message(self) -> Complete:
         assert self._lease_id is not None

@@ -13,6 +13,8 @@ Three kinds of fetches, one life cycle (the transitions are in `fetch_machine`):
  2. reserved   the blocks to read into are here                                   -> WAITING
  3. chunk      its blocks, less those held already, queue up; none in flight: read them all at
                once                                                               -> READING
+    layers     of a prompt's last blocks, while they are computed: read when nothing else is
+               waiting. They count once the last chunk has confirmed them         -> READING
  4. read done  more queued: the next read; not all announced: wait                -> WAITING
                a takeover that has read all there is: Freeze, once per stream     -> WAITING
                everything read: Complete(lease, epoch)                            -> COMPLETING
@@ -71,6 +73,8 @@ class Expected:
     block_hashes: tuple[BlockHash, ...] = ()
     """Only PREFIX."""
     units_per_block: UnitsPerBlock = WHOLE_BLOCKS
+    num_layers: int = 0
+    """Into which a read can be divided; 0: what LayersReady says is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,8 @@ class StartRead:
 
     remote: tuple[BlockId, ...]
     local: tuple[BlockId, ...]
+    layers: range | None = None
+    """Of these units; None: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,14 @@ from kvtransfer.fetch_state import (
     TransferResult,
     TransferSink,
 )
-from kvtransfer.messages import ChunkReady, Completed, LeaseId, OwnerMessage, Refused
+from kvtransfer.messages import (
+    ChunkReady,
+    Completed,
+    LayersReady,
+    LeaseId,
+    OwnerMessage,
+    Refused,
+)
 from kvtransfer.quarantine import Quarantine
 from kvtransfer.transport import Transport
 
@@ -119,6 +126,7 @@ class Fetcher:
                 kind=kind,
                 num_known_tokens=num_known_tokens,
                 units_per_block=self._transport.units_per_block(peer),
+                num_layers=self._transport.num_layers(peer),
             )
         )
 
@@ -190,6 +198,10 @@ class Fetcher:
                 fetch = self._find(peer, message.request_id)
                 if fetch is not None:
                     self._apply(fetch, fetch.machine.chunk_ready(message, now_s))
+            case LayersReady():
+                fetch = self._find(peer, message.request_id)
+                if fetch is not None:
+                    self._apply(fetch, fetch.machine.layers_ready(message, now_s))
             case Refused(request_id, reason):
                 fetch = self._find(peer, request_id)
                 if fetch is not None:
@@ -305,6 +317,7 @@ class Fetcher:
                 wanted.remote,
                 wanted.local,
                 timeout_s=max(0.001, min(self._limits.read_timeout_s, left_s)),
+                layers=wanted.layers,
             )
         except TransferError as error:
             fetch.read = None

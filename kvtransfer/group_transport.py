@@ -23,15 +23,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from baton.core.block import BlockId
-from baton.core.errors import PeerGone, TransferError
+from baton.core.errors import PeerGone, TransferError, TransferTimeout
 from baton.core.fabric import LinkReport
 from baton.core.worker_info import Epoch, WorkerId
 from kvtransfer.group_card import join_cards, open_cards, split_cards
 from kvtransfer.group_read import GroupQuarantine, GroupRead
 from kvtransfer.metadata import PeerCard, check_compatible
 from kvtransfer.plan import checked_pair, plan_sources
-from kvtransfer.transport import PoolRegion, ReadStats, Transport, UnitsPerBlock
+from kvtransfer.transport import PoolRegion, ReadStats, Transport, UnitIds, UnitsPerBlock
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -147,6 +149,10 @@ class GroupTransport:
     def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
         return self._known(peer).units_per_block
 
+    def num_layers(self, peer: WorkerId) -> int:
+        """As few as any rank can."""
+        return min(self._ranks[s.rank].num_layers(s.key) for s in self._known(peer).sources)
+
     async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
         """All ranks at the same time, as in a read."""
         known = self._known(peer)
@@ -162,14 +168,15 @@ class GroupTransport:
     async def read(
         self,
         peer: WorkerId,
-        remote: Sequence[BlockId],
-        local: Sequence[BlockId],
+        remote: UnitIds,
+        local: UnitIds,
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
         """See `Transport`. Ids are checked here, for what one rank refuses others may be moving."""
         known = self._known(peer)
-        checked_pair(
+        remote, local = checked_pair(
             remote,
             local,
             peer=peer,
@@ -177,14 +184,32 @@ class GroupTransport:
             num_local_blocks=known.num_local_units,
         )
         units_per_block = known.units_per_block.local
+
+        def block_ids() -> Iterable[BlockId]:
+            return map(BlockId, np.unique(local // units_per_block).tolist())
+
+        if len(known.sources) == 1:
+            (source,) = known.sources
+            try:
+                return await self._ranks[source.rank].read(
+                    source.key, remote, local, timeout_s=timeout_s, layers=layers
+                )
+            except (TransferTimeout, asyncio.CancelledError):
+                self._quarantine.given_up(block_ids(), 1)
+                raise
         read = GroupRead(
             [
                 functools.partial(
-                    self._ranks[s.rank].read, s.key, remote, local, timeout_s=timeout_s
+                    self._ranks[s.rank].read,
+                    s.key,
+                    remote,
+                    local,
+                    timeout_s=timeout_s,
+                    layers=layers,
                 )
                 for s in known.sources
             ],
-            block_ids=lambda: dict.fromkeys(BlockId(unit // units_per_block) for unit in local),
+            block_ids=block_ids,
             quarantine=self._quarantine,
             on_over=self._reads.discard,
         )

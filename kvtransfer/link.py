@@ -44,8 +44,12 @@ class Link(Protocol):
 
     def open(self) -> None: ...
 
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+    def post(
+        self, peer: WorkerId, remote: BlockIds, local: BlockIds, *, by_layer: bool = False
+    ) -> Posted | None:
         """Start to move a piece, in units of the peer's plan; None when it is done already.
+
+        `by_layer`: of the plan by layer, asked for only where the link `reads_layers`.
 
         Raises PeerGone or LinkBroken as `Posted` does.
         """
@@ -89,13 +93,22 @@ class PeerLink(Link, Protocol):
         ...
 
     @property
+    def reads_layers(self) -> bool:
+        """It can be asked for some layers of a unit."""
+        ...
+
+    @property
     def endpoint(self) -> Endpoint | None:
         """How others read us, None while they cannot. Current after every `open` and `recycle`;
         read from any thread."""
         ...
 
-    def open_peer(self, card: PeerCard, plan: PairPlan) -> OpenedPeer:
+    def open_peer(
+        self, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None = None
+    ) -> OpenedPeer:
         """Prove that the process that made the card can be read; changes nothing here.
+
+        `layer_plan`: the plan by layer, given where the link `reads_layers`.
 
         Called on any thread; waits for the peer within a bound of its own. Raises IncompatiblePeer
         or PeerGone.

@@ -68,11 +68,13 @@ class LinkSet:
         if link is not None:
             link.drop_peer(peer)
 
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+    def post(
+        self, peer: WorkerId, remote: BlockIds, local: BlockIds, *, by_layer: bool = False
+    ) -> Posted | None:
         link = self._of_peer.get(peer)
         if link is None:
             raise PeerGone(f"{peer} is not connected")
-        return link.post(peer, remote, local)
+        return link.post(peer, remote, local, by_layer=by_layer)
 
     def needs_recycle(self, peer: WorkerId) -> bool:
         link = self._of_peer.get(peer)

@@ -50,20 +50,23 @@ class Launch(Protocol):
 
 
 class PieceCopier(Protocol):
-    """Copies pieces between mapped pools: `kernels.piece_stream.PieceStream`. Any thread may call
-    it. Raises what its libraries raise."""
+    """Copies pieces between mapped pools: `kernels.piece_stream.PieceStream`. Any thread may
+    prepare copies. Raises what its libraries raise."""
 
     def side(
         self, address: int, offsets: NDArray[np.int64], *, block_bytes: int, piece_bytes: int
     ) -> Any: ...
 
-    def compile(self, src: Any, dst: Any) -> None:
-        """Take the time that the first copy between two such sides would take."""
+    def prepare(self, src: Any, dst: Any) -> Any:
+        """What `start` takes to copy between two sides. Takes the time that the first copy between
+        two such sides would take."""
         ...
 
     def start(
-        self, src: Any, dst: Any, src_units: NDArray[np.int32], dst_units: NDArray[np.int32]
-    ) -> Launch: ...
+        self, pieces: Any, src_units: NDArray[np.int32], dst_units: NDArray[np.int32]
+    ) -> Launch:
+        """Called on the mover's thread alone."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -73,9 +76,10 @@ class _Peer:
     worker_id: WorkerId
     process: PeerProcess
     mapping: Mapping
-    remote: Any
-    """As the copier has it, like `local`."""
-    local: Any
+    pieces: Any
+    """As the copier has prepared them."""
+    layer_pieces: Any
+    """Likewise of the plan by layer."""
     launches: list[Launch] = field(default_factory=list)
     is_dropped: bool = False
     is_closed: bool = False
@@ -99,6 +103,7 @@ class MappedLink:
 
     name = MappedEndpoint.transport
     lane = "mapped memory, copied by a kernel"
+    reads_layers = True
 
     def __init__(
         self,
@@ -130,7 +135,9 @@ class MappedLink:
         except Exception as error:
             raise TransferError(f"the copying kernel does not work: {_first_line(error)}") from None
 
-    def open_peer(self, card: PeerCard, plan: PairPlan) -> _Peer:
+    def open_peer(
+        self, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None = None
+    ) -> _Peer:
         endpoint = card.endpoint(MappedEndpoint)
         if endpoint is None:
             raise IncompatiblePeer(f"{card.worker_id} does not offer it")
@@ -150,7 +157,8 @@ class MappedLink:
                 raise PeerGone(f"{card.worker_id}: its process has ended") from error
             raise
         try:
-            remote, local = self._sides(mapping, plan)
+            pieces = self._prepared(mapping, plan)
+            layer_pieces = None if layer_plan is None else self._prepared(mapping, layer_plan)
         except BaseException as error:
             mapping.close()
             process.close()
@@ -160,7 +168,7 @@ class MappedLink:
                     f"the pool of {card.worker_id} cannot be read: {_first_line(error)}"
                 ) from None
             raise
-        return _Peer(card.worker_id, process, mapping, remote, local)
+        return _Peer(card.worker_id, process, mapping, pieces, layer_pieces)
 
     def add_peer(self, peer: WorkerId, opened: OpenedPeer) -> None:
         assert isinstance(opened, _Peer)
@@ -177,14 +185,17 @@ class MappedLink:
             self._ending.append(known)
         self._reap()
 
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+    def post(
+        self, peer: WorkerId, remote: BlockIds, local: BlockIds, *, by_layer: bool = False
+    ) -> Posted | None:
         self._reap()
         known = self._peers.get(peer)
         if known is None or known.process.is_dead():
             raise PeerGone(f"{peer}: its process has ended")
+        pieces = known.layer_pieces if by_layer else known.pieces
         assert self._copier is not None
         try:
-            launch = self._copier.start(known.remote, known.local, remote, local)
+            launch = self._copier.start(pieces, remote, local)
         except Exception as error:
             # Whatever the libraries of a GPU raise; nothing was launched that they know of.
             raise _broken(error) from None
@@ -209,7 +220,7 @@ class MappedLink:
                 logger.error("a copy from %s does not end; it stays mapped", known.worker_id)
         self._reap()
 
-    def _sides(self, mapping: Mapping, plan: PairPlan) -> tuple[Any, Any]:
+    def _prepared(self, mapping: Mapping, plan: PairPlan) -> Any:
         """As the copier wants them, with its code for them ready."""
         copier = self._copier
         assert copier is not None
@@ -222,8 +233,7 @@ class MappedLink:
                 (self._region.address, plan.local),
             )
         )
-        copier.compile(remote, local)
-        return remote, local
+        return copier.prepare(remote, local)
 
     def _reap(self) -> None:
         for peer in (*self._peers.values(), *self._ending):

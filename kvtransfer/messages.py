@@ -67,6 +67,17 @@ class Complete:
 
 
 @dataclass(frozen=True, slots=True)
+class LayersRead:
+    """Reader: I have read all that is announced, and all layers of what LayersReady called so.
+
+    Once the owner has confirmed these blocks it need not be asked by Complete.
+    """
+
+    request_id: RequestId
+    fill_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """Reader: I will not read this request (any more)."""
 
@@ -87,9 +98,30 @@ class ChunkReady:
     """Position in the sequence of the block `block_ids[0]`."""
     block_ids: tuple[BlockId, ...]
     is_last: bool = False
+    fill_id: int = 0
+    """With `is_last`: the blocks at its end were filled by what LayersReady called so, 0 for
+    nothing."""
     first_token: TokenDelta | None = None
     """With `is_last`; handed through unread. After Watch the first token; after Takeover all
     tokens from `num_known_tokens` on; after FetchPrefix None."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayersReady:
+    """Owner: the first layers of these blocks are complete; the rest is being computed.
+
+    They are not leased yet. What is read of them is worth something only once ChunkReady has named
+    the same blocks and the same `fill_id`.
+    """
+
+    request_id: RequestId
+    fill_id: int
+    """Of one computation in the life of the owner's process."""
+    first_block_index: int
+    """All blocks before it are announced."""
+    block_ids: tuple[BlockId, ...]
+    """To the end of the prompt."""
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,5 +140,5 @@ class Refused:
     reason: str
 
 
-ReaderMessage = Watch | FetchPrefix | Takeover | Freeze | Renew | Complete | GiveUp
-OwnerMessage = ChunkReady | Completed | Refused
+ReaderMessage = Watch | FetchPrefix | Takeover | Freeze | Renew | Complete | LayersRead | GiveUp
+OwnerMessage = ChunkReady | LayersReady | Completed | Refused

@@ -6,9 +6,9 @@
                       settled   given up: pieces in flight are quarantined until the link calls
                                 them terminal, or until `recycle` destroyed the link
 
-The thread sleeps while there is nothing to move, polls with short sleeps while pieces are in
-flight, and slowly while only quarantined ones are. A read is cut into pieces so that cancels,
-deadlines and other reads get their turn; the bytes in flight are bounded and the rest is queued.
+The thread sleeps while there is nothing to move, looks at what is in flight as `pace` says, and
+slowly while only quarantined pieces are. A read is cut into pieces so that cancels, deadlines and
+other reads get their turn; the bytes in flight are bounded and the rest is queued.
 
 Why quarantine: a link such as NIXL has neither cancel nor time-out. What was given up on may land
 at any later time, until it is reported terminal or the link is destroyed.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from baton.core.errors import PeerGone, TransferError, TransferTimeout
 from baton.core.worker_info import WorkerId
 from kvtransfer.block_read import BlockRead, MoverCounters, MoverLimits, Piece
 from kvtransfer.link import ConnectionLost, Link, LinkBroken
+from kvtransfer.pace import Pace
 from kvtransfer.peer_process import sharpen_timers
 from kvtransfer.plan import BlockIds, count_runs
 from kvtransfer.transport import ReadStats
@@ -41,10 +43,6 @@ from kvtransfer.transport import ReadStats
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-POLL_SHARE = 0.05
-"""Between two polls, of the time that the youngest piece has been in flight: what has ended is seen
-late by about that share, and a short piece soon."""
-MAX_POLL_S = 0.0001
 QUARANTINE_POLL_S = 0.01
 
 
@@ -72,6 +70,7 @@ class Mover:
         self._recycles: list[Future[None]] = []
         self._no_recycle_before_s = 0.0
         self._has_moved = False
+        self._pace = Pace(limits.min_poll_s)
         self._is_stopping = False
         self.counters = MoverCounters()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -183,10 +182,15 @@ class Mover:
         self._has_moved |= self._post_next(spares_recycled=wants_recycle)
 
     def poll_s(self) -> float:
-        """Between two looks at the pieces in flight. Mover's thread only."""
-        youngest_s = max((p.posted_at_s for p in self._pieces if p.is_healthy), default=0.0)
-        age_s = self._clock.now() - youngest_s
-        return min(MAX_POLL_S, max(self._limits.min_poll_s, POLL_SHARE * age_s))
+        """Between two looks at the pieces in flight, see `pace`. Mover's thread only."""
+        healthy = [p for p in self._pieces if p.is_healthy]
+        oldest_at_s = healthy[0].posted_at_s if healthy else 0.0
+        return self._pace.pause_s(
+            healthy[0].num_bytes if healthy else 0,
+            oldest_at_s,
+            max((p.posted_at_s for p in healthy), default=0.0),
+            self._clock.now(),
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError when reads and pieces disagree. Mover's thread only."""
@@ -206,8 +210,13 @@ class Mover:
         if self._has_moved:
             # There may be more to do at once.
             return
+        pause_s = self._idle_s()
+        if pause_s == 0.0:
+            # Others that want the interpreter get it between two looks.
+            time.sleep(0)
+            return
         with contextlib.suppress(Empty):
-            self._commands.get(timeout=self._idle_s())()
+            self._commands.get(timeout=pause_s)()
 
     def _drain_commands(self) -> None:
         while not self._commands.empty():
@@ -241,7 +250,7 @@ class Mover:
         part = slice(read.num_posted, read.num_posted + num_units)
         remote, local = read.remote[part], read.local[part]
         try:
-            posted = self._link.post(read.peer, remote, local)
+            posted = self._link.post(read.peer, remote, local, by_layer=read.plan.is_by_layer)
         except TransferError as error:
             self._queued.appendleft(read)
             self._fail(read.peer, error)
@@ -275,6 +284,8 @@ class Mover:
                     continue
                 if isinstance(failure, LinkBroken):
                     continue
+            if piece.is_healthy:
+                self._pace.landed(piece.num_bytes, piece.posted_at_s, self._clock.now())
             self._land(piece)
             self._finish_if_complete(piece.read)
             moved = True

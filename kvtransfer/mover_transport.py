@@ -47,8 +47,8 @@ from kvtransfer.metadata import (
 )
 from kvtransfer.mover import Mover
 from kvtransfer.peer_process import host_id, pid_namespace
-from kvtransfer.plan import BlockIds, PairPlan, RankPool, checked_pair, plan_pair
-from kvtransfer.transport import PoolRegion, ReadStats, UnitsPerBlock
+from kvtransfer.plan import BlockIds, PairPlan, RankPool, checked_pair, layer_units, plan_pair
+from kvtransfer.transport import PoolRegion, ReadStats, UnitIds, UnitsPerBlock
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,6 +66,8 @@ TIMED_READ_TIMEOUT_S = 2.0
 class _Peer:
     card: PeerCard
     plan: PairPlan
+    layer_plan: PairPlan | None
+    """None where its link moves whole units alone."""
     report: LinkReport
 
 
@@ -174,6 +176,10 @@ class MoverTransport:
         plan = self._connected(peer).plan
         return UnitsPerBlock(plan.remote.units_per_block, plan.local.units_per_block)
 
+    def num_layers(self, peer: WorkerId) -> int:
+        has_plan = self._connected(peer).layer_plan is not None
+        return self._region.layout.num_layers if has_plan else 0
+
     async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
         known = self._connected(peer)
         timing = await self._time(known.card, known.plan, num_rounds, timeout_s)
@@ -184,10 +190,11 @@ class MoverTransport:
     async def read(
         self,
         peer: WorkerId,
-        remote: Sequence[BlockId],
-        local: Sequence[BlockId],
+        remote: UnitIds,
+        local: UnitIds,
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
         known = self._connected(peer)
         there, here = known.plan.remote, known.plan.local
@@ -200,7 +207,18 @@ class MoverTransport:
             num_remote_blocks=there.num_units - num_scratch_there,
             num_local_blocks=here.num_units - num_scratch_here,
         )
-        return await self._move(peer, known.plan, remote_ids, local_ids, timeout_s)
+        plan = known.plan
+        if layers is not None:
+            num_layers = self.num_layers(peer)
+            if known.layer_plan is None or not 0 <= layers.start < layers.stop <= num_layers:
+                raise TransferError(
+                    f"layers {layers.start} to {layers.stop} of {peer}, which can be read by "
+                    f"{num_layers} layers"
+                )
+            plan = known.layer_plan
+            remote_ids = layer_units(remote_ids, layers, num_layers)
+            local_ids = layer_units(local_ids, layers, num_layers)
+        return await self._move(peer, plan, remote_ids, local_ids, timeout_s)
 
     def settled(self) -> list[BlockId]:
         return self._mover.settled()
@@ -252,8 +270,11 @@ class MoverTransport:
         refused = [f"{name}: {reason}" for name, reason in self.obstacles.items()]
         may_recover = False
         for link in self._links.links:
+            layer_plan = None
+            if link.reads_layers:
+                layer_plan = plan_pair(card.pool, self._pool, by_layer=True)
             try:
-                timing = await self._try_link(link, card, plan)
+                timing = await self._try_link(link, card, plan, layer_plan)
             except (IncompatiblePeer, PeerGone, TransferTimeout) as error:
                 refused.append(f"{link.name}: {error}")
                 may_recover |= not isinstance(error, IncompatiblePeer)
@@ -261,17 +282,19 @@ class MoverTransport:
             report = LinkReport(
                 card.name, card.epoch, link.name, link.lane, reason="; ".join(refused)
             )
-            self._peers[card.name] = _Peer(card, plan, _timed(report, timing))
+            self._peers[card.name] = _Peer(card, plan, layer_plan, _timed(report, timing))
             _log_link(self._peers[card.name].report)
             return
         kind = PeerGone if may_recover else IncompatiblePeer
         raise kind(f"no KV transport reaches {card.name}: {'; '.join(refused)}")
 
-    async def _try_link(self, link: PeerLink, card: PeerCard, plan: PairPlan) -> LinkTiming | None:
+    async def _try_link(
+        self, link: PeerLink, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None
+    ) -> LinkTiming | None:
         """Add the peer by this link, in place of the former one; None: there is no scratch block
         to read into."""
         peer = card.name
-        opened = await _open_peer(link, card, plan)
+        opened = await _open_peer(link, card, plan, layer_plan)
         self._peers.pop(peer, None)
         try:
             await self._call(lambda: self._add(peer, link, opened))
@@ -333,9 +356,12 @@ class MoverTransport:
             self._mover.leave_peer(peer, reason)
 
 
-async def _open_peer(link: PeerLink, card: PeerCard, plan: PairPlan) -> OpenedPeer:
+async def _open_peer(
+    link: PeerLink, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None
+) -> OpenedPeer:
     """Off the event loop; what is opened for a caller that has gone away is closed again."""
-    opening = asyncio.get_running_loop().run_in_executor(None, link.open_peer, card, plan)
+    loop = asyncio.get_running_loop()
+    opening = loop.run_in_executor(None, link.open_peer, card, plan, layer_plan)
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:

@@ -61,6 +61,7 @@ class NixlLink:
     mover's thread."""
 
     name = NixlEndpoint.transport
+    reads_layers = False
 
     def __init__(self, region: PoolRegion, identity: PeerIdentity) -> None:
         self._region = region
@@ -128,7 +129,9 @@ class NixlLink:
                 f"no NIXL agent here ({kind}); set the KV transport to shm"
             ) from None
 
-    def open_peer(self, card: PeerCard, plan: PairPlan) -> NixlPeer:
+    def open_peer(
+        self, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None = None
+    ) -> NixlPeer:
         endpoint = card.endpoint(NixlEndpoint)
         if endpoint is None:
             raise IncompatiblePeer(f"{card.worker_id} does not offer it")
@@ -167,7 +170,10 @@ class NixlLink:
             self._detach(peer)
             peer.close()
 
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+    def post(
+        self, peer: WorkerId, remote: BlockIds, local: BlockIds, *, by_layer: bool = False
+    ) -> Posted | None:
+        assert not by_layer
         known = self._peers.get(peer)
         if known is None or known.process.is_dead():
             raise PeerGone(f"{peer}: its process has ended")

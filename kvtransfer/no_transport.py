@@ -6,13 +6,11 @@ nothing will come. Everything is refused before memory is touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from baton.core.block import BlockId
 from baton.core.errors import IncompatiblePeer, PeerGone
 from baton.core.fabric import LinkReport
 from baton.core.worker_info import Epoch, WorkerId
-from kvtransfer.transport import ReadStats, UnitsPerBlock
+from kvtransfer.transport import ReadStats, UnitIds, UnitsPerBlock
 
 NAME = "none"
 
@@ -38,6 +36,9 @@ class NoTransport:
     def link(self, peer: WorkerId) -> LinkReport | None:
         return None
 
+    def num_layers(self, peer: WorkerId) -> int:
+        raise self._gone(peer)
+
     def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
         raise self._gone(peer)
 
@@ -47,10 +48,11 @@ class NoTransport:
     async def read(
         self,
         peer: WorkerId,
-        remote: Sequence[BlockId],
-        local: Sequence[BlockId],
+        remote: UnitIds,
+        local: UnitIds,
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
         raise self._gone(peer)
 

@@ -163,6 +163,10 @@ class Owned:
     lease_id: LeaseId | None = None
     block_ids: list[BlockId] = field(default_factory=list)
     first_token: TokenDelta | None = None
+    fill_id: int = 0
+    """Only PROMPT: what filled its last blocks, 0 for nothing that was told by layers."""
+    read_fill_id: int = 0
+    """Only PROMPT: the reader has all layers of this, and all that was announced before."""
     filled_at_s: float = 0.0
     reason: str = ""
     num_known_tokens: int = 0

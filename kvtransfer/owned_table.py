@@ -118,6 +118,7 @@ class OwnedTable:
         block_ids: Sequence[BlockId],
         is_last: bool,
         first_token: TokenDelta | None,
+        fill_id: int = 0,
     ) -> Effects:
         """Put blocks under the request's lease and tell its reader, if there is one."""
         first = len(owned.block_ids)
@@ -128,7 +129,7 @@ class OwnedTable:
         owned.lease_id = lease.lease_id
         owned.block_ids += block_ids
         owned.state = OwnedState.FILLED if is_last else OwnedState.LEASED
-        owned.first_token = first_token
+        owned.first_token, owned.fill_id = first_token, fill_id
         if is_last:
             owned.filled_at_s = self._clock.now()
             owned.engine_is_done = owned.kind is not OwnedKind.TAKEOVER
@@ -253,6 +254,7 @@ class OwnedTable:
                 first_block_index=first,
                 block_ids=tuple(owned.block_ids[first:]),
                 is_last=owned.state is OwnedState.FILLED,
+                fill_id=owned.fill_id,
                 first_token=owned.first_token,
             ),
         )

@@ -10,7 +10,8 @@ Life cycle of one request here (the reader's side is `fetch_state`, the values a
              A prompt comes here without a reader too: its watch gets all chunks at once
  3. FILLED   everything is announced, the reader has what is left of the lease. A takeover comes
              here by Freeze -> FreezeRequest; its sequence stands still from now on
- 4. the reader completes: the lease was valid until now. The blocks go back to the engine, a
+ 4. the reader completes: the lease was valid until now. One that has read by layers may have
+    said so before 3; then it is answered at once. The blocks go back to the engine, a
     sequence that was taken over ends there (FinishHandover), gone
  x. ENDED    the lease is over in any other way (given up, expired, refused, too late, failed): a
              takeover makes the engine go on (ReleaseLease, then ResumeRequest, once). Remembered
@@ -36,6 +37,8 @@ from kvtransfer.messages import (
     FetchPrefix,
     Freeze,
     GiveUp,
+    LayersRead,
+    LayersReady,
     LeaseId,
     ReaderMessage,
     Refused,
@@ -86,6 +89,7 @@ class LeaseOwner:
 
     def __init__(self, *, epoch: Epoch, clock: Clock, limits: OwnerLimits | None = None) -> None:
         self._limits = limits or OwnerLimits()
+        self._epoch = epoch
         self._table = OwnedTable(epoch=epoch, clock=clock, limits=self._limits)
 
     @property
@@ -126,6 +130,7 @@ class LeaseOwner:
         block_ids: Sequence[BlockId],
         is_last: bool,
         first_token: TokenDelta | None,
+        fill_id: int = 0,
     ) -> Effects:
         """The engine finished blocks of a prompt or a takeover and counts a lease on each."""
         effects = self.tick()
@@ -145,7 +150,20 @@ class LeaseOwner:
         if first_block_index != len(owned.block_ids):
             gap = f"chunk starts at block {first_block_index}, expected {len(owned.block_ids)}"
             return [*effects, ReleaseLease(request_id, gap), *self._table.refuse(owned, gap)]
-        return effects + self._table.announce(owned, block_ids, is_last, first_token)
+        effects += self._table.announce(owned, block_ids, is_last, first_token, fill_id)
+        return effects + self._complete_early(owned)
+
+    def layers_done(self, request_id: RequestId, layers: LayersReady) -> Effects:
+        """The engine is half way through the last blocks of a prompt.
+
+        Nothing is kept of it: a reader that misses it reads all layers at the end.
+        """
+        owned = self._table.get(request_id)
+        if owned is None or owned.reader is None or owned.kind is not OwnedKind.PROMPT:
+            return []
+        if owned.state is OwnedState.FILLED or layers.first_block_index != len(owned.block_ids):
+            return []
+        return [Send(owned.reader, layers)]
 
     def prefix_leased(
         self, reader: ReaderId, request_id: RequestId, block_ids: Sequence[BlockId]
@@ -226,6 +244,8 @@ class LeaseOwner:
                 return self.renew(reader, lease_id)
             case Complete(lease_id, epoch):
                 return self.complete(reader, lease_id, epoch)
+            case LayersRead(request_id, fill_id):
+                return self.layers_read(reader, request_id, fill_id)
             case GiveUp(request_id, reason):
                 return self.give_up(reader, request_id, reason)
 
@@ -320,6 +340,23 @@ class LeaseOwner:
             if owned.kind is OwnedKind.TAKEOVER:
                 effects.append(FinishHandover(owned.request_id))
         return effects
+
+    def layers_read(self, reader: ReaderId, request_id: RequestId, fill_id: int) -> Effects:
+        """The reader has everything, perhaps before the engine has."""
+        effects = self.tick()
+        owned = self._table.get(request_id)
+        if owned is None or owned.kind is not OwnedKind.PROMPT or owned.reader != reader:
+            return effects
+        owned.read_fill_id = fill_id
+        return effects + self._complete_early(owned)
+
+    def _complete_early(self, owned: Owned) -> Effects:
+        """Answer the Complete that is under way, or would be, when nothing is left to read."""
+        is_read = owned.fill_id and owned.fill_id == owned.read_fill_id
+        if owned.state is not OwnedState.FILLED or not is_read or owned.reader is None:
+            return []
+        assert owned.lease_id is not None
+        return self.complete(owned.reader, owned.lease_id, self._epoch)
 
     def give_up(self, reader: ReaderId, request_id: RequestId, reason: str) -> Effects:
         """The reader will not read this request; its blocks go back now."""

@@ -22,6 +22,9 @@ And runs of consecutive ids:
 
     remote  4 5 6 9        runs  (4 -> 0, 3 blocks), (9 -> 7, 1 block)
     local   0 1 2 7
+
+A prompt's last blocks can be read layer by layer while they are computed. The plan for that has
+one unit per layer of each of the units above: layer l of unit u is unit u * num_layers + l of it.
 """
 
 from __future__ import annotations
@@ -162,6 +165,8 @@ class PairPlan:
 
     remote: SidePlan
     local: SidePlan
+    is_by_layer: bool = False
+    """Units are those of single layers."""
 
     @property
     def is_whole_blocks(self) -> bool:
@@ -172,11 +177,16 @@ class PairPlan:
         )
 
     def copies(self, remote: BlockIds, local: BlockIds) -> list[Copy]:
-        """The fewest contiguous copies that move checked units remote[i] to local[i], in order."""
+        """The fewest contiguous copies that move checked units remote[i] to local[i]: in order, or
+        by layer in the order of our pool."""
         if not len(remote):
             return []
         sources = self.remote.starts(remote).ravel()
         targets = self.local.starts(local).ravel()
+        if self.is_by_layer:
+            # The layers of a head are neighbours in memory, not in the order of the units.
+            order = np.argsort(targets)
+            sources, targets = sources[order], targets[order]
         size = self.local.piece_bytes
         breaks = np.flatnonzero((np.diff(sources) != size) | (np.diff(targets) != size)) + 1
         firsts = np.concatenate(([0], breaks))
@@ -216,10 +226,11 @@ def layout_obstacle(remote: KvLayout, local: KvLayout) -> str:
     return ", ".join(differences)
 
 
-def plan_pair(remote: RankPool, local: RankPool) -> PairPlan | None:
+def plan_pair(remote: RankPool, local: RankPool, *, by_layer: bool = False) -> PairPlan | None:
     """What the local rank takes from this remote rank; None when it takes nothing from it.
 
-    Raises IncompatiblePeer when the pools do not fit one another.
+    `by_layer`: in units of single layers. Raises IncompatiblePeer when the pools do not fit one
+    another.
     """
     obstacle = layout_obstacle(remote.layout, local.layout)
     if obstacle:
@@ -230,9 +241,40 @@ def plan_pair(remote: RankPool, local: RankPool) -> PairPlan | None:
         return None
     unit_tokens = min(remote.layout.block_size, local.layout.block_size)
     is_split = remote.layout.block_size != local.layout.block_size
+    side = _side_by_layer if by_layer else _side
     return PairPlan(
-        _side(remote, heads, unit_tokens, is_split=is_split),
-        _side(local, heads, unit_tokens, is_split=is_split),
+        side(remote, heads, unit_tokens, is_split=is_split),
+        side(local, heads, unit_tokens, is_split=is_split),
+        by_layer,
+    )
+
+
+def layer_units(units: BlockIds, layers: range, num_layers: int) -> BlockIds:
+    """Units of a plan by layer: these layers of checked units of the plan of whole ones."""
+    within = np.arange(layers.start, layers.stop, dtype=np.int32)
+    spread: BlockIds = (units[:, None] * np.int32(num_layers) + within[None, :]).ravel()
+    return spread
+
+
+def _side_by_layer(pool: RankPool, heads: range, unit_tokens: int, *, is_split: bool) -> SidePlan:
+    """Part (p, l) of a block are layer l's rows of its tokens p * unit_tokens and so on."""
+    layout = pool.layout
+    token_bytes = layout.head_dim * KV_DTYPE_BYTES[layout.dtype]
+    row_bytes = layout.block_size * token_bytes
+    first = heads.start - pool.heads.start
+    own_heads = np.arange(first, first + len(heads), dtype=np.int64)
+    layers = np.arange(layout.num_layers, dtype=np.int64)
+    # [layers, heads], of a head's K and V rows of the layer
+    starts = own_heads[None, :] * layout.head_bytes + layers[:, None] * (2 * row_bytes)
+    if not is_split:
+        return SidePlan(pool.num_blocks, pool.block_bytes, starts, 2 * row_bytes)
+    parts = np.arange(layout.block_size // unit_tokens, dtype=np.int64) * unit_tokens * token_bytes
+    rows = np.arange(2, dtype=np.int64) * row_bytes
+    # [parts, layers, heads, 2]
+    offsets = parts[:, None, None, None] + starts[None, :, :, None] + rows
+    num_parts = len(parts) * layout.num_layers
+    return SidePlan(
+        pool.num_blocks, pool.block_bytes, offsets.reshape(num_parts, -1), unit_tokens * token_bytes
     )
 
 
@@ -262,7 +304,7 @@ class Run(NamedTuple):
     num_blocks: int
 
 
-def checked_ids(block_ids: Sequence[BlockId], num_blocks: int, whose: str) -> BlockIds:
+def checked_ids(block_ids: Sequence[BlockId] | BlockIds, num_blocks: int, whose: str) -> BlockIds:
     """The ids as an array. Raises TransferError for an id outside the pool."""
     ids = np.asarray(block_ids, dtype=np.int64)
     if ids.size and (ids.min() < 0 or ids.max() >= num_blocks):
@@ -272,8 +314,8 @@ def checked_ids(block_ids: Sequence[BlockId], num_blocks: int, whose: str) -> Bl
 
 
 def checked_pair(
-    remote: Sequence[BlockId],
-    local: Sequence[BlockId],
+    remote: Sequence[BlockId] | BlockIds,
+    local: Sequence[BlockId] | BlockIds,
     *,
     peer: WorkerId,
     num_remote_blocks: int,

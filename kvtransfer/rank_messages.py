@@ -69,6 +69,7 @@ class ReadBlocks:
     """Unchecked units."""
     local: NDArray[np.int64]
     timeout_s: float
+    layers: range | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ class Connected(NamedTuple):
     epoch: Epoch
     link: LinkReport | None
     units_per_block: UnitsPerBlock
+    num_layers: int
+    """See `Transport.num_layers`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from kvtransfer.rank_messages import (
     read_message,
     write_message,
 )
-from kvtransfer.transport import ReadStats, UnitsPerBlock
+from kvtransfer.transport import ReadStats, UnitIds, UnitsPerBlock
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,9 @@ class RankProxy:
     def units_per_block(self, peer: WorkerId) -> UnitsPerBlock:
         return self._known(peer).units_per_block
 
+    def num_layers(self, peer: WorkerId) -> int:
+        return self._known(peer).num_layers
+
     async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
         self._known(peer)
         request = MeasureRank(peer, num_rounds, timeout_s)
@@ -159,14 +162,16 @@ class RankProxy:
     async def read(
         self,
         peer: WorkerId,
-        remote: Sequence[BlockId],
-        local: Sequence[BlockId],
+        remote: UnitIds,
+        local: UnitIds,
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
         units_per_block = self.units_per_block(peer).local
         local_units = np.asarray(local, dtype=np.int64)
-        request = ReadBlocks(peer, np.asarray(remote, dtype=np.int64), local_units, timeout_s)
+        remote_units = np.asarray(remote, dtype=np.int64)
+        request = ReadBlocks(peer, remote_units, local_units, timeout_s, layers)
         block_ids = tuple(map(BlockId, np.unique(local_units // units_per_block).tolist()))
         answer = await self._ask(request, timeout_s + ANSWER_GRACE_S, block_ids)
         assert isinstance(answer, ReadStats)

@@ -147,12 +147,18 @@ class _RankServer:
         match request:
             case ConnectRank(card, nonce):
                 peer, epoch = await transport.connect(card, nonce=nonce)
-                return Connected(peer, epoch, transport.link(peer), transport.units_per_block(peer))
+                return Connected(
+                    peer,
+                    epoch,
+                    transport.link(peer),
+                    transport.units_per_block(peer),
+                    transport.num_layers(peer),
+                )
             case MeasureRank(peer, num_rounds, timeout_s):
                 return await transport.measure(peer, num_rounds=num_rounds, timeout_s=timeout_s)
-            case ReadBlocks(peer, remote, local, timeout_s):
+            case ReadBlocks(peer, remote, local, timeout_s, layers):
                 return await transport.read(
-                    peer, remote.tolist(), local.tolist(), timeout_s=timeout_s
+                    peer, remote.tolist(), local.tolist(), timeout_s=timeout_s, layers=layers
                 )
             case DisconnectRank(peer):
                 await transport.disconnect(peer)

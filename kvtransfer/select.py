@@ -45,8 +45,8 @@ _OF_HOST_MEMORY = (TransportKind.SHM, TransportKind.NIXL, TransportKind.SOCKET)
 copy (process_vm_readv), which pins every page and reaches a third of it."""
 _OF_GPU_MEMORY = (TransportKind.MAPPED, TransportKind.NIXL)
 """Best first."""
-GPU_LIMITS = MoverLimits(max_piece_bytes=256 << 20, max_bytes_in_flight=1 << 30, min_poll_s=0.00001)
-"""A link of hundreds of GB/s moves a piece in less than a millisecond, and each costs a launch."""
+GPU_LIMITS = MoverLimits(max_piece_bytes=512 << 20, max_bytes_in_flight=1 << 30, min_poll_s=0.00001)
+"""A link of hundreds of GB/s moves a piece in a millisecond and a half, and each costs a launch."""
 
 
 def needs_shared_pool(kind: TransportKind | str) -> bool:

@@ -77,6 +77,7 @@ class _Peer:
     pool: NDArray[np.uint8]
     """[num_bytes], read-only; keeps the mapping alive."""
     plan: PairPlan
+    layer_plan: PairPlan | None
 
     def close(self) -> None:
         self.process.close()
@@ -87,6 +88,7 @@ class ShmLink:
 
     name = ShmEndpoint.transport
     lane = "mapped memory"
+    reads_layers = True
 
     def __init__(self, region: PoolRegion, pool: ShmPool) -> None:
         offset = region.address - pool.address
@@ -106,7 +108,9 @@ class ShmLink:
     def open(self) -> None:
         """Nothing to set up."""
 
-    def open_peer(self, card: PeerCard, plan: PairPlan) -> _Peer:
+    def open_peer(
+        self, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None = None
+    ) -> _Peer:
         endpoint = card.endpoint(ShmEndpoint)
         if endpoint is None:
             raise IncompatiblePeer(f"{card.worker_id} does not offer it")
@@ -126,7 +130,7 @@ class ShmLink:
             process.close()
             raise
         pool = content[endpoint.pool_offset : endpoint.pool_offset + num_bytes]
-        return _Peer(process, pool, plan)
+        return _Peer(process, pool, plan, layer_plan)
 
     def add_peer(self, peer: WorkerId, opened: OpenedPeer) -> None:
         assert isinstance(opened, _Peer)
@@ -141,12 +145,16 @@ class ShmLink:
         if known is not None:
             known.close()
 
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+    def post(
+        self, peer: WorkerId, remote: BlockIds, local: BlockIds, *, by_layer: bool = False
+    ) -> Posted | None:
         known = self._peers.get(peer)
         if known is None or known.process.is_dead():
             raise PeerGone(f"{peer}: its process has ended")
         source, target = known.pool, self._pool
-        for there, here, num_bytes in known.plan.copies(remote, local):
+        plan = known.layer_plan if by_layer else known.plan
+        assert plan is not None
+        for there, here, num_bytes in plan.copies(remote, local):
             np.copyto(target[here : here + num_bytes], source[there : there + num_bytes])
         return None
 

@@ -57,6 +57,7 @@ class SocketLink:
     """Implements `PeerLink` for pools in host memory."""
 
     name = SocketEndpoint.transport
+    reads_layers = False
 
     def __init__(
         self,
@@ -105,7 +106,9 @@ class SocketLink:
             config.advertise_host or config.host, port, config.tls is not None
         )
 
-    def open_peer(self, card: PeerCard, plan: PairPlan) -> _Peer:
+    def open_peer(
+        self, card: PeerCard, plan: PairPlan, layer_plan: PairPlan | None = None
+    ) -> _Peer:
         endpoint = card.endpoint(SocketEndpoint)
         if endpoint is None:
             raise IncompatiblePeer(f"{card.worker_id} does not offer it")
@@ -132,7 +135,10 @@ class SocketLink:
         if known is not None:
             known.close()
 
-    def post(self, peer: WorkerId, remote: BlockIds, local: BlockIds) -> Posted | None:
+    def post(
+        self, peer: WorkerId, remote: BlockIds, local: BlockIds, *, by_layer: bool = False
+    ) -> Posted | None:
+        assert not by_layer
         known = self._peers.get(peer)
         if known is None:
             raise PeerGone(f"{peer} is not connected")

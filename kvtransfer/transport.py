@@ -21,7 +21,10 @@ from baton.core.block import BlockId
 from baton.core.fabric import LinkReport
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, WorkerId
-from kvtransfer.plan import RankPool
+from kvtransfer.plan import BlockIds, RankPool
+
+UnitIds = Sequence[BlockId] | BlockIds
+"""Units, see above. An array is taken as it is, which long lists are too slow for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,11 @@ class Transport(Protocol):
         """How ids of the two pools count for this peer. Raises PeerGone when not connected."""
         ...
 
+    def num_layers(self, peer: WorkerId) -> int:
+        """Into how many layers a read from this peer can be divided; 0: whole units alone. Raises
+        PeerGone when not connected."""
+        ...
+
     async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
         """Time reads into the scratch blocks again. Raises as `read` does."""
         ...
@@ -100,12 +108,14 @@ class Transport(Protocol):
     async def read(
         self,
         peer: WorkerId,
-        remote: Sequence[BlockId],
-        local: Sequence[BlockId],
+        remote: UnitIds,
+        local: UnitIds,
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
-        """Copy the peer's units `remote[i]` into our units `local[i]`.
+        """Copy the peer's units `remote[i]` into our units `local[i]`; of these `layers` alone,
+        where `num_layers` is not 0.
 
         Raises PeerGone (nothing will be written any more), or TransferTimeout: the read was given
         up on but may still land, so the caller quarantines the blocks of `local` until `settled`

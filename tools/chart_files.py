@@ -2,6 +2,7 @@
 
     values.schema.json   from tools/chart_schema.yaml and the program's settings
     README.md            from tools/chart_readme.md and the comments of values.yaml
+    files/dashboards/*   from tools/dashboards
     ../examples/*.yaml   what helm makes of each profile
 
 Run by `python -m tools.chart_files`, from the repository's root.
@@ -25,6 +26,7 @@ from services.decode.config import DEFAULTS as DECODE_DEFAULTS
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig
 from services.worker.config import WorkerConfig
+from tools.dashboards.build import make_dashboards
 from tools.helm import Helm, helm_binary
 from tools.settings_schema import settings_schema
 
@@ -38,6 +40,7 @@ ROUTER_OWN = frozenset(
         "shared.place", "shared.url", "shared.deployment", "shared.num_copies",
         "copy.shares_ports", "copy.own_port", "copy.targets_dir", "copy.name",
         "tenants.keys_file", "tenants.require_key",
+        "edge.tls.cert_file", "edge.tls.key_file", "edge.tls.client_ca_file",
         "tls.ca_file", "tls.cert_file", "tls.key_file", "tls.name",
     }
 )  # fmt: skip
@@ -152,7 +155,12 @@ def make_examples() -> dict[Path, str]:
 
 def files() -> dict[Path, str]:
     """In the order in which they depend on each other."""
-    return {CHART / "values.schema.json": make_schema(), CHART / "README.md": make_readme()}
+    boards = {CHART / "files/dashboards" / name: text for name, text in make_dashboards().items()}
+    return {
+        CHART / "values.schema.json": make_schema(),
+        CHART / "README.md": make_readme(),
+        **boards,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

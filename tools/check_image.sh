@@ -31,6 +31,32 @@ if ! store inspect --type image localhost/base:bookworm > /dev/null 2>&1; then
   store commit --quiet --rm "$base" localhost/base:bookworm
   rm "$CACHE/base.tar"
 fi
+# The last stage of both variants, with a stand-in for the packages: those of CUDA are gigabytes.
+stand_in="$work/stand-in"
+mkdir -p "$stand_in/opt/baton/bin"
+last_stage() {  # tag base variant
+  store bud --quiet --isolation chroot --pull-never --format docker --build-context "build=$stand_in" \
+    --build-arg "BASE=$2" --build-arg "VARIANT=$3" -f deploy/docker/Dockerfile -t "localhost/baton:$1" . > "$work/$1.log" 2>&1
+}
+last_stage cpu localhost/base:bookworm cpu || { cat "$work/cpu.log" >&2; exit 1; }
+! last_stage tpu localhost/base:bookworm tpu || { echo "VARIANT=tpu was built" >&2; exit 1; }
+grep -q "VARIANT is tpu; it may be cpu or cuda" "$work/tpu.log"
+! last_stage bare localhost/base:bookworm cuda || { echo "CUDA was built without Python.h" >&2; exit 1; }
+grep -q "Python.h, which the CUDA variant needs" "$work/bare.log"
+touch "$work/Python.h"
+base=$(store from --pull-never localhost/base:bookworm)
+store add --quiet "$base" "$work/Python.h" /usr/include/python3.11/Python.h > /dev/null
+store commit --quiet --rm "$base" localhost/base:headers > /dev/null
+last_stage cuda localhost/base:headers cuda || { cat "$work/cuda.log" >&2; exit 1; }
+container=$(store from --pull-never localhost/baton:cuda)
+root=$(store mount "$container")
+[ -e "$root/usr/bin/gcc" ] && [ "$(store inspect --format '{{index .OCIv1.Config.Labels "baton.variant"}}' "$container")" = cuda ] ||
+  { echo "the CUDA variant has no compiler, or another label" >&2; exit 1; }
+store umount "$container" > /dev/null
+store rm "$container" > /dev/null
+container=
+echo "both variants build; the packages of CUDA stood in"
+
 volumes=()
 for folder in ${VOLUMES:-}; do volumes+=(-v "$folder:$folder:ro"); done
 PIP_CONF=${PIP_CONF:-/dev/null}

@@ -1,4 +1,6 @@
-"""`baton doctor`: measures the links between running workers and says what is wrong.
+"""`baton doctor`: says what is wrong with a system that runs, or will be with one to be started.
+
+With --settings it looks at settings and machine alone (`doctor_before`). Otherwise:
 
  1. This machine: what KV transports need of it.
  2. Every worker: who it is, what it holds, how its peers are read.
@@ -30,6 +32,13 @@ EXIT_UNHEALTHY = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        metavar="DIR",
+        help="before anything starts: look at what the settings files in DIR need of this machine, "
+        "and ask no worker",
+    )
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -86,6 +95,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if not args.timeout > 0:
         raise ConfigError(f"--timeout must be above zero, got {args.timeout:g}")
     setup_logging("doctor", level="WARNING", as_json=False)
+    if args.settings is not None:
+        return _before(args.settings, environ, as_json=args.json)
     given = Given(
         workers=tuple(args.workers),
         run_dir=args.run_dir,
@@ -106,16 +117,35 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return 0 if is_healthy(findings) else EXIT_UNHEALTHY
 
 
+def _before(folder: Path, environ: Mapping[str, str], *, as_json: bool) -> int:
+    from baton.cli.doctor_before import check_before
+    from baton.cli.doctor_findings import diagnose_machine
+    from baton.cli.doctor_report import is_healthy, json_report, machine_report
+    from baton.cli.doctor_types import Examination
+
+    checks = tuple(check_before(folder, environ))
+    findings = diagnose_machine(checks)
+    if as_json:
+        print(json_report(Examination(checks, (), ()), findings))
+    else:
+        print(machine_report(checks, findings))
+    return 0 if is_healthy(findings) else EXIT_UNHEALTHY
+
+
 async def _examine(
     places: Places, environ: Mapping[str, str], args: argparse.Namespace, progress: ProgressLine
 ) -> Examination:
     from baton.cli.doctor_ask import asker
     from baton.cli.doctor_machine import check_machine
     from baton.cli.doctor_places import process_ids
+    from baton.cli.doctor_store import check_store
     from baton.cli.doctor_types import Examination
+    from baton.cli.doctor_versions import check_versions
 
     progress("looking at this machine")
-    checks = check_machine(environ, process_ids(places.workers), places.tiers)
+    checks = [*check_versions(), *check_machine(environ, process_ids(places.workers), places.tiers)]
+    if places.store_url is not None:
+        checks += check_store(places.store_url)
     ask = asker(places, timeout_s=args.timeout, progress=progress)
     workers = await ask.workers(places.workers)
     links = await ask.links(workers, num_rounds=args.rounds)

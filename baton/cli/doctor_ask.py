@@ -43,6 +43,7 @@ from baton.rpc.v1 import transfer_pb2_grpc, worker_pb2_grpc
 from baton.rpc.v1 import worker_pb2 as worker
 from kvtransfer.metadata import PeerCard, seal_card
 from kvtransfer.peer_process import host_id, pid_namespace
+from services.router.workers.kv_feed import hashing_difference
 from services.router.workers.peers import peers_of
 from services.worker.link_check import LOOPBACK
 
@@ -108,7 +109,7 @@ class Asker:
             return seen
         for look in range(NUM_LOOKS):
             try:
-                _, load = await self._info(seen.address)
+                _, load, _ = await self._info(seen.address)
             except _Failed as error:
                 reason = f"it answered at first and then no more: {error}"
                 return replace(seen, load=None, failure=reason)
@@ -124,22 +125,26 @@ class Asker:
         if entry is not None and not entry.has_process:
             return replace(seen, failure="its process has ended")
         try:
-            info, load = await self._info(place.address)
+            info, load, hashing = await self._info(place.address)
         except _Failed as error:
             state = "" if entry is None else process_state(entry.info.pid)
             return replace(seen, failure=str(error), process_state=state)
-        seen = replace(seen, info=info, load=load)
+        seen = replace(seen, info=info, load=load, hashing_problem=hashing)
         try:
             return replace(seen, fabric=await self._call(place.address, self._fabric))
         except _Failed as error:
             return replace(seen, failure=f"it gives no fabric report: {error}")
 
-    async def _info(self, address: str) -> tuple[WorkerInfo, LoadReport]:
-        async def ask(channel: grpc.aio.Channel) -> tuple[WorkerInfo, LoadReport]:
+    async def _info(self, address: str) -> tuple[WorkerInfo, LoadReport, str]:
+        """Also how its names of blocks differ from ours, if they do."""
+
+        async def ask(channel: grpc.aio.Channel) -> tuple[WorkerInfo, LoadReport, str]:
             stub = worker_pb2_grpc.WorkerStub(channel)
             answer = await stub.GetInfo(worker.GetInfoRequest(), timeout=self.timeout_s)
             try:
-                return worker_info_from_wire(answer.info), load_from_wire(answer.load)
+                info = worker_info_from_wire(answer.info)
+                problem = hashing_difference(answer.hashing, info.layout)
+                return info, load_from_wire(answer.load), problem
             except (BatonError, ValueError) as error:
                 raise _Failed(f"its answer is not of this version: {error}") from None
 

@@ -50,6 +50,11 @@ def diagnose(seen: Examination) -> list[Finding]:
     return sorted(found, key=lambda finding: finding.severity)
 
 
+def diagnose_machine(checks: Sequence[Check]) -> list[Finding]:
+    """Of a machine where nothing runs yet."""
+    return sorted(_of_machine(checks), key=lambda finding: finding.severity)
+
+
 def _of_machine(checks: Sequence[Check]) -> Iterator[Finding]:
     for check in checks:
         if check.severity is not None:
@@ -62,6 +67,13 @@ def _of_worker(worker: WorkerSeen) -> Iterator[Finding]:
         yield _of_silence(worker)
         return
     yield from _of_registration(worker, info)
+    if worker.hashing_problem:
+        yield Finding(
+            ERROR,
+            worker.name,
+            f"its blocks are named otherwise than here: {worker.hashing_problem}",
+            "routers place it by load alone and never hit its cache; run one release everywhere",
+        )
     if worker.load is not None:
         yield from _of_load(worker.name, info, worker.load)
     if worker.failure:
@@ -223,7 +235,16 @@ def _of_pools(workers: Sequence[WorkerSeen], *, is_selection: bool) -> Iterator[
     for (one_model, one), (other_model, other) in itertools.combinations(groups, 2):
         names = [_names(groups[one_model, one]), _names(groups[other_model, other])]
         obstacle = layout_obstacle(other, one)
-        if obstacle and one_model == other_model:
+        both = groups[one_model, one], groups[other_model, other]
+        if obstacle and one_model == other_model and _are_revisions(one, other, both):
+            yield Finding(
+                NOTE,
+                f"{names[0]} and {names[1]}",
+                f"they serve two revisions of {one_model} (fingerprints {one.fingerprint} and "
+                f"{other.fingerprint}), which share no KV",
+                "as during a roll-out; afterwards one of them is gone",
+            )
+        elif obstacle and one_model == other_model:
             yield Finding(
                 ERROR,
                 f"{names[0]} and {names[1]}",
@@ -237,6 +258,14 @@ def _of_pools(workers: Sequence[WorkerSeen], *, is_selection: bool) -> Iterator[
                 f"{names[0]} and {names[1]}",
                 f"they serve {one_model} and {other_model} and exchange no KV",
             )
+
+
+def _are_revisions(
+    one: KvLayout, other: KvLayout, both: tuple[Sequence[WorkerInfo], Sequence[WorkerInfo]]
+) -> bool:
+    """Other weights, and each can answer by itself."""
+    can_answer = all(any(info.role is Role.DECODE for info in infos) for infos in both)
+    return one.model_id != other.model_id and can_answer
 
 
 def _names(infos: Sequence[WorkerInfo]) -> str:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from baton.cli.doctor_devices import INFINIBAND, SHM, check_nics, check_shm
 from baton.cli.doctor_limits import judge_limits, judge_ucx, parse_limits
 from baton.cli.doctor_types import Check, Severity
 from kvtransfer.select import nixl_obstacle
@@ -28,7 +29,6 @@ from kvtransfer.tiers.config import TierConfig
 ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-INFINIBAND = Path("/sys/class/infiniband")
 NETWORK = Path("/sys/class/net")
 PROBE_BYTES = 1 << 20
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
@@ -36,9 +36,9 @@ NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "
 
 
 def check_machine(
-    environ: Mapping[str, str], pids: Mapping[str, int], tiers: TierConfig
+    environ: Mapping[str, str], pids: Mapping[str, int], tiers: TierConfig, *, num_ranks: int = 1
 ) -> list[Check]:
-    """`pids`: workers of this machine by name."""
+    """`pids`: workers of this machine by name; `num_ranks`: processes of the largest of them."""
     return [
         check_nixl(),
         check_ptrace(),
@@ -48,7 +48,8 @@ def check_machine(
         *check_limits(pids),
         check_gpu(Path("/dev")),
         check_disk_tier(tiers),
-        Check("free /dev/shm", "not needed: pools lie in memory files without a name"),
+        check_shm(SHM, num_ranks),
+        *check_nics(INFINIBAND),
         Check("huge pages", _huge_pages()),
     ]
 

@@ -61,6 +61,8 @@ class Places:
     secret: bytes = field(repr=False)
     tls: TlsFiles | None
     tiers: TierConfig
+    store_url: str | None = field(default=None, repr=False)
+    """Of the Redis that the workers announce themselves in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ def find_places(given: Given, environ: Mapping[str, str]) -> Places:
         secret=_secret(given.secret_file, settings.transfer.cluster_secret, registry),
         tls=open_tls(settings.tls),
         tiers=settings.tiers,
+        store_url=settings.registry.url,
     )
 
 

@@ -17,9 +17,14 @@ _MARKS = {None: "ok", Severity.ERROR: "ERROR", Severity.WARNING: "warning", Seve
 NO_VALUE = "-"
 
 
+def machine_report(checks: Sequence[Check], findings: Sequence[Finding]) -> str:
+    """Where no worker was asked."""
+    return "\n\n".join([_machine_text(checks), _findings_text(findings)])
+
+
 def text_report(seen: Examination, findings: Sequence[Finding]) -> str:
     parts = [
-        "this machine\n" + _table([_check_row(check) for check in seen.checks]),
+        _machine_text(seen.checks),
         _table([_WORKER_HEAD, *(_worker_row(worker) for worker in seen.workers)]),
     ]
     if seen.links:
@@ -67,6 +72,10 @@ def _findings_text(findings: Sequence[Finding]) -> str:
         if finding.fix:
             lines.append(f"{'':8}-> {finding.fix}")
     return "\n".join([*lines, summary(findings)])
+
+
+def _machine_text(checks: Sequence[Check]) -> str:
+    return "this machine\n" + _table([_check_row(check) for check in checks])
 
 
 def _check_row(check: Check) -> tuple[str, ...]:
@@ -145,6 +154,7 @@ def _worker_json(worker: WorkerSeen) -> dict[str, Any]:
         "load": None if worker.load is None else asdict(worker.load),
         "fabric": None if worker.fabric is None else _fabric_json(worker),
         "failure": worker.failure,
+        "hashing_problem": worker.hashing_problem,
         "process_state": worker.process_state,
     }
 

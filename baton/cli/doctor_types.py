@@ -55,6 +55,8 @@ class WorkerSeen:
     fabric: FabricReport | None = None
     failure: str = ""
     """Why there is no answer, or no fabric report."""
+    hashing_problem: str = ""
+    """How its names of blocks differ from this release's: scheme, block size or seed."""
     process_state: str = ""
     """As the kernel names it, e.g. stopped; empty where that is not known or it runs."""
 

@@ -24,7 +24,9 @@ from baton.core.errors import BatonError
 COMMANDS = {
     "serve": "start router, prefill and decode workers on this machine",
     "chat": "talk to a served model in the terminal",
-    "doctor": "measure the links between running workers and say what is wrong",
+    "plan": "find the pools that serve most within latency targets",
+    "simulate": "run a cluster under a load in virtual time",
+    "doctor": "say what is wrong with a system, running or to be started",
     "probe": "whether this container's processes live or are ready",
     "drain": "let this container finish before it is stopped",
     "certs": "make TLS certificates for a deployment's router and workers",

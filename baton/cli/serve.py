@@ -100,16 +100,17 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.core.logging import setup_logging
-    from services.launch.pools import check_pools
+    from services.launch.pools import check_pools, reads_weights
     from services.launch.readiness import check_model_folder, check_ports_free, check_redis
     from services.launch.run_directory import RunDirectory
-    from services.launch.tls import check_tls
+    from services.launch.tls import check_door_tls, check_tls
 
     setup_logging("serve", level="WARNING", as_json=False)
     system = _system_config(args, environ)
-    check_model_folder(system.model_path)
+    check_model_folder(system.model_path, has_weights=reads_weights(system))
     check_pools(system, environ, use_ray=args.use_ray)
     check_tls(system)
+    check_door_tls(system, use_ray=args.use_ray)
     ready_timeout_s = _ready_timeout_s(system, args.ready_timeout)
     check_ports_free(
         system.host, {"--http-port": system.http_port, "--grpc-port": system.grpc_port}
@@ -239,14 +240,15 @@ def _wait_until_ready(
         return local.hopeless()
 
     copies = []
-    if system.num_routers > 1:
+    if system.has_own_ports:
         copies = wait_until_copies_healthy(
             directory.targets,
             system.num_routers,
             timeout_s=timeout_s,
             still_running=keep_going,
         )
-    wait_until_healthy(_url(system), timeout_s=timeout_s, still_running=keep_going)
+    if not system.door_tls.is_on:
+        wait_until_healthy(_url(system), timeout_s=timeout_s, still_running=keep_going)
     return [copy.address for copy in copies]
 
 
@@ -258,7 +260,8 @@ def _processes(system: SystemConfig) -> str:
 def _url(system: SystemConfig) -> str:
     from services.router.edge.scrape_target import reachable_host
 
-    return f"http://{reachable_host(system.host)}:{system.http_port}"
+    scheme = "https" if system.door_tls.is_on else "http"
+    return f"{scheme}://{reachable_host(system.host)}:{system.http_port}"
 
 
 def _ready_text(

@@ -8,6 +8,7 @@ descriptor, and a range of heads is one contiguous slice of each block.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -79,8 +80,7 @@ class KvLayout:
     @property
     def fingerprint(self) -> str:
         """16 hex digits; equal exactly when blocks are interchangeable byte for byte."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _fingerprint(self)
 
     def difference(self, other: KvLayout) -> str:
         """A readable list of the fields that differ, empty when compatible."""
@@ -90,3 +90,10 @@ class KvLayout:
             for name in mine
             if mine[name] != theirs[name]
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(layout: KvLayout) -> str:
+    """Kept, since a router asks once a request; its workers have a layout or two."""
+    text = json.dumps(asdict(layout), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -54,11 +54,23 @@ class TransferStats:
 
 
 @dataclass(slots=True)
+class EngineUse:
+    """A request's part of the engine steps it took part in, on one worker."""
+
+    seconds: float = 0.0
+    """Of each step's time the share that its tokens are of the step's, times the worker's ranks:
+    GPU-seconds where these are GPUs."""
+    num_steps: int = 0
+
+
+@dataclass(slots=True)
 class Timeline:
     """The recorded points of one request in one process."""
 
     points: dict[LifecycleEvent, float] = field(default_factory=dict)
     transfer: TransferStats = field(default_factory=TransferStats)
+    engine: EngineUse = field(default_factory=EngineUse)
+    """Of this process alone: `merge` leaves it as it is."""
 
     def record(self, event: LifecycleEvent, at_s: float) -> None:
         """Keep the first time an event happens; a preempted sequence starts only once."""

@@ -8,6 +8,10 @@ import sys
 import time
 from typing import Any, TextIO
 
+import orjson
+
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+
 
 class JsonFormatter(logging.Formatter):
     """`{"at", "level", "logger", "message", ...fields}`; fields come by `extra={"fields": {}}`."""
@@ -28,6 +32,14 @@ class JsonFormatter(logging.Formatter):
         line.update(getattr(record, "fields", {}))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
+        return _as_json(line)
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(line, default=str, option=_OPTIONS).decode()
+    except orjson.JSONEncodeError:
+        # Integers beyond 64 bits, or text that is no Unicode: slower, and takes anything.
         return json.dumps(line, default=str)
 
 
@@ -53,4 +65,8 @@ def setup_logging(
 
 def log_fields(logger: logging.Logger, message: str, **fields: Any) -> None:
     """An INFO line with structured fields."""
-    logger.info(message, extra={"fields": fields})
+    if logger.isEnabledFor(logging.INFO):
+        # As `info` does it, without looking up who calls, which no line names.
+        record = logging.LogRecord(logger.name, logging.INFO, "", 0, message, (), None)
+        record.fields = fields
+        logger.handle(record)

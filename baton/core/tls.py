@@ -15,7 +15,6 @@ import logging
 import re
 import ssl
 import stat
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.core.errors import ConfigError
+from baton.core.followed_files import FollowedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ EXPIRY_WARNING_PERIOD_S = 86400.0
 MAX_FILE_BYTES = 1 << 20
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _HANDSHAKE_ROUNDS = 8
-_Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +96,10 @@ class TlsFiles:
         if not config.is_on:
             raise ConfigError("tls.ca_file, tls.cert_file and tls.key_file are not set")
         self.config = config
-        self._lock = threading.Lock()
-        self._stamp = _stamp(config)
-        self._refused: _Stamp | None = None
-        self._warned_at_s = 0.0
-        self._material = load_material(config)
-        self._warn_of_expiry()
+        paths = [path for _, path in config.files() if path is not None]
+        self._files = FollowedFiles(paths, lambda: load_material(config), what="certificates")
+        self._expiry = ExpiryWarning(config.cert_file)
+        self.current()
 
     @property
     def name(self) -> str:
@@ -111,32 +108,32 @@ class TlsFiles:
     def current(self) -> TlsMaterial:
         """What the files hold now. Files that do not work are logged once and the last ones that
         did stay in use, since they may be half replaced."""
-        with self._lock:
-            stamp = _stamp(self.config, is_strict=False)
-            if stamp not in (self._stamp, self._refused):
-                try:
-                    self._material = load_material(self.config)
-                    self._stamp, self._refused = stamp, None
-                    self._warned_at_s = 0.0
-                    logger.info("certificates were read anew")
-                except ConfigError as error:
-                    self._refused = stamp
-                    logger.error(
-                        "the certificates in use stay, the new ones do not work: %s", error
-                    )
-            self._warn_of_expiry()
-            return self._material
+        material = self._files.current()
+        self._expiry.look(material.expires_at_s)
+        return material
 
-    def _warn_of_expiry(self) -> None:
+
+class ExpiryWarning:
+    """Says once a day that a certificate ends soon, or has ended."""
+
+    def __init__(self, cert_file: Path | None) -> None:
+        self._cert_file = cert_file
+        self._told: tuple[float, float] = (0.0, 0.0)
+        """When, and of which end."""
+
+    def look(self, expires_at_s: float) -> None:
+        """`expires_at_s`: Unix time. Two threads at once may both say it."""
         now_s = time.time()
-        left_s = self._material.expires_at_s - now_s
-        if left_s > EXPIRY_WARNING_S or now_s - self._warned_at_s < EXPIRY_WARNING_PERIOD_S:
+        left_s = expires_at_s - now_s
+        told_at_s, told_of_s = self._told
+        is_told = told_of_s == expires_at_s and now_s - told_at_s < EXPIRY_WARNING_PERIOD_S
+        if left_s > EXPIRY_WARNING_S or is_told:
             return
-        self._warned_at_s = now_s
+        self._told = (now_s, expires_at_s)
         what = "has expired" if left_s <= 0 else f"expires in {left_s / 86400:.1f} days"
         logger.warning(
             "the certificate in %s %s; replace the files, they are read again by themselves",
-            self.config.cert_file,
+            self._cert_file,
             what,
         )
 
@@ -152,13 +149,15 @@ def load_material(config: TlsConfig) -> TlsMaterial:
     Raises ConfigError for files that are missing, unreadable or do not belong together, and for a
     certificate that peers would refuse: expired, of another CA, without the deployment's name.
     """
-    ca, cert, key = (_read(name, path) for name, path in config.files() if path is not None)
+    ca, cert, key = (
+        read_file(f"tls.{name}", path) for name, path in config.files() if path is not None
+    )
     assert config.key_file is not None
-    _warn_of_open_key(config.key_file)
+    warn_of_open_key("tls.key_file", config.key_file)
     server_context = _context(config, ssl.PROTOCOL_TLS_SERVER, ca)
     client_context = _context(config, ssl.PROTOCOL_TLS_CLIENT, ca)
     try:
-        expires_at_s = _shake_hands(server_context, client_context, config.name)
+        expires_at_s = shake_hands(server_context, client_context, config.name)
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
             f"tls.cert_file {config.cert_file} would be refused by peers: "
@@ -197,13 +196,14 @@ def _context(config: TlsConfig, protocol: ssl._SSLMethod, ca: bytes) -> ssl.SSLC
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
-    try:
-        context.load_verify_locations(cadata=ca.decode("ascii"))
-    except (ssl.SSLError, ValueError):
-        raise ConfigError(
-            f"tls.ca_file {config.ca_file} holds no certificate in PEM form"
-        ) from None
+    load_ca(context, ca, config.ca_file, setting="tls.ca_file")
     assert config.cert_file is not None and config.key_file is not None
+    load_pair(context, config.cert_file, config.key_file, section="tls")
+    return context
+
+
+def load_pair(context: ssl.SSLContext, cert_file: Path, key_file: Path, *, section: str) -> None:
+    """Show the certificate under `context`. Raises ConfigError naming the settings of `section`."""
     is_encrypted = False
 
     def no_password() -> str:
@@ -212,30 +212,33 @@ def _context(config: TlsConfig, protocol: ssl._SSLMethod, ca: bytes) -> ssl.SSLC
         return ""
 
     try:
-        context.load_cert_chain(config.cert_file, config.key_file, password=no_password)
+        context.load_cert_chain(cert_file, key_file, password=no_password)
     except (ssl.SSLError, OSError) as error:
         if is_encrypted:
             raise ConfigError(
-                f"tls.key_file {config.key_file} is encrypted; give an unencrypted key "
+                f"{section}.key_file {key_file} is encrypted; give an unencrypted key "
                 "that only this user can read"
             ) from None
-        raise ConfigError(_pair_problem(config, error)) from None
-    return context
+        if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(
+                f"{section}.key_file {key_file} is not the key of {section}.cert_file {cert_file}; "
+                "give the pair that was issued together"
+            ) from None
+        raise ConfigError(
+            f"{section}.cert_file {cert_file} and {section}.key_file {key_file} hold no "
+            "certificate and key in PEM form"
+        ) from None
 
 
-def _pair_problem(config: TlsConfig, error: Exception) -> str:
-    if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
-        return (
-            f"tls.key_file {config.key_file} is not the key of tls.cert_file {config.cert_file}; "
-            "give the pair that was issued together"
-        )
-    return (
-        f"tls.cert_file {config.cert_file} and tls.key_file {config.key_file} hold no certificate "
-        "and key in PEM form"
-    )
+def load_ca(context: ssl.SSLContext, ca: bytes, ca_file: Path | None, *, setting: str) -> None:
+    """Trust the certificates in `ca`. Raises ConfigError naming `setting`."""
+    try:
+        context.load_verify_locations(cadata=ca.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"{setting} {ca_file} holds no certificate in PEM form") from None
 
 
-def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> float:
+def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str | None) -> float:
     """A handshake in memory; returns when the certificate ends. Raises ssl.SSLError."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
@@ -251,40 +254,25 @@ def _shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> f
     return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
-def _read(setting: str, path: Path) -> bytes:
+def read_file(setting: str, path: Path) -> bytes:
+    """Raises ConfigError naming the setting `setting`."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"tls.{setting} {path} has more than {MAX_FILE_BYTES} bytes")
+            raise ConfigError(f"{setting} {path} has more than {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(
-            f"tls.{setting} {path} does not exist; `baton certs DIR` makes certificates"
+            f"{setting} {path} does not exist; `baton certs DIR` makes certificates"
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"tls.{setting} {path} cannot be read ({error.strerror}); "
+            f"{setting} {path} cannot be read ({error.strerror}); "
             "make it readable for the user of this process"
         ) from None
 
 
-def _warn_of_open_key(path: Path) -> None:
+def warn_of_open_key(setting: str, path: Path) -> None:
     with contextlib.suppress(OSError):
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & stat.S_IROTH:
-            logger.warning("tls.key_file %s has mode %04o; every user can read it", path, mode)
-
-
-def _stamp(config: TlsConfig, *, is_strict: bool = True) -> _Stamp:
-    """Changes when a file is replaced or rewritten."""
-    stamp: list[tuple[int, int, int]] = []
-    for name, path in config.files():
-        assert path is not None
-        try:
-            status = path.stat()
-        except OSError:
-            if is_strict:
-                _read(name, path)
-            stamp.append((0, 0, 0))
-        else:
-            stamp.append((status.st_mtime_ns, status.st_size, status.st_ino))
-    return tuple(stamp)
+            logger.warning("%s %s has mode %04o; every user can read it", setting, path, mode)

@@ -66,6 +66,10 @@ class LoadReport:
     is_draining: bool = False
     is_unhealthy: bool = False
     """The engine makes no progress or is broken: it must get no work."""
+    busy_seconds: float = 0.0
+    """Counter since start: time spent in engine steps."""
+    num_steps: int = 0
+    """Counter since start."""
 
     @property
     def kv_usage(self) -> float:

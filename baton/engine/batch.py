@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -30,10 +31,28 @@ class ScheduledSequence(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerMarks:
+    """Somebody wants to know how far a step is while it runs."""
+
+    layers: tuple[int, ...]
+    """Rising numbers of layers, none of them beyond the model's."""
+    reached: Callable[[int], None]
+    """Called with each of `layers` once the KV of so many is in memory on every rank: on any
+    thread, in order, perhaps not at all. Must not block or raise."""
+
+    def pass_layers(self, num_layers: int) -> None:
+        """So many are in memory now."""
+        if num_layers in self.layers:
+            self.reached(num_layers)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One engine step. Every sequence has blocks for all tokens it computes in this step."""
 
     scheduled: tuple[ScheduledSequence, ...]
+    layer_marks: LayerMarks | None = None
+    """Only of a step that samples."""
 
     @property
     def num_tokens(self) -> int:

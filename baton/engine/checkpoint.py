@@ -148,3 +148,8 @@ def model_id(folder: Path, files: Sequence[Path]) -> str:
                 file.seek(i * size // FINGERPRINT_SAMPLES)
                 digest.update(file.read(FINGERPRINT_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def revised_id(identity: str, revision: str) -> str:
+    """16 hex digits of their own for each `revision` of the same weights."""
+    return hashlib.sha256(f"{identity}/{revision}".encode()).hexdigest()[:16]

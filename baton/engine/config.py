@@ -29,6 +29,7 @@ class LoadFormat(Enum):
 
 
 KV_CACHE_DTYPES = ("auto", "fp8")
+MAX_REVISION_CHARS = 64
 DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
 
 
@@ -52,6 +53,10 @@ class EngineConfig:
     """With several ranks: a step that takes longer is taken for a rank that hangs, and the whole
     group ends, to be started again. Below the worker's health.step_timeout_s."""
     load_format: LoadFormat = LoadFormat.AUTO
+    revision: str = ""
+    """A word of the operator for what weights and settings do not show, such as software that
+    computes other numbers. Workers with different words exchange no KV, and no answer goes on from
+    one to the other."""
     kv_cache_dtype: str = "auto"
     """auto stores KV in `dtype`; fp8 in e4m3 with a scale per layer and KV head from the
     checkpoint (1 where it has none)."""
@@ -71,6 +76,11 @@ class EngineConfig:
     """Token budget of one step; longer prompts are computed in chunks of what is left of it."""
     max_num_waiting: int = 1024
     """Sequences that may wait for blocks or a place in the step; more are refused as overload."""
+    layer_notice_groups: int = 4
+    """Into how many groups of layers a prompt's last chunk is divided for the worker that reads its
+    KV while it is computed, each half as large as the one before; 0 announces whole blocks only."""
+    layer_notice_min_tokens: int = 128
+    """Last chunks of fewer tokens are announced whole."""
     num_threads: int | None = None
     """Threads of the tensor library. None takes the cores this process may use, in a worker divided
     among the workers of the host that compute at the time."""
@@ -88,11 +98,21 @@ class EngineConfig:
             )
         if self.max_num_seqs < 1 or self.max_num_waiting < 1:
             raise ConfigError("max_num_seqs and max_num_waiting must be positive")
+        if len(self.revision) > MAX_REVISION_CHARS or not self.revision.isprintable():
+            raise ConfigError(
+                f"revision must have at most {MAX_REVISION_CHARS} printable characters, "
+                f"got {self.revision[:80]!r}"
+            )
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 1:
             raise ConfigError(f"kv_cache_bytes must be positive, got {self.kv_cache_bytes}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"kv_cache_dtype {self.kv_cache_dtype!r} is not one of {list(KV_CACHE_DTYPES)}"
+            )
+        if not 0 <= self.layer_notice_groups <= 16 or self.layer_notice_min_tokens < 1:
+            raise ConfigError(
+                "layer_notice_groups must be 0 to 16 and layer_notice_min_tokens at least 1, got "
+                f"{self.layer_notice_groups} and {self.layer_notice_min_tokens}"
             )
         if self.tp_size < 1:
             raise ConfigError(f"tp_size must be at least 1, got {self.tp_size}")

@@ -11,13 +11,15 @@ Does not know: stop strings, requests, the network.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 MAX_PENDING_TOKENS = 8
 """A character has at most 4 bytes, so 4 byte tokens; twice that means the bytes are no text."""
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 WINDOW_TOKENS = 5
 """Context of a window's decode; decoders look at the neighbouring token at most."""
@@ -26,7 +28,7 @@ WINDOW_TOKENS = 5
 class IncrementalDetokenizer(Protocol):
     """Text of one output sequence. Not shared between sequences."""
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """The text that became certain; may be empty, never ends inside a character."""
         ...
 
@@ -35,12 +37,17 @@ class IncrementalDetokenizer(Protocol):
         ...
 
 
+def _unknown_text(token_id: int) -> None:
+    return None
+
+
 class ByteDetokenizer:
-    """For decoders that concatenate bytes. One dictionary look-up and one copy per token.
+    """For decoders that concatenate bytes. One dictionary look-up per token.
 
     `token_bytes` returns b"" for tokens that do not show. `prompt_ids` matter only when the
     prompt ends inside a character: its bytes then start the output. With `strips_space` the
-    first space of a text is an artefact of the vocabulary and is dropped.
+    first space of a text is an artefact of the vocabulary and is dropped. `whole_text` may know
+    the text of tokens that are whole characters, which saves decoding them.
     """
 
     def __init__(
@@ -49,22 +56,38 @@ class ByteDetokenizer:
         *,
         prompt_ids: Sequence[int] = (),
         strips_space: bool = False,
+        whole_text: Callable[[int], str | None] = _unknown_text,
     ) -> None:
         self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._decoder.decode(b"".join(map(token_bytes, prompt_ids[-MAX_PENDING_TOKENS:])))
+        self._whole_text = whole_text
+        self._decoder = _Utf8Decoder(errors="replace")
+        self._is_between = True
+        """No character is unfinished."""
+        if prompt_ids and not whole_text(prompt_ids[-1]):
+            self._decode(prompt_ids[-MAX_PENDING_TOKENS:])
         self._strips_space = strips_space and not any(map(token_bytes, reversed(prompt_ids)))
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        text = self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+    def push(self, token_ids: Sequence[int]) -> str:
+        if self._is_between and len(token_ids) == 1:
+            text = self._whole_text(token_ids[0])
+            if text is None:
+                text = self._decode(token_ids)
+        else:
+            text = self._decode(token_ids)
         if self._strips_space and text:
             self._strips_space = False
             return text.removeprefix(" ")
         return text
 
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        text = self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+        self._is_between = not self._decoder.getstate()[0]
+        return text
+
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._is_between = True
         return text
 
 
@@ -89,7 +112,7 @@ class WindowDetokenizer:
         self._text = decode(self._ids)
         self._num_shown_chars = len(self._text.rstrip(REPLACEMENT))
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         return "".join(map(self._push_one, token_ids))
 
     def _push_one(self, token_id: int) -> str:

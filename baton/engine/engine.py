@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Sequence as SequenceOf
 
 from baton.core.block import BlockHash, BlockId
-from baton.core.clock import Clock
+from baton.core.clock import Clock, MonotonicClock
 from baton.core.errors import InternalError, InvalidRequest, NotFound
 from baton.core.kv_layout import KvLayout
 from baton.core.request import FinishReason, GenerateRequest, RequestId, TokenDelta, Work
@@ -41,11 +41,18 @@ from baton.core.worker_info import LoadReport
 from baton.engine.batch import Batch, Runner, SampledToken
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
-from baton.engine.handoff import ChunkDone, LeaseTable, Reservation, complete_partial_block
+from baton.engine.handoff import (
+    ChunkDone,
+    LayersDone,
+    LeaseTable,
+    Reservation,
+    complete_partial_block,
+)
 from baton.engine.handover import HandoverTable
 from baton.engine.imports import ImportTable
 from baton.engine.in_flight import LaunchedSequence, StepsInFlight
 from baton.engine.integrity import check_holders, check_sequence
+from baton.engine.layer_notices import LayerNotices, LayerSink
 from baton.engine.postprocess import (
     accept_token,
     check_arrived,
@@ -58,8 +65,9 @@ from baton.engine.scheduler import Scheduler, SchedulerLimits
 from baton.engine.sequence import Sequence, SequenceStatus
 from baton.engine.sequence_times import SequenceTimes
 from baton.engine.step_output import BatchOutcome, StepOutput
+from baton.engine.step_shares import StepShares
 
-__all__ = ["BatchOutcome", "ChunkDone", "Engine", "Reservation", "StepOutput"]
+__all__ = ["BatchOutcome", "ChunkDone", "Engine", "LayersDone", "Reservation", "StepOutput"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +83,15 @@ class Engine:
         runner: Runner,
         clock: Clock,
         vocab_size: int | None = None,
+        timer: Clock | None = None,
     ) -> None:
-        """`clock` gives wall-clock seconds: time points of several hosts are laid side by side."""
+        """`clock` gives wall-clock seconds: time points of several hosts are laid side by side.
+        `timer` times steps; by default the monotonic clock."""
         self._block_size = layout.block_size
         self._is_caching = config.enable_prefix_caching
         self._vocab_size = vocab_size
         self._times = SequenceTimes(clock)
+        self._shares = StepShares(timer or MonotonicClock(), num_ranks=config.tp_size)
         # A sequence that alone fills the pool must end there, or it would preempt itself for ever.
         self._max_num_tokens = min(max_model_len, num_blocks * layout.block_size)
         self._in_flight = StepsInFlight(runner)
@@ -93,6 +104,12 @@ class Engine:
         self._imports = ImportTable(self._pool)
         self._handovers = HandoverTable(
             self._pool, self._leases, self._scheduler, block_size=layout.block_size
+        )
+        self._layer_notices = LayerNotices(
+            num_layers=layout.num_layers,
+            num_groups=config.layer_notice_groups,
+            min_tokens=config.layer_notice_min_tokens,
+            block_size=layout.block_size,
         )
         self._saving: set[BlockId] = set()
         """Blocks that a tier is copying, each leased."""
@@ -127,6 +144,11 @@ class Engine:
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
         return self._scheduler.prefix_cache_stats
+
+    def tell_layers(self, sink: LayerSink) -> None:
+        """From now on `sink` hears how far the last chunks of PREFILL work are, while they are
+        computed and on any thread. What it hears is a hint: `StepOutput.chunks` has what counts."""
+        self._layer_notices.tell(sink)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a request.
@@ -376,6 +398,8 @@ class Engine:
             reservations=len(scheduler.reserved) + len(self._imports),
             quarantined_blocks=counts.quarantined,
             num_preemptions=scheduler.num_preemptions,
+            busy_seconds=self._shares.busy_s,
+            num_steps=self._shares.num_steps,
         )
 
     def is_cached(self, block_hash: BlockHash) -> bool:
@@ -408,10 +432,13 @@ class Engine:
         return sequence
 
     def _launch(self, batch: Batch) -> None:
+        started_at_s = self._shares.now()
         try:
-            self._in_flight.launch(batch)
+            self._in_flight.launch(self._layer_notices.marked(batch))
         except Exception as error:
             self._fail([sequence for sequence, _ in batch.scheduled], error)
+            return
+        self._shares.launched(started_at_s)
 
     def _complete_oldest(self) -> None:
         """Wait for the oldest step in flight and tell what came of it."""
@@ -424,12 +451,18 @@ class Engine:
         if output.batch is BatchOutcome.NONE:
             output.batch = BatchOutcome.COMPUTED
         self._scheduler.release_retired()
+        self._shares.over(
+            (sequence, num_new_tokens)
+            for (sequence, num_new_tokens, _), _ in outcomes
+            if sequence.status is SequenceStatus.RUNNING
+        )
         self._postprocess(outcomes)
         output.chunks += self._handovers.frozen_now()
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> None:
         """End `sequences` and everything in flight: nobody knows what the device has computed."""
         sequences = list(dict.fromkeys((*sequences, *self._in_flight.abort())))
+        self._shares.aborted()
         logger.error("a step of %d sequences failed", len(sequences), exc_info=error)
         self._output.batch = BatchOutcome.FAILED
         self._scheduler.release_retired()

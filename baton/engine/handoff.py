@@ -1,6 +1,8 @@
 """What other workers may read here: finished blocks of a sequence, or a cached prefix.
 
-PREFILL    1. once a chunk's step is over, the blocks it completed are leased and announced
+PREFILL    0. while the last chunk's step runs, it is told how many layers of its blocks are
+              complete (`LayersDone`), without a lease: the step holds the blocks until it is over
+           1. once a chunk's step is over, the blocks it completed are leased and announced
            2. the last announcement also covers the partial last block, with the first token
            3. the sequence is gone; its blocks stay leased until the reader is done with them
 handover   the same of a sequence that generates, see `handover`
@@ -35,6 +37,22 @@ class ChunkDone:
     first_token: TokenDelta | None = None
     """With is_last. Of PREFILL work: the delta that also went to the router; of a handover: all
     output tokens from the first on that the reader does not know."""
+    fill_id: int = 0
+    """With is_last: that of the LayersDone of these blocks, 0 when there were none."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayersDone:
+    """The first layers of blocks that a step is computing are complete in memory, on every rank."""
+
+    request_id: RequestId
+    fill_id: int
+    """Of the step; no other of this process has it."""
+    first_block_index: int
+    """Index in the sequence of block_ids[0]; the blocks before are announced."""
+    block_ids: tuple[BlockId, ...]
+    """To the end of the prompt."""
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +119,9 @@ class LeaseTable:
         self._pool.lease(block_ids)
         self._leased.setdefault(sequence.request_id, []).extend(block_ids)
         sequence.num_announced_blocks = num_blocks
-        return ChunkDone(sequence.request_id, first, block_ids, last is not None, last)
+        is_last = last is not None
+        fill_id = sequence.fill_id if is_last else 0
+        return ChunkDone(sequence.request_id, first, block_ids, is_last, last, fill_id)
 
     def release(self, request_id: RequestId) -> None:
         """End the leases of a request; unknown requests are ignored."""

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from baton.core.errors import ConfigError
 from baton.core.kv_layout import KvLayout
-from baton.engine.batch import Batch, CompletedStep, SampledToken, SequenceSlice, slices
+from baton.engine.batch import (
+    Batch,
+    CompletedStep,
+    LayerMarks,
+    SampledToken,
+    SequenceSlice,
+    slices,
+)
 from baton.engine.communicator import Communicator, SingleCommunicator
 from baton.engine.config import EngineConfig
 from baton.engine.kv_cache import KvPool
@@ -92,7 +99,7 @@ class ModelRunner:
         if not slices:
             return CompletedStep(results)
         with torch.inference_mode():
-            plan, logits = self._forward(slices)
+            plan, logits = self._forward(slices, batch.layer_marks)
             if logits is None:
                 return CompletedStep(results)
             sequences = [batch.scheduled[i].sequence for i in plan.sampled]
@@ -106,6 +113,8 @@ class ModelRunner:
         with torch.inference_mode():
             self._forward(slices)
 
-    def _forward(self, slices: SequenceOf[SequenceSlice]) -> tuple[StepPlan, Tensor | None]:
+    def _forward(
+        self, slices: SequenceOf[SequenceSlice], marks: LayerMarks | None = None
+    ) -> tuple[StepPlan, Tensor | None]:
         plan = build_plan(slices, self._pool)
-        return plan, self._model.forward(plan)
+        return plan, self._model.forward(plan, marks)

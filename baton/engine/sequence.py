@@ -57,6 +57,8 @@ class Sequence:
     """Leading blocks that are complete and, with caching on, in the prefix cache."""
     num_announced_blocks: int = 0
     """Leading blocks that are leased and announced to a reader of this sequence."""
+    fill_id: int = 0
+    """Of the step that computes the last chunk, when readers follow it by layers."""
     arrival_index: int = 0
     """Order of arrival at this engine; kept through preemption."""
     max_num_tokens: int = 0

@@ -77,6 +77,7 @@ class TokenBytes:
         self._rule = rule
         self._alphabet = _byte_level_alphabet()
         self._known: dict[int, bytes] = dict.fromkeys(hidden_ids, b"")
+        self._texts: dict[int, str | None] = {}
 
     def __call__(self, token_id: int) -> bytes:
         data = self._known.get(token_id)
@@ -84,6 +85,19 @@ class TokenBytes:
             data = self._look_up(token_id)
             self._known[token_id] = data
         return data
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The bytes as text; None when they are none by themselves, as parts of a character."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text = self(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._texts[token_id] = text
+        return text
 
     def _look_up(self, token_id: int) -> bytes:
         piece = self._backend.id_to_token(token_id)

@@ -92,7 +92,10 @@ class Tokenizer:
             )
         table = self._shown_bytes if skip_special_tokens else self._bytes
         return ByteDetokenizer(
-            table, prompt_ids=prompt_ids, strips_space=self._byte_rule.strips_space
+            table,
+            prompt_ids=prompt_ids,
+            strips_space=self._byte_rule.strips_space,
+            whole_text=table.whole_text,
         )
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -18,6 +18,7 @@ from baton.engine.checkpoint import (
     LoadProgress,
     TensorSource,
     model_id,
+    revised_id,
     weight_files,
 )
 from baton.engine.config import EngineConfig, LoadFormat
@@ -140,6 +141,8 @@ def _load(
         files = weight_files(config.model_path)
         identity = model_id(config.model_path, files)
         source = Checkpoint(files, on_progress)
+    if config.revision:
+        identity = revised_id(identity, config.revision)
     with torch.inference_mode():
         assembler = WeightAssembler(model_config, shard, source, dtype, device, linears)
         k_scale, v_scale = assembler.kv_scales()

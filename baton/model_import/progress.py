@@ -11,6 +11,8 @@ class Unit(Enum):
 
     BYTES = "bytes"
     TENSORS = "tensors"
+    RUNS = "runs"
+    REQUESTS = "requests"
 
 
 class ImportProgress(Protocol):

@@ -26,6 +26,9 @@ class Machine:
     flops_per_s: Mapping[str, float]
     """By dtype. float32 is without the reduced precision of TF32."""
     source: str
+    memory_bytes: float | None = None
+    link_bytes_per_s: float | None = None
+    """To another device of the same host, one way."""
 
     def flops_for(self, dtype: str) -> float:
         """Raises ConfigError when the figure is not known."""
@@ -35,25 +38,41 @@ class Machine:
         return self.flops_per_s[dtype]
 
 
-def _gpu(name: str, *, gb_per_s: float, half_tflops: float, float_tflops: float) -> Machine:
+def _gpu(
+    name: str,
+    *,
+    gb_per_s: float,
+    half_tflops: float,
+    float_tflops: float,
+    memory_gb: float,
+    link_gb_per_s: float,
+) -> Machine:
     half, single = half_tflops * 1e12, float_tflops * 1e12
     return Machine(
         name=name,
         bytes_per_s=gb_per_s * 1e9,
         flops_per_s={"bfloat16": half, "float16": half, "float32": single},
         source="vendor's data sheet",
+        memory_bytes=memory_gb * 1e9,
+        link_bytes_per_s=link_gb_per_s * 1e9,
     )
 
 
 MACHINES = (
     # https://www.nvidia.com/en-us/data-center/h200/ (SXM; tensor figures there are with sparsity)
-    _gpu("h200", gb_per_s=4800, half_tflops=989.5, float_tflops=67),
+    _gpu(
+        "h200", gb_per_s=4800, half_tflops=989.5, float_tflops=67, memory_gb=141, link_gb_per_s=450
+    ),
     # https://www.nvidia.com/en-us/data-center/h100/ (SXM)
-    _gpu("h100", gb_per_s=3350, half_tflops=989.5, float_tflops=67),
+    _gpu(
+        "h100", gb_per_s=3350, half_tflops=989.5, float_tflops=67, memory_gb=80, link_gb_per_s=450
+    ),
     # https://www.nvidia.com/en-us/data-center/a100/ (SXM, 80 GB)
-    _gpu("a100", gb_per_s=2039, half_tflops=312, float_tflops=19.5),
+    _gpu(
+        "a100", gb_per_s=2039, half_tflops=312, float_tflops=19.5, memory_gb=80, link_gb_per_s=300
+    ),
     # https://www.nvidia.com/en-us/data-center/l4/
-    _gpu("l4", gb_per_s=300, half_tflops=121, float_tflops=30.3),
+    _gpu("l4", gb_per_s=300, half_tflops=121, float_tflops=30.3, memory_gb=24, link_gb_per_s=32),
     Machine(
         name="cpu-2core",
         bytes_per_s=44e9,

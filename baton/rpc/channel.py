@@ -8,7 +8,7 @@ show a certificate of the deployment; without it all is plain text, meant for lo
 from __future__ import annotations
 
 import ipaddress
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import grpc
 
@@ -21,7 +21,7 @@ from baton.core.errors import (
     wire_status,
 )
 from baton.core.tls import TlsFiles
-from baton.rpc.tls import ServerTls, channel_credentials, channel_options, explain_unreachable
+from baton.rpc.tls import channel_credentials, channel_options, explain_unreachable
 
 KEEPALIVE_S = 10
 KEEPALIVE_TIMEOUT_S = 5
@@ -45,6 +45,14 @@ _PEER_CODES: dict[type[TransferError], grpc.StatusCode] = {
     PeerGone: grpc.StatusCode.UNAVAILABLE,
 }
 """Statuses that only processes of the platform see; clients never meet these errors."""
+
+
+class ServerSide(Protocol):
+    """TLS of a server: towards the platform's own processes, or towards clients."""
+
+    interceptors: tuple[grpc.aio.ServerInterceptor, ...]
+
+    def credentials(self) -> grpc.ServerCredentials: ...
 
 
 def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
@@ -74,7 +82,7 @@ async def unreachable_reason(
 def new_server(
     *,
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
-    tls: ServerTls | None = None,
+    tls: ServerSide | None = None,
     shares_port: bool = False,
 ) -> grpc.aio.Server:
     """A server with the project's limits. Its port is another process's as well only if both ask
@@ -86,11 +94,11 @@ def new_server(
     options = dict(_OPTIONS)
     options["grpc.max_receive_message_length"] = max_receive_bytes
     options["grpc.so_reuseport"] = int(shares_port)
-    interceptors = () if tls is None else (tls.interceptor,)
+    interceptors = () if tls is None else tls.interceptors
     return grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
 
 
-def listen(server: grpc.aio.Server, authority: str, tls: ServerTls | None = None) -> int:
+def listen(server: grpc.aio.Server, authority: str, tls: ServerSide | None = None) -> int:
     """Take `authority` (host:port) for `server`; returns the port, 0 when it cannot be had."""
     try:
         if tls is None:

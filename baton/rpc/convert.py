@@ -12,7 +12,7 @@ from baton.core.block import HASH_SCHEME, first_hash, join_hashes, split_hashes
 from baton.core.errors import InvalidRequest
 from baton.core.fabric import FabricCounters, FabricReport, LinkReport, TierName, TierReport
 from baton.core.kv_layout import KvLayout
-from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
+from baton.core.lifecycle import EngineUse, LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
@@ -160,7 +160,16 @@ def timeline_to_wire(timeline: Timeline) -> pb.Timeline:
             seconds=t.seconds,
             exposed_seconds=t.exposed_seconds,
         ),
+        engine=engine_use_to_wire(timeline.engine),
     )
+
+
+def engine_use_to_wire(use: EngineUse) -> pb.EngineUse:
+    return pb.EngineUse(seconds=use.seconds, num_steps=use.num_steps)
+
+
+def engine_use_from_wire(message: pb.EngineUse) -> EngineUse:
+    return EngineUse(message.seconds, message.num_steps)
 
 
 def timeline_from_wire(message: pb.Timeline) -> Timeline:
@@ -171,6 +180,7 @@ def timeline_from_wire(message: pb.Timeline) -> Timeline:
         transfer=TransferStats(
             t.num_bytes, t.num_blocks, t.num_reads, t.seconds, t.exposed_seconds
         ),
+        engine=engine_use_from_wire(message.engine),
     )
 
 

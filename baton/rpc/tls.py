@@ -55,7 +55,7 @@ class ServerTls:
         self._tls = tls
         self._material: TlsMaterial | None = None
         self._watch = HandshakeWatch()
-        self.interceptor = _NameCheck(tls.name, self._watch)
+        self.interceptors = (CallCheck(tls.name, self._watch),)
 
     def credentials(self) -> grpc.ServerCredentials:
         self._material = self._tls.current()
@@ -76,8 +76,14 @@ class ServerTls:
 class HandshakeWatch:
     """Connections accepted against connections that made a call."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        now: Callable[[], float] = time.monotonic,
+        on_failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_failed` is told of each, on a thread of gRPC, never on two at a time."""
         self._now = now
+        self._on_failed = on_failed
         self._lock = threading.Lock()
         self._waiting: deque[float] = deque(maxlen=MAX_WATCHED)
         self._seen: dict[str, None] = {}
@@ -92,6 +98,7 @@ class HandshakeWatch:
             while self._waiting and now_s - self._waiting[0] > SILENT_AFTER_S:
                 self._waiting.popleft()
                 self.num_failed += 1
+                self._on_failed()
             self._waiting.append(now_s)
             if not self.num_failed or now_s - self._warned_at_s < WARNING_PERIOD_S:
                 return
@@ -115,10 +122,10 @@ class HandshakeWatch:
                 self._waiting.popleft()
 
 
-class _NameCheck(grpc.aio.ServerInterceptor):
-    """Refuses calls under a certificate that does not name the deployment."""
+class CallCheck(grpc.aio.ServerInterceptor):
+    """Tells the watch of calls, and refuses those under a certificate without `name`, if given."""
 
-    def __init__(self, name: str, watch: HandshakeWatch) -> None:
+    def __init__(self, name: str | None, watch: HandshakeWatch) -> None:
         self._name = name
         self._watch = watch
 
@@ -132,6 +139,8 @@ class _NameCheck(grpc.aio.ServerInterceptor):
 
     async def _check(self, context: grpc.aio.ServicerContext) -> None:
         self._watch.call_arrived(context.peer())
+        if self._name is None:
+            return
         names = context.auth_context().get(_SAN, ())
         if self._name.encode() not in names:
             reason = (

@@ -1,6 +1,6 @@
 """The whole platform in virtual time: arrivals are placed, computed, handed over, decoded.
 
-    arrival ─► a router copy places ─► prefill worker computes, decode worker reserves
+    arrival ─► a router copy admits and places ─► prefill worker computes, decode worker reserves
             first token at the end of the prefill ─► KV arrives ─► decode worker goes on ─► end
 
 A prefix that another worker caches is read before the prompt is submitted, as the router offers and
@@ -15,8 +15,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from baton.core.fabric import FabricReport, LinkReport
-from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import LifecycleEvent as Event
 from baton.core.lifecycle import Timeline
 from baton.core.request import (
@@ -28,47 +26,23 @@ from baton.core.request import (
     TokenDelta,
     Work,
 )
-from baton.core.worker_info import Role, WorkerId
+from baton.core.worker_info import WorkerId
 from baton.engine.handoff import ChunkDone
 from baton.engine.step_output import StepOutput
+from baton.simulator.cluster_config import ClusterConfig
+from baton.simulator.door import Door, Visitor
 from baton.simulator.events import EventQueue
-from baton.simulator.hardware import Hardware
+from baton.simulator.fleet import build_workers, links_of
 from baton.simulator.outcome import Outcome
 from baton.simulator.router import SimRouter
 from baton.simulator.worker import SimWorker
 from baton.simulator.workload import Arrival
 from services.router.placement.placement import Placement, PlacementKind
-from services.router.placement.policy_config import PolicyConfig
 
 TOKEN_ID = 1
 _STARTS = (Event.PREFILL_QUEUED, Event.PREFILL_STARTED, Event.DECODE_STARTED)
 GOSSIP_S = 0.005
 """Until the other copies of the router know of a placement."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterConfig:
-    """What is simulated."""
-
-    num_prefill: int = 8
-    num_decode: int = 8
-    num_blocks: int = 4000
-    """Of each worker's pool."""
-    block_size: int = 512
-    num_layers: int = 80
-    """With the next two, how much KV a token has: by default a model of 70 billion parameters."""
-    num_kv_heads: int = 8
-    head_dim: int = 128
-    max_model_len: int = 1 << 18
-    prefill_max_num_seqs: int = 64
-    prefill_max_num_batched_tokens: int = 8192
-    decode_max_num_seqs: int = 256
-    decode_max_num_batched_tokens: int = 2048
-    num_routers: int = 1
-    """Copies; requests are dealt to them at random."""
-    hardware: Hardware = field(default_factory=Hardware)
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -79,6 +53,7 @@ class _Running:
     router: SimRouter
     placement: Placement
     outcome: Outcome
+    visitor: Visitor
     open_on: set[WorkerId] = field(default_factory=set)
     """Workers that have not said their last word."""
     first: TokenDelta | None = None
@@ -94,22 +69,20 @@ class SimCluster:
         self._config = config
         self.events = EventQueue()
         self._rng = random.Random(config.seed)
-        self._layout = KvLayout(
-            "simulated", config.num_layers, config.num_kv_heads, config.head_dim,
-            config.block_size, "bfloat16",
-        )  # fmt: skip
-        names = [(f"p{i}", Role.PREFILL) for i in range(config.num_prefill)]
-        names += [(f"d{i}", Role.DECODE) for i in range(config.num_decode)]
-        workers = [self._worker(name, role) for name, role in names]
+        workers = build_workers(config, self.events, listener=self)
+        self._layout = workers[0].info.layout
         self.workers = {worker.worker_id: worker for worker in workers}
         self.routers = [
             SimRouter(config.policy, seed=config.seed + 1 + i) for i in range(config.num_routers)
+        ]
+        self.doors = [
+            Door(router, self.events, config, start=self._start) for router in self.routers
         ]
         for router in self.routers:
             for worker in workers:
                 router.join(worker.info, worker.engine.load())
             for worker in workers:
-                router.report_links(worker.worker_id, self._links_of(worker))
+                router.report_links(worker.worker_id, links_of(worker, workers, config.hardware))
         self._running: dict[RequestId, _Running] = {}
         self._num_ended = 0
         self._progress: Callable[[int], None] | None = None
@@ -133,6 +106,8 @@ class SimCluster:
     def check_idle(self) -> None:
         """Raises AssertionError when a request, lease or reservation is left."""
         assert not self._running, f"{len(self._running)} requests never ended"
+        for door in self.doors:
+            door.check_idle()
         for worker in self.workers.values():
             assert worker.engine.is_empty, f"{worker.worker_id} still holds something"
             worker.engine.check_integrity()
@@ -140,21 +115,19 @@ class SimCluster:
     # A request's way.
 
     def _arrive(self, arrival: Arrival, outcome: Outcome) -> None:
-        router = self._rng.choice(self.routers)
+        number = self._rng.randrange(len(self.routers))
+        self.doors[number].enter(Visitor(arrival, outcome, self.routers[number]))
+
+    def _start(self, visitor: Visitor, placement: Placement) -> None:
+        arrival, outcome, router = visitor.arrival, visitor.outcome, visitor.router
         now_s = self.events.now()
-        placement = router.place(
-            arrival.block_hashes,
-            num_prompt_tokens=arrival.num_prompt_tokens,
-            max_tokens=arrival.num_output_tokens,
-            session_key=arrival.session_key,
-            now_s=now_s,
-        )
         request_id = RequestId(f"r{arrival.number}")
         outcome.kind = placement.kind.value
         outcome.prefill, outcome.decode = placement.prefill or "", placement.decode or ""
         outcome.placed_s = now_s
         outcome.predicted_ttft_s = placement.predicted.ttft_s if placement.predicted else None
-        running = _Running(arrival, router, placement, outcome, set(placement.workers))
+        open_on = set(placement.workers)
+        running = _Running(arrival, router, placement, outcome, visitor, open_on)
         running.timeline.record(Event.PLACED, now_s)
         self._running[request_id] = running
         router.sent(
@@ -255,8 +228,16 @@ class SimCluster:
 
     def on_step(self, worker: SimWorker, output: StepOutput) -> None:
         load, now_s = worker.engine.load(), self.events.now()
+        deltas = {id(self._running[d.request_id].router) for d in output.deltas if d.token_ids}
         for router in self.routers:
-            router.heard(worker.worker_id, load, output.stored, output.removed, now_s)
+            router.heard(
+                worker.worker_id,
+                load,
+                output.stored,
+                output.removed,
+                now_s,
+                has_tokens=id(router) in deltas,
+            )
         for reservation in output.reservations:
             running = self._running[reservation.request_id]
             running.is_reserved = True
@@ -266,6 +247,8 @@ class SimCluster:
             self._on_delta(worker, delta)
         for chunk in output.chunks:
             self._on_chunk(chunk)
+        for door in self.doors:
+            door.look()
 
     def _on_delta(self, worker: SimWorker, delta: TokenDelta) -> None:
         running = self._running[delta.request_id]
@@ -331,6 +314,7 @@ class SimCluster:
             self.workers[worker_id].engine.cancel(request_id)
             running.router.ended(request_id, worker_id)
         del self._running[request_id]
+        running.visitor.leave()
         self._num_ended += 1
         if self._progress is not None:
             self._progress(self._num_ended)
@@ -341,39 +325,3 @@ class SimCluster:
 
     def _move_s(self, num_tokens: int) -> float:
         return self._config.hardware.move_s(num_tokens * self._layout.token_bytes)
-
-    def _links_of(self, reader: SimWorker) -> FabricReport:
-        hardware = self._config.hardware
-        return FabricReport(
-            links=tuple(
-                LinkReport(
-                    info.worker_id,
-                    info.epoch,
-                    "simulated",
-                    bytes_per_second=hardware.link_bytes_per_second,
-                    latency_s=hardware.link_latency_s,
-                )
-                for info in (worker.info for worker in self.workers.values())
-                if info.worker_id != reader.worker_id
-            )
-        )
-
-    def _worker(self, name: str, role: Role) -> SimWorker:
-        config = self._config
-        is_prefill = role is Role.PREFILL
-        return SimWorker(
-            name,
-            role,
-            layout=self._layout,
-            num_blocks=config.num_blocks,
-            max_num_seqs=config.prefill_max_num_seqs if is_prefill else config.decode_max_num_seqs,
-            max_num_batched_tokens=(
-                config.prefill_max_num_batched_tokens
-                if is_prefill
-                else config.decode_max_num_batched_tokens
-            ),
-            max_model_len=config.max_model_len,
-            hardware=config.hardware,
-            events=self.events,
-            listener=self,
-        )

@@ -25,6 +25,9 @@ class Outcome:
     last_token_s: float = 0.0
     num_output_tokens: int = 0
     predicted_ttft_s: float | None = None
+    refused_s: float | None = None
+    """When it was sent away, unless it was admitted."""
+    retry_after_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:

@@ -30,6 +30,7 @@ from services.router.placement.policy import Hits
 from services.router.placement.policy_config import PolicyConfig
 from services.router.placement.topology import LinkPrices
 from services.router.placement.worker_table import WorkerTable
+from services.router.requests.step_gap import Decoding, StepGap
 
 MAX_INDEX_ENTRIES = 1_000_000
 MODEL = "simulated"
@@ -46,17 +47,23 @@ class SimRouter:
         self._table = WorkerTable(LinkPrices.from_config(policy))
         self._observer = PerfObserver(self.perf, self._table, Metrics())
         self._books: dict[WorkerId, LoadBook] = {}
+        self._gaps: dict[WorkerId, StepGap] = {}
         self._policy = make_policy(policy, self.perf, rng)
         self._affinity = SessionAffinity(policy.max_sessions)
 
     def join(self, info: WorkerInfo, load: LoadReport) -> None:
         book = self._books[info.worker_id] = LoadBook()
+        self._gaps[info.worker_id] = StepGap()
         book.report(load, 0.0)
         self._table.join(info, book, slot=self._index.slot_of(info.worker_id))
 
     def report_links(self, worker_id: WorkerId, report: FabricReport) -> None:
         """What the worker has measured of its links to others that have joined."""
         self._table.report_links(worker_id, report)
+
+    def decoding(self, worker_id: WorkerId, now_s: float) -> Decoding | None:
+        """What the worker decodes now; None when it does not."""
+        return self._gaps[worker_id].decoding(now_s)
 
     def place(
         self,
@@ -118,8 +125,14 @@ class SimRouter:
         stored: Sequence[BlockHash],
         removed: Sequence[BlockHash],
         now_s: float,
+        *,
+        has_tokens: bool = False,
     ) -> None:
-        """One message of a worker, at the end of a step."""
+        """One message of a worker, at the end of a step. `has_tokens`: of requests of this copy."""
+        if has_tokens:
+            self._gaps[worker_id].note(
+                now_s, 1, num_sequences=load.num_running, kv_tokens=load.resident_kv_tokens
+            )
         if removed:
             self._index.remove(worker_id, removed)
         if stored:

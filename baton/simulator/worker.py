@@ -91,6 +91,7 @@ class SimWorker:
             max_model_len=max_model_len,
             runner=self.runner,
             clock=events,
+            timer=events,
         )
         self.info = WorkerInfo(
             WorkerId(name), Epoch("1"), role, f"{name}:1", "simulated", layout, num_blocks,

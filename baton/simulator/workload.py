@@ -14,6 +14,7 @@ from pathlib import Path
 
 from baton.core.block import BlockHash, next_hash, root_hash
 from baton.core.errors import ConfigError
+from services.router.admission.slo import NO_TARGETS, SloTargets
 
 MOONCAKE_BLOCK_SIZE = 512
 """Tokens of one block of the published Mooncake traces."""
@@ -30,6 +31,10 @@ class Arrival:
     block_hashes: tuple[BlockHash, ...]
     """Of the prompt's full blocks."""
     session_key: str = ""
+    tenant: str = ""
+    targets: SloTargets = NO_TARGETS
+    max_output_tokens: int = 0
+    """What its client has said it takes at most; 0: exactly as many as come."""
 
 
 def read_mooncake(path: Path, *, limit: int | None = None, speed: float = 1.0) -> list[Arrival]:

@@ -40,7 +40,7 @@ from kvtransfer.mapped_memory import CudaMapper
 from kvtransfer.metadata import MappedEndpoint
 from kvtransfer.plan import plan_pair
 
-PROGRAMS = (16, 33, 66, 132, 264)
+PROGRAMS = (16, 30, 66, 132, 264)
 SWEPT_BYTES = 256 << 20
 LAUNCHES = 4
 """Back to back, as the pieces of a large read are."""

@@ -58,8 +58,6 @@ def model_folder(folder: Path, tokenizer: Path) -> Path:
     LLAMA_3_1_8B.write_config(folder, vocab_size=VOCAB_SIZE)
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder)
-    # `baton serve` looks for weights before it starts workers that make their own.
-    (folder / "none.safetensors").touch()
     return folder
 
 

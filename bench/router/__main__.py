@@ -3,9 +3,11 @@
     python -m bench.router [--only PART ...] [--sglang PYTHON] [--vllm PYTHON] [--dynamo PYTHON]
 
 index       inserts, matches and memory of the prefix index beside Dynamo's radix tree
+soak        memory of the prefix index over `--soak-events` events
 placement   time of a whole placement by number of workers
-end_to_end  latency, requests, tokens and memory beside sglang-router and vllm-router
+end_to_end  latency, requests, tokens, memory beside sglang-router, vllm-router, Dynamo's frontend
 overload    three times the capacity: attainment of what is admitted, speed of what is refused
+copies      two router processes beside one: what two keep of the hit rate
 replay      a conversation trace through the real policies: hit rate and TTFT by policy
 
 Peers run from Python environments of their own; what is not given is left out and said. Prints
@@ -29,12 +31,14 @@ from bench.router.contenders import (
     Children,
     Contender,
     children,
+    dynamo_frontend,
     http_workers,
     ours,
     session_workers,
     sglang_router,
     vllm_router,
 )
+from bench.router.copies import run_copies
 from bench.router.end_to_end import (
     CONCURRENCIES,
     STREAM_CONCURRENCIES,
@@ -47,6 +51,7 @@ from bench.router.index import run_index
 from bench.router.overload import run_overload
 from bench.router.placement import run_placement
 from bench.router.replay import run_replay
+from bench.router.soak import run_soak
 
 STEP_MS = 5.0
 
@@ -98,6 +103,17 @@ def _start(
                 contenders.append(start(group, python, http, model, log, is_pd=is_pd))
             except RuntimeError as error:
                 left_out.append(f"{name} {'PD' if is_pd else 'cache_aware'}: {error}")
+    if args.dynamo is None:
+        left_out.append("dynamo frontend: no Python environment given")
+    else:
+        try:
+            contenders.append(
+                dynamo_frontend(
+                    group, args.dynamo, model_path, folder / "dynamo.log", step_ms=STEP_MS
+                )
+            )
+        except RuntimeError as error:
+            left_out.append(f"dynamo frontend: {error}")
     for line in left_out:
         print(f"  left out: {line}", flush=True)
     return contenders, left_out, session.decode[0]
@@ -116,9 +132,11 @@ def _print(title: str, rows: list[dict[str, Any]]) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "index": run_index,
+    "soak": run_soak,
     "placement": run_placement,
     "end_to_end": run_end_to_end,
     "overload": run_overload,
+    "copies": run_copies,
     "replay": run_replay,
 }
 
@@ -135,8 +153,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one round")
     parser.add_argument("--prompts", type=int, default=50_000)
     parser.add_argument("--memory-s", type=float, default=60.0, help="for these, by contender")
-    parser.add_argument("--events", type=int, default=10**8, help="on the index; 0: none")
-    parser.add_argument("--events-s", type=float, default=120.0, help="for these at most")
+    parser.add_argument("--soak-events", type=int, default=10**8, help="on the index")
+    parser.add_argument("--soak-s", type=float, default=180.0, help="for these at most")
     parser.add_argument("--trace", type=Path, help="of the Mooncake format, for the replay")
     parser.add_argument("--requests", type=int, help="of the trace, from its start")
     parser.add_argument("--seed", type=int, default=0)

@@ -13,6 +13,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -160,6 +161,34 @@ def vllm_router(
     return _peer(children, python, "vllm", workers, model, log, pd_options)
 
 
+def dynamo_frontend(
+    children: Children, python: Path, model_path: Path, log: Path, *, step_ms: float
+) -> Contender:
+    """Dynamo's HTTP frontend in KV-aware mode over workers of its own protocol. Like ours it
+    tokenizes and detokenizes. Raises RuntimeError when its workers do not register."""
+    port, name = free_port(), model_path.resolve().name
+    found_in = tempfile.mkdtemp(dir=log.parent)
+    environ = {
+        **_NO_HUB,
+        "DYN_FILE_KV": found_in,
+        "DYN_LOG": "error",
+        "DYN_TCP_RPC_HOST": "127.0.0.1",
+        "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+        "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+    }
+    worker = Path(__file__).with_name("dynamo_worker.py")
+    for number in range(NUM_EACH):
+        command = [str(python), str(worker), "--model", str(model_path), "--name", name]
+        command += ["--step-ms", str(step_ms)]
+        children.start(command, environ, log.with_suffix(f".worker{number}"))
+    command = [str(python), "-m", "dynamo.frontend", "--http-host", "127.0.0.1"]
+    command += ["--http-port", str(port), "--discovery-backend", "file", "--router-mode", "kv"]
+    child = children.start(command, environ, log)
+    url = f"http://127.0.0.1:{port}/v1/models"
+    _wait_until_up(child, url, log, holds=name.encode())
+    return Contender("dynamo frontend KV", f"127.0.0.1:{port}", psutil.Process(child.pid), name)
+
+
 def _peer(
     children: Children,
     python: Path,
@@ -191,12 +220,15 @@ def free_port() -> int:
         return port
 
 
-def _wait_until_up(child: subprocess.Popen[str], url: str, log: Path) -> None:
-    """Raises RuntimeError with the end of its log when the router does not answer 200."""
+def _wait_until_up(
+    child: subprocess.Popen[str], url: str, log: Path, *, holds: bytes = b""
+) -> None:
+    """Until it answers 200 with `holds` in the body. Raises RuntimeError with the end of the log
+    when it does not."""
     until_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < until_s and child.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as answer:
-            if answer.status == 200:
+            if answer.status == 200 and holds in answer.read():
                 return
         time.sleep(0.1)
     raise RuntimeError(f"{url} did not answer: {log.read_text()[-500:]}")

@@ -54,6 +54,9 @@ class Streams:
     """Of the router; a million over it is what one core of its own would carry."""
     first_token_p50_ms: float
     first_token_p99_ms: float
+    gap_p50_ms: float
+    """Between what a client reads at a time: a step of the workers while tokens come singly."""
+    gap_p99_ms: float
     num_failed: int
 
 
@@ -187,6 +190,8 @@ def _streams(name: str, concurrency: int, seen: Seen, cpu_s: float) -> Streams:
         1e6 * cpu_s / num_tokens,
         seen.percentile_ms(seen.first_s, 0.5),
         seen.percentile_ms(seen.first_s, 0.99),
+        seen.percentile_ms(seen.gaps_s, 0.5),
+        seen.percentile_ms(seen.gaps_s, 0.99),
         seen.num_failed,
     )
 

@@ -1,9 +1,8 @@
 """The prefix index: inserts, matches and memory beside Dynamo's radix tree, and what a bound costs.
 
 Both run in turn, each in fresh processes, on the same chains; medians over the rounds. Alone ours
-is then filled by events of several sizes, to ten million blocks and beyond its bound, driven by
-`--events` mixed events, and its lengths are compared with a walk over every block where workers and
-the bound evict.
+is then filled by events of several sizes, to ten million blocks and beyond its bound, and its
+lengths are compared with a walk over every block where workers and the bound evict.
 """
 
 from __future__ import annotations
@@ -43,9 +42,7 @@ def run_index(args: argparse.Namespace) -> dict[str, Any]:
     result["batches"] = batches()
     result["wrong_lengths"] = [wrong_lengths(share) for share in (1.5, 1.0, 0.5)]
     result["bound"] = bound(LARGE_ENTRIES)
-    if args.events:
-        result["events"] = many_events(args.events, args.events_s)
-    for name in ("batches", "wrong_lengths", "bound", "events"):
+    for name in ("batches", "wrong_lengths", "bound"):
         print(f"{name}: {json.dumps(result.get(name))}", flush=True)
     return result
 
@@ -142,44 +139,6 @@ def _fill(index: PrefixIndex, num_blocks: int, rng: random.Random) -> list[bytes
         del kept[:-200]
     index.flush()
     return kept
-
-
-def many_events(num_events: int, budget_s: float) -> dict[str, float]:
-    """Stores, removals and prompts at the bound of 1 M: memory may not grow with their number.
-
-    `num_events`: hashes stored, removed or marked as used.
-    """
-    rng = random.Random(3)
-    index = PrefixIndex(1_000_000, max_pending=1024)
-    held: list[tuple[str, bytes]] = []
-    num_done, first_rss, highest_rss = 0, 0, 0
-    start = time.monotonic()
-    for number in itertools.count():
-        worker = f"w{number % NUM_WORKERS}"
-        chain = rng.randbytes(64 * HASH_BYTES)
-        index.store(worker, chain)
-        held.append((worker, chain))
-        index.touch(held[rng.randrange(len(held))][1])
-        num_done += 128
-        if len(held) > 20_000:
-            index.remove(*held.pop(rng.randrange(len(held))))
-            num_done += 64
-        if number % 997 == 0:
-            index.match(tuple(split(chain)))
-        if number % 20_000 == 0:
-            rss = rss_bytes()
-            highest_rss = max(highest_rss, rss)
-            if num_done > num_events // 10 and not first_rss:
-                first_rss = highest_rss = rss
-            if num_done >= num_events or time.monotonic() - start > budget_s:
-                break
-    index.check_integrity()
-    return {
-        "events": num_done,
-        "seconds": time.monotonic() - start,
-        "rss_mb_after_a_tenth": first_rss / 1e6,
-        "rss_mb_at_most_later": highest_rss / 1e6,
-    }
 
 
 def wrong_lengths(bound_share: float, *, num_turns: int = 8000) -> dict[str, float]:

@@ -27,6 +27,8 @@ class Seen:
     """From sending to the end of the answer."""
     first_s: list[float] = field(default_factory=list)
     """To the first event with content; streams only."""
+    gaps_s: list[float] = field(default_factory=list)
+    """Between what a stream brings at a time, one token or several, from the first on."""
     num_failed: int = 0
     wall_s: float = 0.0
 
@@ -104,14 +106,18 @@ async def _read_answer(reader: asyncio.StreamReader, sent_s: float, seen: Seen) 
         await reader.readexactly(length)
         return is_ok
     # Chunked; the end may come in pieces.
-    tail, is_first = b"", True
+    tail, is_first, last_s = b"", True, sent_s
     while True:
         data = await reader.read(1 << 18)
         if not data:
             raise ValueError("the stream was cut")
-        if is_first and data.count(b'"content":"') > data.count(b'"content":""'):
-            seen.first_s.append(time.perf_counter() - sent_s)
+        now_s = time.perf_counter()
+        if not is_first:
+            seen.gaps_s.append(now_s - last_s)
+        elif data.count(b'"content":"') > data.count(b'"content":""'):
+            seen.first_s.append(now_s - sent_s)
             is_first = False
+        last_s = now_s
         tail = (tail + data)[-16:]
         if tail.endswith(b"0\r\n\r\n"):
             return is_ok

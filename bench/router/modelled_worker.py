@@ -4,7 +4,9 @@
 
 Prompts of a worker are computed in chunks, one after the other, `--token-us` a token; a decode step
 takes `--itl-ms` and `--sequence-us` for each sequence of its batch. Load reports and time lines say
-so, as those of engines do, so that routers can learn the speeds and queue accordingly.
+so, as those of engines do, so that routers can learn the speeds and queue accordingly. With
+`--cache-blocks` a worker keeps so many blocks of the prompts it has computed, read from a peer that
+the router has named or been handed over, does not compute them again, and tells the routers.
 
 All workers are one process. It prints `ready HOST:PORT,...` and serves until its standard input
 closes.
@@ -29,6 +31,7 @@ from baton.rpc.channel import new_server
 from baton.rpc.convert import load_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from baton.rpc.v1 import worker_pb2_grpc as pb_grpc
+from bench.router.block_cache import BlockCache
 from bench.router.fake_worker import BLOCK_SIZE, IDLE_REPORT_S, welcome
 
 NUM_BLOCKS = 1 << 18
@@ -56,6 +59,9 @@ class Sequence:
     next_index: int
     tokens_left: int
     """Of the prompt, to be computed here."""
+    block_hashes: bytes = b""
+    num_cached: int = 0
+    """Tokens of the prompt that were there."""
     points: dict[int, float] = field(default_factory=dict)
 
     def stamp(self, event: Event) -> None:
@@ -66,8 +72,16 @@ class ModelledWorker(pb_grpc.WorkerServicer):
     """One worker; `computed` names prompts whose KV the prefill workers hold."""
 
     def __init__(
-        self, name: str, role: Role, model: str, speeds: Speeds, computed: set[str]
+        self,
+        name: str,
+        role: Role,
+        model: str,
+        speeds: Speeds,
+        computed: set[str],
+        *,
+        caches: dict[str, BlockCache],
     ) -> None:
+        """`caches`: of all workers by name, as far as they have any."""
         self.address = ""
         self._name, self._role, self._model, self._speeds = name, role, model, speeds
         self._computed = computed
@@ -76,6 +90,7 @@ class ModelledWorker(pb_grpc.WorkerServicer):
         self._batch: dict[str, Sequence] = {}
         self._sessions: set[asyncio.Queue[pb.WorkerMessage]] = set()
         self._has_work = asyncio.Event()
+        self._caches, self._cache = caches, caches.get(name) or BlockCache(0)
 
     def load(self) -> pb.LoadReport:
         live = [*self._batch.values(), *self._expected.values(), *self._prompts]
@@ -130,6 +145,7 @@ class ModelledWorker(pb_grpc.WorkerServicer):
         if sequence.tokens_left:
             return
         self._prompts.popleft()
+        self._cache.store(sequence.block_hashes)
         sequence.stamp(Event.PREFILL_STARTED)
         sequence.stamp(Event.PREFILL_ENDED)
         if sequence.work == pb.WORK_PREFILL:
@@ -157,6 +173,7 @@ class ModelledWorker(pb_grpc.WorkerServicer):
         delta = batch.deltas.add(
             request_id=sequence.wire_id, first_index=sequence.next_index, token_ids=[TOKEN_ID]
         )
+        delta.num_cached_tokens = sequence.num_cached
         sequence.next_index += 1
         if sequence.next_index >= sequence.max_tokens:
             delta.finish_reason = pb.FINISH_REASON_LENGTH
@@ -170,13 +187,18 @@ class ModelledWorker(pb_grpc.WorkerServicer):
         for wire_id in [w for w in self._expected if w in self._computed]:
             self._computed.discard(wire_id)
             sequence = self._batch[wire_id] = self._expected.pop(wire_id)
+            self._cache.store(sequence.block_hashes)
             sequence.stamp(Event.DECODE_STARTED)
 
     def _send(self, messages: dict[asyncio.Queue[pb.WorkerMessage], pb.StepBatch]) -> None:
         load = self.load()
+        first, events = self._cache.take_events()
         for queue in self._sessions:
             batch = messages.get(queue, pb.StepBatch())
             batch.load.CopyFrom(load)
+            if events:
+                batch.first_kv_sequence = first
+                batch.kv_events.extend(events)
             queue.put_nowait(pb.WorkerMessage(step=batch))
 
     # gRPC
@@ -215,9 +237,11 @@ class ModelledWorker(pb_grpc.WorkerServicer):
     def _submit(self, submit: pb.Submit, queue: asyncio.Queue[pb.WorkerMessage]) -> None:
         num_prompt = len(submit.prompt_token_ids) + len(submit.output_token_ids)
         is_decode = submit.work == pb.WORK_DECODE
+        num_cached = 0 if is_decode else self._num_cached(submit, num_prompt)
         sequence = Sequence(
             submit.request_id, queue, submit.work, num_prompt, submit.sampling.max_tokens,
-            len(submit.output_token_ids) + is_decode, 0 if is_decode else num_prompt,
+            len(submit.output_token_ids) + is_decode, 0 if is_decode else num_prompt - num_cached,
+            submit.block_hashes, num_cached,
         )  # fmt: skip
         if is_decode:
             self._expected[sequence.wire_id] = sequence
@@ -225,6 +249,12 @@ class ModelledWorker(pb_grpc.WorkerServicer):
             sequence.stamp(Event.PREFILL_QUEUED)
             self._prompts.append(sequence)
         self._has_work.set()
+
+    def _num_cached(self, submit: pb.Submit, num_prompt: int) -> int:
+        """Here, or at the peer to read it from, which takes no time."""
+        peer = self._caches.get(submit.kv_source.worker_id, self._cache)
+        caches = (self._cache, peer)
+        return max(cache.match(submit.block_hashes, num_prompt) for cache in caches)
 
     def _cancel(self, wire_id: str) -> None:
         self._computed.discard(wire_id)
@@ -236,10 +266,13 @@ class ModelledWorker(pb_grpc.WorkerServicer):
 async def _serve(args: argparse.Namespace) -> None:
     speeds = Speeds(args.token_us / 1e6, args.itl_ms / 1e3, args.sequence_us / 1e6)
     computed: set[str] = set()
+    caches: dict[str, BlockCache] = {}
     roles = [Role.PREFILL] * args.prefill + [Role.DECODE] * args.decode
     workers, servers = [], []
     for number, role in enumerate(roles):
-        worker = ModelledWorker(f"{role.value}-{number}", role, args.model, speeds, computed)
+        name = f"{role.value}-{number}"
+        caches[name] = BlockCache(args.cache_blocks)
+        worker = ModelledWorker(name, role, args.model, speeds, computed, caches=caches)
         server = new_server()
         pb_grpc.add_WorkerServicer_to_server(worker, server)
         worker.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -272,6 +305,7 @@ def main() -> None:
     parser.add_argument("--token-us", type=float, default=100.0)
     parser.add_argument("--itl-ms", type=float, default=10.0)
     parser.add_argument("--sequence-us", type=float, default=500.0)
+    parser.add_argument("--cache-blocks", type=int, default=0, help="of each worker; 0: none")
     uvloop.run(_serve(parser.parse_args()))
 
 

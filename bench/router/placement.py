@@ -1,9 +1,18 @@
 """A whole placement: look at the table, match the prompt, decide. By number of workers.
 
 Half of the workers prefill, half decode; the index holds a million blocks of chains that share a
-beginning. Between two placements a worker reports its load and a request is sent, so that nothing
-is ever found as it was left. Wall clock and the thread's own CPU time: on a busy machine they
-differ by what others took. Parts are timed by themselves afterwards.
+beginning. Nothing is ever found as it was left, in two degrees: between two placements a worker
+reports its load and one is sent a request; or, `busy`, all that happens in a router at 500 requests
+a second: eight reports, the last request is sent, noted as expected on its worker and marked as
+used in the index, and one that has ended teaches the performance model. Garbage is collected as
+in a router process. Wall clock and the thread's own CPU time: on a busy machine they differ by what
+others took. Parts are timed by themselves afterwards.
+
+    full    a chain that one worker holds, all others its beginning
+    part    a stranger with the same beginning
+    none    a stranger
+    mixed   a conversation that up to four workers hold, each to another depth, in a tenth of the
+            cases nobody
 """
 
 from __future__ import annotations
@@ -19,7 +28,8 @@ from typing import Any
 
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
-from bench.router.index_workload import PROMPTS, Workload, percentile, split
+from bench.router.index_workload import HASH_BYTES, PROMPTS, Workload, percentile, split
+from services.router.collection import keep_from_collection
 from services.router.index.predicted import PredictedPrefixes
 from services.router.index.prefix_index import PrefixIndex
 from services.router.placement.comparison_policies import make_policy
@@ -32,7 +42,12 @@ from services.router.placement.topology import LinkPrices
 from services.router.placement.worker_table import WorkerTable
 
 NUM_WORKERS = (10, 50, 100, 200)
+KINDS = (*PROMPTS, "mixed")
 NUM_PLACEMENTS = 4000
+NUM_TALKS = 1024
+"""Conversations of `mixed`; other prompts do not come twice."""
+PLACEMENT_S = 0.002
+NUM_REPORTS = 8
 ROUND_PLACEMENTS = 500
 NUM_WARM_UP = 300
 MODEL = "bench"
@@ -47,6 +62,7 @@ class PlacementRow:
 
     workers: int
     prompt: str
+    busy: bool
     p50_us: float
     p99_us: float
     cpu_p50_us: float
@@ -71,15 +87,16 @@ class Scene:
         self.table = WorkerTable(LinkPrices.from_config(self.config))
         self.index = PrefixIndex(workload.num_entries, max_pending=1 << 14)
         self.predicted = PredictedPrefixes()
-        self.policy = make_policy(self.config, PerfModel(), self._rng)
+        self.perf = PerfModel()
+        self.policy = make_policy(self.config, self.perf, self._rng)
         self.books: list[LoadBook] = []
         self.now_s = 0.0
-        ids = [WorkerId(f"w{n}") for n in range(num_workers)]
-        for n, worker_id in enumerate(ids):
+        self.ids = [WorkerId(f"w{n}") for n in range(num_workers)]
+        for n, worker_id in enumerate(self.ids):
             role = Role.PREFILL if n < num_workers // 2 else Role.DECODE
             self._join(worker_id, role, host=f"host-{n // 8}")
         for worker, _parent, joined in workload.events():
-            self.index.store(ids[worker], joined)
+            self.index.store(self.ids[worker], joined)
         self.index.flush()
 
     def _join(self, worker_id: WorkerId, role: Role, *, host: str) -> None:
@@ -90,9 +107,22 @@ class Scene:
         self.books.append(LoadBook())
         self.table.join(info, self.books[-1], slot=self.index.slot_of(worker_id))
 
+    def mixed_prompts(self, count: int) -> list[bytes]:
+        """Conversations, which this also puts into the index."""
+        rng, prompts = self._rng, []
+        for _ in range(count):
+            prompts.append(rng.randbytes(512 * HASH_BYTES))
+            if rng.random() < 0.1:
+                continue
+            for worker_id in rng.sample(self.ids, rng.randrange(1, 5)):
+                num_held = rng.randrange(1, 513)
+                self.index.store(worker_id, prompts[-1][: num_held * HASH_BYTES])
+        self.index.flush()
+        return prompts
+
     def disturb(self, number: int) -> None:
-        """What happens between two placements."""
-        rng, self.now_s = self._rng, self.now_s + 0.001
+        """The least that happens between two placements."""
+        rng, self.now_s = self._rng, self.now_s + PLACEMENT_S
         load = LoadReport(
             num_running=rng.randrange(64), queued_prefill_tokens=rng.randrange(8000),
             resident_kv_tokens=rng.randrange(500_000), free_blocks=50_000, cached_blocks=10_000,
@@ -104,6 +134,23 @@ class Scene:
         if number >= 64:
             # Ends are as frequent as submits.
             self.books[(number * 7) % len(self.books)].report(load, self.now_s)
+
+    def disturb_much(self, number: int, placement: Placement, joined: bytes) -> None:
+        """What else does: the last request is on its way, another one has ended."""
+        rng = self._rng
+        for _ in range(NUM_REPORTS - 2):
+            load = LoadReport(num_running=rng.randrange(64), free_blocks=rng.randrange(50_000))
+            rng.choice(self.books).report(load, self.now_s)
+        self.index.touch(joined)
+        self.predicted.note(joined, placement.computes_prompt, self.now_s)
+        uncached = placement.terms_of(placement.computes_prompt).uncached
+        perf, half = self.perf, len(self.ids) // 2
+        computed, decoded = self.ids[number % half], self.ids[half + number * 7 % half]
+        prefill_s = max(1, uncached) * rng.uniform(2e-5, 4e-5)
+        perf.observe_prefill(Role.PREFILL, computed, uncached, 512, prefill_s)
+        perf.observe_queue(Role.PREFILL, computed, 3000, rng.uniform(0.05, 0.2))
+        batch, itl_s = rng.randrange(1, 64), rng.uniform(0.01, 0.05)
+        perf.observe_itl(Role.DECODE, decoded, batch, 200_000, itl_s)
 
     def place(self, hashes: list[bytes]) -> Placement:
         request = PlacementRequest(MODEL, PROMPT_TOKENS, 300)
@@ -119,38 +166,45 @@ class Scene:
 def run_placement(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[PlacementRow] = []
     parts: list[PartRow] = []
+    keep_from_collection()
     for num_workers in NUM_WORKERS:
         workload = Workload("1M blocks", 1_000_000, num_workers=num_workers, seed=args.seed)
         scene = Scene(num_workers, workload, args.seed)
-        for kind in PROMPTS:
-            prompts = [split(joined) for joined in workload.prompts(kind, 64)]
-            rows.append(_measure(scene, num_workers, kind, prompts))
-            print(f"  {json.dumps(asdict(rows[-1]))}", flush=True)
+        for kind in KINDS:
+            if kind == "mixed":
+                prompts = scene.mixed_prompts(NUM_TALKS)
+            else:
+                prompts = list(workload.prompts(kind, NUM_WARM_UP + NUM_PLACEMENTS))
+            for is_busy in (False, True):
+                rows.append(_measure(scene, kind, prompts, is_busy=is_busy))
+                print(f"  {json.dumps(asdict(rows[-1]))}", flush=True)
         parts += _parts(scene, num_workers, split(next(iter(workload.prompts("full", 1)))))
     for part in parts:
         print(f"  {json.dumps(asdict(part))}", flush=True)
     return {"goals": GOALS, "rows": [*map(asdict, rows)], "parts": [*map(asdict, parts)]}
 
 
-def _measure(scene: Scene, num_workers: int, kind: str, prompts: list[list[bytes]]) -> PlacementRow:
+def _measure(scene: Scene, kind: str, prompts: list[bytes], *, is_busy: bool) -> PlacementRow:
     wall: list[float] = []
     cpu: list[float] = []
     gc.collect()
-    gc.disable()
     for number in range(NUM_WARM_UP + NUM_PLACEMENTS):
         scene.disturb(number)
-        hashes = prompts[number % len(prompts)]
+        joined = prompts[number % len(prompts)]
+        # The router has just computed them.
+        hashes = split(joined)
         start, cpu_start = time.perf_counter_ns(), time.thread_time_ns()
-        scene.place(hashes)
+        placement = scene.place(hashes)
         cpu_end, end = time.thread_time_ns(), time.perf_counter_ns()
         if number >= NUM_WARM_UP:
             wall.append((end - start) / 1000)
             cpu.append((cpu_end - cpu_start) / 1000)
-    gc.enable()
+        if is_busy:
+            scene.disturb_much(number, placement, joined)
     rounds = [cpu[i : i + ROUND_PLACEMENTS] for i in range(0, len(cpu), ROUND_PLACEMENTS)]
     quiet = min(rounds, key=lambda times: percentile(times, 0.99))
     figures = [round(percentile(of, p), 1) for of in (wall, cpu, quiet) for p in (0.5, 0.99)]
-    return PlacementRow(num_workers, kind, *figures)
+    return PlacementRow(len(scene.ids), kind, is_busy, *figures)
 
 
 def _parts(scene: Scene, num_workers: int, hashes: list[bytes]) -> Iterable[PartRow]:

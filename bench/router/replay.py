@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from baton.core.block import BlockHash
-from baton.simulator.cluster import ClusterConfig, SimCluster
+from baton.simulator.cluster import SimCluster
+from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.outcome import summarize
 from baton.simulator.workload import MOONCAKE_BLOCK_SIZE, Arrival, read_mooncake
 from services.router.placement.policy_config import PolicyConfig, PolicyName

@@ -22,6 +22,7 @@ def check_pools_match(prefill: EngineConfig, decode: EngineConfig) -> None:
         "block_size": (prefill.block_size, decode.block_size),
         # Random weights are a model of their own.
         "load_format": (prefill.load_format, decode.load_format),
+        "revision": (prefill.revision, decode.revision),
     }
     if prefill.kv_cache_dtype == "auto":
         pairs["dtype"] = (prefill.dtype, decode.dtype)

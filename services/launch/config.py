@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from baton.core.config import merge
+from baton.core.config import build, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
 from baton.registry.redis_connection import check_deployment, check_redis_url
+from services.router.edge.door_tls_config import DoorTlsConfig
 
 MAX_ROUTERS = 64
 LOCAL_DRAIN_S = 3.0
@@ -76,6 +77,19 @@ class SystemConfig:
         return (Role.PREFILL, Role.DECODE) if self.num_prefill else (Role.DECODE,)
 
     @property
+    def door_tls(self) -> DoorTlsConfig:
+        """TLS towards clients. Raises ConfigError."""
+        edge = self.router.get("edge", {})
+        values = edge.get("tls", {}) if isinstance(edge, Mapping) else {}
+        return build(DoorTlsConfig, values, where="router.edge.tls.")
+
+    @property
+    def has_own_ports(self) -> bool:
+        """Each router has a port of its own for metrics and health: several share the front doors,
+        or these ask for more than a probe can show."""
+        return self.num_routers > 1 or self.door_tls.is_on
+
+    @property
     def deployment_name(self) -> str:
         if self.deployment is not None:
             return self.deployment
@@ -108,15 +122,15 @@ def router_values(
 ) -> dict[str, Any]:
     """The settings of one router copy, short of a registry directory.
 
-    `targets_dir`: where several copies say at which address each can be asked.
+    `targets_dir`: where copies with ports of their own say at which address each can be asked.
     """
     copy: dict[str, Any] = {}
-    if system.num_routers > 1:
+    if system.has_own_ports:
         copy = {
-            "shares_ports": True,
+            "shares_ports": system.num_routers > 1,
             "own_port": 0,
             "targets_dir": None if targets_dir is None else str(targets_dir),
-            "name": "router" if use_ray else f"router-{index}",
+            "name": f"router-{index}" if system.num_routers > 1 and not use_ray else "router",
         }
     return merge(
         {

@@ -15,7 +15,7 @@ from typing import Any
 from baton.core.config import build, merge
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
-from baton.engine.config import Device, EngineConfig
+from baton.engine.config import Device, EngineConfig, LoadFormat
 from baton.engine.model_config import load_model_config
 from baton.engine.tensor_parallel.limits import check_tp_size
 from services.decode.config import DEFAULTS as DECODE_DEFAULTS
@@ -38,6 +38,12 @@ def engine_config(system: SystemConfig, role: Role) -> EngineConfig:
         return build(EngineConfig, values, where="engine.")
     except ConfigError as error:
         raise ConfigError(f"{role.value} pool: {error}") from error
+
+
+def reads_weights(system: SystemConfig) -> bool:
+    """Whether any worker loads what lies in the model folder. Raises ConfigError."""
+    formats = {engine_config(system, role).load_format for role in system.roles}
+    return formats != {LoadFormat.DUMMY}
 
 
 def check_pools(system: SystemConfig, environ: Mapping[str, str], *, use_ray: bool) -> None:

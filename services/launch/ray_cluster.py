@@ -97,6 +97,7 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
                 "host": system.host,
                 "port": system.http_port,
                 "request_timeout_s": None,
+                **_tls_options(system),
             },
             logging_config={"log_level": "ERROR"},
         )
@@ -109,6 +110,14 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
         running.stop(grace_s=0)
         raise
     return running
+
+
+def _tls_options(system: SystemConfig) -> dict[str, str]:
+    """Serve reads the files once, at its start."""
+    tls = system.door_tls
+    if not tls.is_on:
+        return {}
+    return {"ssl_certfile": str(tls.cert_file), "ssl_keyfile": str(tls.key_file)}
 
 
 @contextlib.contextmanager

@@ -36,12 +36,15 @@ def check_ports_free(host: str, ports: dict[str, int]) -> None:
                 ) from error
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises ConfigError naming what a Hugging Face folder must hold and this one does not."""
+def check_model_folder(folder: Path, *, has_weights: bool = True) -> None:
+    """Raises ConfigError naming what a Hugging Face folder must hold and this one does not.
+
+    `has_weights` False where no worker reads any.
+    """
     if not folder.is_dir():
         raise ConfigError(f"model folder {folder} does not exist")
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    if not any(folder.glob("*.safetensors")):
+    if has_weights and not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""TLS of a system: settings from a folder of `baton certs`, checked before anything starts."""
+"""TLS of a system, checked before anything starts: between its processes, with settings from a
+folder of `baton certs`, and at the front doors."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from baton.core.config import build
 from baton.core.errors import ConfigError
 from baton.core.tls import TlsConfig, load_material
 from services.launch.config import SystemConfig, router_values, worker_values
+from services.router.edge.door_tls import load_door_material, refuse_client_ca
 
 
 def tls_values(folder: Path | None) -> dict[str, dict[str, Any]]:
@@ -35,6 +37,16 @@ def check_tls(system: SystemConfig) -> None:
                 load_material(config)
             except ConfigError as error:
                 raise ConfigError(f"{section}: {error}") from error
+
+
+def check_door_tls(system: SystemConfig, *, use_ray: bool) -> None:
+    """Raises ConfigError for certificates of the front doors that do not work."""
+    config = system.door_tls
+    if not config.is_on:
+        return
+    if use_ray:
+        refuse_client_ca(config)
+    load_door_material(config)
 
 
 def _config(section: str, values: Mapping[str, Any]) -> TlsConfig:

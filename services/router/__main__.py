@@ -27,8 +27,10 @@ from baton.process import (
     stop_signal,
 )
 from baton.settings import parse_override, start_logging
+from services.router.collection import keep_from_collection
 from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
+from services.router.edge.door_tls import open_door_tls
 from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
 from services.router.edge.http_server import HttpServer
@@ -51,12 +53,14 @@ class RouterProcess:
         self._config = config
         self._app = HttpApp(generator, metrics=metrics, config=config.edge, tenants=tenants)
         shares_ports = config.copy.shares_ports
+        tls = open_door_tls(config.edge.tls, metrics)
         self.http = HttpServer(
             self._app,
             host=config.host,
             port=config.http_port,
             config=config.edge,
             shares_port=shares_ports,
+            tls=tls,
         )
         self.own = OwnDoor(self._app, config)
         self.grpc = GrpcServer(
@@ -67,6 +71,7 @@ class RouterProcess:
             config=config.edge,
             tenants=tenants,
             shares_port=shares_ports,
+            tls=tls,
         )
 
     async def start(self) -> None:
@@ -146,6 +151,7 @@ async def _serve(config: RouterConfig) -> None:
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            keep_from_collection()
             await stopping
     finally:
         for task in (starting, stopping):

@@ -24,6 +24,7 @@ from services.router.placement.perf_config import PerfConfig
 from services.router.placement.policy_config import PolicyConfig
 from services.router.requests.retry_config import BreakerConfig, RetryConfig
 from services.router.shared.config import SharedConfig, SharedPlace
+from services.router.telemetry_config import MetricsConfig, TracingConfig
 from services.router.tenants.tenants_config import TenantsConfig
 
 
@@ -214,6 +215,8 @@ class RouterConfig:
     copy: CopyConfig = field(default_factory=CopyConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     """Towards the workers; the front doors are not affected."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tracing: TracingConfig = field(default_factory=TracingConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ The edges take `dispatcher` (a `generation.Generator`), `metrics` and `tenants`.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import secrets
 import time
@@ -30,23 +29,20 @@ from services.router.placement.perf_model import PerfModel
 from services.router.placement.perf_observer import PerfObserver
 from services.router.placement.placer import Placer
 from services.router.placement.topology import LinkPrices
+from services.router.requests.accounts import Accounts
 from services.router.requests.dispatch import Dispatcher
 from services.router.requests.failure_book import FailureBook
 from services.router.requests.request_log import RequestRecorder
 from services.router.requests.starter import Starter
+from services.router.requests.tracer import open_tracer
+from services.router.router_gauges import RouterGauges, open_metrics, tenant_labels
 from services.router.shared.opening import open_shared
 from services.router.shared.state import SharedState
 from services.router.tenants.quota import QuotaDesk
 from services.router.tenants.tenants import open_tenants
-from services.router.workers.fabric_gauges import FabricGauges
 from services.router.workers.membership import Membership, RegistryMembership, StaticMembership
 from services.router.workers.siblings import Siblings
-from services.router.workers.worker_gauges import WorkerGauges
 from services.router.workers.worker_pool import WorkerPool
-
-logger = logging.getLogger(__name__)
-
-GAUGE_PERIOD_S = 1.0
 
 
 class RouterCore:
@@ -65,7 +61,7 @@ class RouterCore:
     ) -> None:
         """`tokenizers`: by the model name that workers announce."""
         self.router_id = f"router-{secrets.token_hex(4)}"
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or open_metrics(config)
         self.pool = WorkerPool(
             router_id=self.router_id,
             config=config.session,
@@ -95,8 +91,15 @@ class RouterCore:
             self.shared, self.pool.table, note_prefix=placer.predicted.note, now=_loop_time
         )
         placer.on_placed = siblings.placed
+        labels = tenant_labels(config)
+        accounts = Accounts(self.metrics, labels)
+        self.pool.late_use = accounts.late_use
+        self._tracer = open_tracer(config.tracing, self.router_id, self.metrics)
         recorder = RequestRecorder(
-            self.metrics, observer=PerfObserver(self.perf, self.pool.table, self.metrics)
+            self.metrics,
+            accounts=accounts,
+            observer=PerfObserver(self.perf, self.pool.table, self.metrics),
+            spans=self._tracer,
         )
         failures = FailureBook(config.retry, config.breaker, metrics=self.metrics)
         starter = Starter(placer, failures=failures, recorder=recorder, wall_clock=wall_clock)
@@ -109,7 +112,7 @@ class RouterCore:
             config=config.admission,
             slo=config.slo,
             worker_wait_s=config.dispatch.worker_wait_s,
-            recorder=AdmissionRecorder(self.metrics, config.slo),
+            recorder=AdmissionRecorder(self.metrics, config.slo, labels),
             wall_clock=wall_clock,
         )
         self.pool.subscribe(self.gate.poke)
@@ -136,9 +139,12 @@ class RouterCore:
             wall_clock=wall_clock,
         )
         self._membership = membership
-        self._gauges = WorkerGauges(self.metrics)
-        self._fabric_gauges = FabricGauges(self.metrics)
-        self._gauge_task: asyncio.Task[None] | None = None
+        self._gauges = RouterGauges(
+            self.metrics,
+            view=self.pool.view,
+            generator=self.dispatcher,
+            others=(self.gate.update_gauges, recorder.update, self._tracer.update),
+        )
         self._shared_start: asyncio.Task[None] | None = None
 
     @classmethod
@@ -150,7 +156,7 @@ class RouterCore:
         Raises ConfigError.
         """
         tokenizers = {config.served_model_name: Tokenizer.from_folder(config.model_path)}
-        metrics = Metrics()
+        metrics = open_metrics(config)
         if membership is None:
             membership = _membership(config, metrics)
         return cls(config, tokenizers=tokenizers, membership=membership, metrics=metrics)
@@ -161,7 +167,7 @@ class RouterCore:
         self.pool.start(self._membership)
         self.dispatcher.start()
         self.migrator.start()
-        self._gauge_task = asyncio.create_task(self._update_gauges(), name="worker gauges")
+        self._gauges.start()
 
     async def stop(self) -> None:
         """End running requests with an error and close all sessions. Takes at most seconds."""
@@ -170,26 +176,13 @@ class RouterCore:
         # One turn of the loop, so that requests end with the dispatcher's reason.
         await asyncio.sleep(0)
         await self.pool.stop()
-        if self._gauge_task is not None:
-            self._gauge_task.cancel()
-            await asyncio.gather(self._gauge_task, return_exceptions=True)
+        await self._gauges.stop()
+        await self._tracer.stop()
         if isinstance(self._membership, RegistryMembership):
             await self._membership.close()
         if self._shared_start is not None:
             await asyncio.gather(self._shared_start, return_exceptions=True)
             await self.shared.stop()
-
-    async def _update_gauges(self) -> None:
-        while True:
-            try:
-                view = self.pool.view()
-                self._gauges.update(view)
-                self._fabric_gauges.update(view)
-                self.gate.update_gauges()
-            except Exception:
-                # Requests do not depend on being counted, and the next look may succeed.
-                logger.exception("the gauges could not be updated; trying again")
-            await asyncio.sleep(GAUGE_PERIOD_S)
 
 
 def _loop_time() -> float:

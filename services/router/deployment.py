@@ -15,8 +15,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from baton.settings import start_logging
+from services.router.collection import keep_from_collection
 from services.router.config import load_router_config
 from services.router.core import RouterCore
+from services.router.edge.door_tls import open_door_tls, refuse_client_ca
 from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
 from services.router.edge.own_door import OwnDoor
@@ -49,6 +51,7 @@ class RouterReplica:
     ) -> None:
         config = load_router_config(overrides=values)
         start_logging("router", config.log, Path(log_dir) / "router.log")
+        refuse_client_ca(config.edge.tls)
         self._core = RouterCore.from_config(config, membership=watch_replicas(pools))
         generator, metrics = self._core.dispatcher, self._core.metrics
         tenants = self._core.tenants
@@ -61,6 +64,7 @@ class RouterReplica:
             config=config.edge,
             tenants=tenants,
             shares_port=config.copy.shares_ports,
+            tls=open_door_tls(config.edge.tls, metrics),
         )
         # Replicas have the same settings and need files of their own.
         name = f"{config.copy.name}-{serve.get_replica_context().replica_id.unique_id}"
@@ -69,6 +73,7 @@ class RouterReplica:
         self._core.start()
         await self._own.start()
         await self._grpc.start()
+        keep_from_collection()
 
     def __serve_build_asgi_app__(self) -> HttpApp:
         return self._http

@@ -79,6 +79,7 @@ def assemble(
     requests = Requests(sessions)
     engine = EngineLoop(backend.engine, on_step=requests.on_step, clock=clock, cores=backend.cores)
     leases = _leases(config, info, engine, clock)
+    engine.tell_layers(leases.announce_layers)
     mesh = Mesh(
         myself=info,
         transport=transport,

@@ -33,6 +33,7 @@ from baton.core.errors import (
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, TokenDelta, Work
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import BatchOutcome, Reservation, StepOutput
+from baton.engine.layer_notices import LayerSink
 from services.worker.core_share import AllCores, CoreShare
 from services.worker.engine_answers import Answers, Command
 from services.worker.engine_api import EngineApi, Snapshot, StepResult
@@ -84,6 +85,10 @@ class EngineLoop:
         self._answers = Answers(self._send, self._post)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def tell_layers(self, sink: LayerSink) -> None:
+        """Before `start`: `sink` runs on the event loop, while a step runs; see the engine's."""
+        self._engine.tell_layers(lambda layers: self._post(sink, layers))
 
     def attach_tiers(self, tiers: TierContents) -> None:
         """Before `start`: what these hold is told with the KV events."""

@@ -21,9 +21,9 @@ import grpc
 from baton.core.block import BlockHash, BlockId
 from baton.core.errors import BatonError, InvalidRequest, Unavailable
 from baton.core.request import RequestId
-from baton.engine.engine import ChunkDone
+from baton.engine.engine import ChunkDone, LayersDone
 from baton.rpc.v1 import transfer_pb2 as pb
-from kvtransfer.messages import Completed, OwnerMessage, Refused
+from kvtransfer.messages import Completed, LayersReady, OwnerMessage, Refused
 from kvtransfer.owner import (
     COMPLETED,
     FinishHandover,
@@ -109,8 +109,21 @@ class LeaseServer:
                 block_ids=chunk.block_ids,
                 is_last=chunk.is_last,
                 first_token=chunk.first_token,
+                fill_id=chunk.fill_id,
             )
         )
+
+    def announce_layers(self, layers: LayersDone) -> None:
+        """Some layers of the last blocks of a prompt are complete, while it is computed."""
+        request_id = layers.request_id
+        ready = LayersReady(
+            request_id,
+            layers.fill_id,
+            layers.first_block_index,
+            layers.block_ids,
+            layers.num_layers,
+        )
+        self._apply(self._owner.layers_done(request_id, ready))
 
     def withdraw(self, request_id: RequestId, reason: str) -> None:
         """The request has ended here, or nobody wants it any more."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from baton.core.block import BlockId
 from baton.core.errors import InvalidRequest, RequestError, Unavailable
+from baton.core.lifecycle import Timeline
 from baton.core.request import FinishReason, GenerateRequest, RequestId, TokenDelta, Work
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import Reservation
@@ -44,6 +45,8 @@ class _Record:
     request: GenerateRequest
     session: RouterSession | None
     """None once the request has ended towards its router."""
+    owner: RouterSession
+    """Whose request it is, also then."""
     deadline: asyncio.TimerHandle
     is_reserved: bool = False
     """Where all KV is read: from the reservation until its blocks are activated or abandoned."""
@@ -130,7 +133,7 @@ class Requests:
         deadline = asyncio.get_running_loop().call_later(
             request.deadline_s, self._deadline_passed, request_id
         )
-        record = self._live[request_id] = _Record(request, session, deadline)
+        record = self._live[request_id] = _Record(request, session, session, deadline)
         if request.work.reads_all_kv:
             self._reads.expect(request)
         elif self._holds.hold(request):
@@ -259,6 +262,8 @@ class Requests:
                 record.session.send(delta)
             return
         is_unwanted = record.session is None or delta.finish_reason in _UNFINISHED
+        if record.session is None and delta.timeline is not None:
+            _tell_late_use(record, delta.timeline)
         self._answer(record, delta)
         request_id, work = delta.request_id, record.request.work
         if work is Work.PREFILL and is_unwanted:
@@ -318,6 +323,12 @@ class Requests:
         request_id = record.request.request_id
         if not record.is_reserved and self._live.get(request_id) is record:
             del self._live[request_id]
+
+
+def _tell_late_use(record: _Record, timeline: Timeline) -> None:
+    """The router has had its last delta and has yet to hear what the request has cost."""
+    if timeline.engine.num_steps:
+        record.owner.send_late_use(record.request.request_id, timeline.engine)
 
 
 def _ended_with_first(first: TokenDelta) -> TokenDelta:

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from baton.core.block import join_hashes
 from baton.core.errors import BatonError, Unavailable
 from baton.core.fabric import FabricReport
+from baton.core.lifecycle import EngineUse
 from baton.core.request import RequestId, TokenDelta
 from baton.core.worker_info import LoadReport
-from baton.rpc.convert import delta_to_wire, fabric_to_wire, load_to_wire
+from baton.rpc.convert import delta_to_wire, engine_use_to_wire, fabric_to_wire, load_to_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.config import SessionConfig
 from services.worker.kv_events import KvEvent
@@ -38,6 +39,7 @@ class Outbox:
         self._events: list[pb.KvEvent] = []
         self._first_event = 0
         self._num_hashes = 0
+        self._late_uses: list[pb.LateUse] = []
 
     @property
     def is_empty(self) -> bool:
@@ -45,7 +47,7 @@ class Outbox:
 
     @property
     def _has_step(self) -> bool:
-        return bool(self._deltas or self._events or self._load)
+        return bool(self._deltas or self._events or self._load or self._late_uses)
 
     @property
     def overflow(self) -> str:
@@ -64,6 +66,10 @@ class Outbox:
             return
         self._last_of[delta.request_id] = len(self._deltas)
         self._deltas.append(delta)
+
+    def add_late_use(self, request_id: RequestId, use: EngineUse) -> None:
+        self._num_tokens += 1
+        self._late_uses.append(pb.LateUse(request_id=request_id, use=engine_use_to_wire(use)))
 
     def add_event(self, sequence: int, event: KvEvent) -> None:
         """Events come in order and without gaps."""
@@ -108,8 +114,10 @@ class Outbox:
             load=None if self._load is None else load_to_wire(self._load),
             first_kv_sequence=self._first_event if self._events else 0,
             kv_events=self._events,
+            late_uses=self._late_uses,
         )
         self._deltas, self._last_of, self._num_tokens = [], {}, 0
+        self._late_uses = []
         self._load, self._events, self._num_hashes = None, [], 0
         return batch
 
@@ -142,6 +150,12 @@ class RouterSession:
         """Queue a delta; dropped when the session is closed."""
         if not self._closed.done():
             self.outbox.add_delta(delta)
+            self.notify()
+
+    def send_late_use(self, request_id: RequestId, use: EngineUse) -> None:
+        """What the engine has spent on a request whose last delta has gone before."""
+        if not self._closed.done():
+            self.outbox.add_late_use(request_id, use)
             self.notify()
 
     def notify(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from baton.core.block import join_hashes
+from baton.core.block import HASH_BYTES, join_hashes
 from baton.core.errors import (
     BatonError,
     DeadlineExceeded,
@@ -31,7 +31,7 @@ from baton.core.errors import (
 from baton.core.logging import log_fields
 from baton.core.request import RequestId
 from baton.core.worker_info import PROTOCOL_VERSION, WorkerInfo
-from baton.rpc.channel import abort
+from baton.rpc.channel import MAX_MESSAGE_BYTES, abort
 from baton.rpc.convert import (
     hashing_to_wire,
     load_to_wire,
@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 10.0
 SNAPSHOT_TIMEOUT_S = 60.0
 """The engine answers between two steps; no step takes this long."""
+MAX_SNAPSHOT_BLOCKS = (MAX_MESSAGE_BYTES - (1 << 20)) // HASH_BYTES
+"""Whose hashes fit into one message beside the rest; routers are told the number of more."""
 
 RouterMessages = AsyncIterator[pb.RouterMessage]
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -172,15 +174,20 @@ class WorkerServicer(pb_grpc.WorkerServicer):
             ) from None
 
     def _welcome(self, snapshot: Snapshot) -> pb.Welcome:
-        return pb.Welcome(
+        welcome = pb.Welcome(
             info=worker_info_to_wire(self._info),
             load=load_to_wire(self._requests.with_flags(snapshot.load)),
             kv_sequence=snapshot.kv_sequence,
-            cached_hashes=join_hashes(snapshot.cached_hashes),
-            host_hashes=join_hashes(snapshot.host_hashes),
-            disk_hashes=join_hashes(snapshot.disk_hashes),
             hashing=hashing_to_wire(self._info.layout),
         )
+        held = (snapshot.cached_hashes, snapshot.host_hashes, snapshot.disk_hashes)
+        num_blocks = sum(map(len, held))
+        if num_blocks > MAX_SNAPSHOT_BLOCKS:
+            welcome.num_left_out = num_blocks
+        else:
+            cached, host, disk = map(join_hashes, held)
+            welcome.cached_hashes, welcome.host_hashes, welcome.disk_hashes = cached, host, disk
+        return welcome
 
 
 async def _hello(messages: RouterMessages) -> pb.Hello:

@@ -14,6 +14,8 @@ from kvtransfer.messages import (
     FetchPrefix,
     Freeze,
     GiveUp,
+    LayersRead,
+    LayersReady,
     LeaseId,
     OwnerMessage,
     ReaderMessage,
@@ -40,6 +42,9 @@ def reader_to_wire(message: ReaderMessage) -> pb.ReaderMessage:
             return pb.ReaderMessage(renew=pb.Renew(lease_id=lease_id))
         case Complete(lease_id, epoch):
             return pb.ReaderMessage(complete=pb.Complete(lease_id=lease_id, epoch=epoch))
+        case LayersRead(request_id, fill_id):
+            read = pb.LayersRead(request_id=request_id, fill_id=fill_id)
+            return pb.ReaderMessage(layers_read=read)
         case GiveUp(request_id, reason):
             return pb.ReaderMessage(give_up=pb.GiveUp(request_id=request_id, reason=reason))
 
@@ -64,6 +69,8 @@ def reader_from_wire(message: pb.ReaderMessage) -> ReaderMessage | None:
         return Renew(LeaseId(message.renew.lease_id))
     if kind == "complete":
         return Complete(LeaseId(message.complete.lease_id), Epoch(message.complete.epoch))
+    if kind == "layers_read":
+        return LayersRead(RequestId(message.layers_read.request_id), message.layers_read.fill_id)
     if kind == "give_up":
         return GiveUp(RequestId(message.give_up.request_id), message.give_up.reason)
     return None
@@ -73,6 +80,8 @@ def owner_to_wire(message: OwnerMessage) -> pb.OwnerMessage:
     match message:
         case ChunkReady():
             return pb.OwnerMessage(chunk=_chunk_to_wire(message))
+        case LayersReady():
+            return pb.OwnerMessage(layers=_layers_to_wire(message))
         case Completed(lease_id, valid):
             return pb.OwnerMessage(completed=pb.Completed(lease_id=lease_id, valid=valid))
         case Refused(request_id, reason):
@@ -84,6 +93,8 @@ def owner_from_wire(message: pb.OwnerMessage) -> OwnerMessage | None:
     kind = message.WhichOneof("body")
     if kind == "chunk":
         return _chunk_from_wire(message.chunk)
+    if kind == "layers":
+        return _layers_from_wire(message.layers)
     if kind == "completed":
         return Completed(LeaseId(message.completed.lease_id), message.completed.valid)
     if kind == "refused":
@@ -101,7 +112,28 @@ def _chunk_to_wire(chunk: ChunkReady) -> pb.ChunkReady:
         first_block_index=chunk.first_block_index,
         block_ids=chunk.block_ids,
         is_last=chunk.is_last,
+        fill_id=chunk.fill_id,
         first_token=None if first is None else delta_to_wire(first),
+    )
+
+
+def _layers_to_wire(layers: LayersReady) -> pb.LayersReady:
+    return pb.LayersReady(
+        request_id=layers.request_id,
+        fill_id=layers.fill_id,
+        first_block_index=layers.first_block_index,
+        block_ids=layers.block_ids,
+        num_layers=layers.num_layers,
+    )
+
+
+def _layers_from_wire(message: pb.LayersReady) -> LayersReady:
+    return LayersReady(
+        request_id=RequestId(message.request_id),
+        fill_id=message.fill_id,
+        first_block_index=message.first_block_index,
+        block_ids=tuple(BlockId(block_id) for block_id in message.block_ids),
+        num_layers=message.num_layers,
     )
 
 
@@ -115,5 +147,6 @@ def _chunk_from_wire(message: pb.ChunkReady) -> ChunkReady:
         first_block_index=message.first_block_index,
         block_ids=tuple(BlockId(block_id) for block_id in message.block_ids),
         is_last=message.is_last,
+        fill_id=message.fill_id,
         first_token=delta_from_wire(message.first_token) if has_token else None,
     )

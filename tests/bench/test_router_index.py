@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from bench.router import index
 from bench.router.index_workload import HASH_BYTES, Workload, split
+from bench.router.soak import soak
 
 SMALL = Workload("small", 9024, num_workers=100)
 
@@ -47,7 +48,8 @@ def test_missing_peer_is_left_out_and_said(monkeypatch):
 def test_parts_of_ours_alone():
     assert all(rate > 0 for rate in index.batches(2000, 20_000).values())
     assert index.bound(20_000)["entries"] == 20_000
-    done = index.many_events(200_000, 20.0)
+    done = soak(200_000, 20.0, max_entries=20_000)
     assert done["events"] >= 200_000 and done["rss_mb_at_most_later"] > 0
+    assert done["samples"][-1]["entries"] == 20_000
     ample = index.wrong_lengths(1.5, num_turns=300)
     assert ample["lengths"] > 0 and ample["wrong_share"] == 0.0

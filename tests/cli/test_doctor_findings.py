@@ -157,6 +157,20 @@ def test_layouts_of_one_model_must_fit():
     assert only(findings(worker(), worker(foreign))).severity is NOTE
 
 
+def test_two_revisions_that_both_answer_are_a_roll_out():
+    newer = dataclasses.replace(LAYOUT, model_id="newer")
+    both = [worker(), worker(info("decode-1", layout=newer))]
+    finding = only(findings(*both))
+    assert finding.severity is NOTE and "two revisions of tiny" in finding.problem
+    lone = [worker(), worker(info("prefill-0", Role.PREFILL, layout=newer))]
+    assert only(findings(*lone)).severity is ERROR
+
+
+def test_blocks_that_are_named_otherwise_are_an_error():
+    finding = only(findings(worker(hashing_problem="it hashes blocks by md5, not blake2b-128")))
+    assert finding.severity is ERROR and "by md5" in finding.problem
+
+
 def test_system_without_decode_worker_is_no_system_unless_selected_so():
     prefill = worker(info("prefill-0", Role.PREFILL))
     assert "no decode worker" in only(findings(prefill)).problem

@@ -75,7 +75,7 @@ def test_this_machine_is_looked_at_without_traces(tmp_path):
     files = len(os.listdir("/proc/self/fd"))
     tiers = TierConfig(host_bytes=1, disk_bytes=1 << 20, disk_path=tmp_path)
     checks = doctor_machine.check_machine({}, {"decode-0": os.getpid()}, tiers)
-    assert {"NIXL", "memory files", "pidfd", "GPU", "disk tier", "free /dev/shm"} <= {
+    assert {"NIXL", "memory files", "pidfd", "GPU", "disk tier", "shared memory", "NIC"} <= {
         check.name for check in checks
     }
     assert all(check.found for check in checks)

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from baton.core.lifecycle import EngineUse, Timeline, TransferStats
 from baton.core.lifecycle import LifecycleEvent as Event
-from baton.core.lifecycle import Timeline, TransferStats
 
 
 def test_first_time_of_an_event_counts():
@@ -33,6 +33,12 @@ def test_merge_keeps_own_points_and_takes_the_measured_transfer():
         Event.DECODE_STARTED: 2.5,
     }
     assert mine.transfer is stats
+
+
+def test_engine_time_of_another_process_is_not_taken_over():
+    mine = Timeline(engine=EngineUse(1.0, 3))
+    mine.merge(Timeline(engine=EngineUse(5.0, 7)))
+    assert mine.engine == EngineUse(1.0, 3)
 
 
 @pytest.mark.parametrize(

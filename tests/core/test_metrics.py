@@ -30,7 +30,8 @@ def test_labels_come_from_closed_sets(series):
     closed = {
         "model", "role", "worker", "status", "kind", "finish_reason", "source", "reason",
         "transport", "result", "code", "route", "peer", "lane", "tier", "slo_class", "objective",
-        "tenant", "quantity", "backend", "answer", "direction",
+        "tenant", "quantity", "backend", "answer", "direction", "state", "since", "version",
+        "fingerprint", "block_size", "num_blocks", "kv_dtype", "max_model_len",
     }  # fmt: skip
     assert set(series.labels) <= closed
 

@@ -114,7 +114,10 @@ def test_secrets_stand_in_secrets_alone(objects: Objects) -> None:
 
 def test_names_of_secrets_and_settings_exist(objects: Objects) -> None:
     made = {(obj["kind"], obj["metadata"]["name"]) for obj in objects}
-    outside = {"baton-secrets", "baton-tls", "baton-api-keys", "certificates", "keys", "bucket"}
+    outside = {
+        "baton-secrets", "baton-tls", "baton-api-keys", "certificates", "keys", "bucket",
+        "public-name", "headers",
+    }  # fmt: skip
     keys = {
         obj["metadata"]["name"]: set(obj.get("stringData", {}))
         for obj in of_kind(objects, "Secret")
@@ -130,6 +133,8 @@ def test_names_of_secrets_and_settings_exist(objects: Objects) -> None:
                 claim = volume["persistentVolumeClaim"]["claimName"]
                 assert claim == "models" or ("PersistentVolumeClaim", claim) in made
         for container in containers(pod["spec"]):
+            for source in container.get("envFrom", ()):
+                assert source["secretRef"]["name"] in outside
             for variable in container.get("env", ()):
                 ref = variable.get("valueFrom", {}).get("secretKeyRef")
                 if ref and ref["name"] not in outside:
@@ -167,6 +172,49 @@ def test_selectors_meet_pods_and_ports(objects: Objects) -> None:
         )
         wanted = {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]}
         assert wanted <= {port["name"] for port in service["spec"]["ports"]}
+    for monitor in of_kind(objects, "PodMonitor"):
+        (chosen,) = (
+            pod for _, pod in pods(objects) if matches(monitor["spec"]["selector"], _labels(pod))
+        )
+        named = {port["name"] for port in chosen["spec"]["containers"][0]["ports"]}
+        assert {each["port"] for each in monitor["spec"]["podMetricsEndpoints"]} <= named
+
+
+def _labels(pod: dict[str, Any]) -> dict[str, str]:
+    labels: dict[str, str] = pod["metadata"].get("labels", {})
+    return labels
+
+
+def test_the_test_hook_asks_a_port_that_answers_it(objects: Objects) -> None:
+    """By the name of a service, at a port that the policies open for it; doors with TLS may ask
+    for a certificate."""
+    (hook,) = (o for o in objects if o["kind"] == "Pod")
+    url = _parse(hook["spec"]["containers"][0]["command"]).url
+    name, port = re.fullmatch(r"http://([a-z0-9-]+):([0-9]+)", url).groups()
+    (service,) = (s for s in of_kind(objects, "Service") if s["metadata"]["name"] == name)
+    (target,) = (p for p in service["spec"]["ports"] if p["port"] == int(port))
+    assert target["appProtocol" if "appProtocol" in target else "protocol"] in ("http", "TCP")
+    (router,) = (
+        p["spec"]
+        for p in of_kind(objects, "NetworkPolicy")
+        if p["metadata"]["name"].endswith("-router")
+    )
+    opened = [
+        rule["ports"]
+        for rule in router["ingress"]
+        if any(
+            matches(peer["podSelector"], hook["metadata"]["labels"])
+            for peer in rule["from"]
+            if peer.get("podSelector")
+        )
+    ]
+    assert any({"protocol": "TCP", "port": target["targetPort"]} in ports for ports in opened)
+
+
+def test_keys_of_the_front_doors_are_in_router_pods_alone(objects: Objects) -> None:
+    for component, pod in pods(objects):
+        names = {volume["name"] for volume in pod["spec"]["volumes"]}
+        assert component == "router" or "door-tls" not in names
 
 
 def test_routes_lead_to_the_routers_service(objects: Objects) -> None:
@@ -295,6 +343,24 @@ def test_workers_hear_routers_and_workers_only(rendered: Callable[[str], Objects
             "router", "prefill", "decode",
         }  # fmt: skip
         assert ("redis", "router") not in edges
+
+
+def test_routers_alone_reach_a_collector_and_only_where_there_is_one(
+    rendered: Callable[[str], Objects],
+) -> None:
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    found = {}
+    for name in ("values-cpu.yaml", "values-all-kubernetes.yaml"):
+        found[name] = [
+            (policy["metadata"]["name"], rule["ports"])
+            for policy in of_kind(rendered(name), "NetworkPolicy")
+            for rule in policy["spec"].get("egress", ())
+            if monitoring in rule["to"]
+        ]
+    assert found == {
+        "values-cpu.yaml": [],
+        "values-all-kubernetes.yaml": [("everything-router", [{"protocol": "TCP", "port": 4318}])],
+    }
 
 
 def test_pools_are_kept_close_and_spread(rendered: Callable[[str], Objects]) -> None:

@@ -80,7 +80,7 @@ def test_the_profiles_have_what_they_are_about(rendered: Callable[[str], Objects
         assert "RayService" in kinds[name] and "Deployment" not in kinds[name] - {"Deployment"}
     assert {"ServiceMonitor", "HTTPRoute", "GRPCRoute"} <= kinds["values-production.yaml"]
     assert kinds["values-all-kubernetes.yaml"] >= {
-        "Ingress", "HTTPRoute", "GRPCRoute", "ServiceMonitor", "ScaledObject", "PriorityClass",
+        "Ingress", "HTTPRoute", "GRPCRoute", "PodMonitor", "ScaledObject", "PriorityClass",
         "PodDisruptionBudget", "NetworkPolicy", "ServiceAccount", "Secret", "Deployment",
     }  # fmt: skip
     assert "PersistentVolumeClaim" in kinds["values-pvc.yaml"]

@@ -122,6 +122,8 @@ def test_settings_of_values_reach_the_program(rendered: Callable[[str], Objects]
     assert config.tenants.needs_key
     assert config.edge.stop_grace_s == 120
     assert config.tls.is_on
+    assert str(config.edge.tls.cert_file) == "/etc/baton-door-tls/tls.crt"
+    assert str(config.edge.tls.client_ca_file) == "/etc/baton-door-tls/ca.crt"
     assert config.copy.own_port == 8001
     assert config.shared.url == SECRETS["BATON_SHARED__URL"]
 
@@ -151,6 +153,34 @@ BAD = [
     ({"secrets": {"clusterSecret": "short"}}, "clusterSecret"),
     ({"secrets": {"clusterSecret": ""}}, "secrets.clusterSecret or secrets.existingSecret"),
     ({"tls": {"enabled": True}}, "tls.existingSecret"),
+    ({"frontDoorTls": {"enabled": True}}, "frontDoorTls.existingSecret"),
+    (
+        {"frontDoorTls": {"enabled": True, "existingSecret": "s"}},
+        "frontDoorTls.enabled needs runtime kubernetes",
+    ),
+    ({"frontDoorTls": {"requireClientCertificate": True}}, "needs frontDoorTls.enabled"),
+    (
+        {"monitoring": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}},
+        "podMonitor.enabled are both set",
+    ),
+    (
+        {"fabric": {"sharedMemory": {"sizeLimit": "4Gi"}}},
+        r"sizeLimit 4Gi does not fit into pools.prefill.resources.limits.memory 3Gi",
+    ),
+    (
+        {"config": {"decode": {"engine": {"kv_cache_bytes": 3221225472}}}},
+        r"kv_cache_bytes 3221225472 does not fit into pools.decode.resources.limits.memory 3Gi",
+    ),
+    (
+        {"pools": {"decode": {"resources": {"limits": {"memory": "lots"}}}}},
+        r"lots.* is no amount of memory",
+    ),
+    ({"config": {"decode": {"engine": {"revision": "b"}}}}, "config.prefill.engine.revision"),
+    ({"config": {"router": {"edge": {"tls": {"cert_file": "x"}}}}}, "tls"),
+    (
+        {"config": {"router": {"tracing": {"otlp_endpoint": "http://collector"}}}},
+        "config.router.tracing.otlp_endpoint http://collector names no port",
+    ),
     ({"gateway": {"enabled": True}}, "gateway.parentRefs"),
     ({"networkPolicy": {"clients": []}}, "clients"),
     ({"redis": {"externalUrl": "redis://:password@host"}}, "externalUrl"),

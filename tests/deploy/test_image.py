@@ -69,6 +69,7 @@ def test_build_tools_stay_out_of_the_final_stage() -> None:
             # Triton compiles launchers at run time: a C compiler for CUDA, and nothing beside it.
             found = set(re.findall(BUILD_TOOLS, step))
             assert not found or (found == {"gcc", "libc6-dev"} and " cuda) apt-get" in step)
+            assert not found or "Python.h" in step
     assert "COPY --from=build /opt/baton /opt/baton" in made["final"]
 
 
@@ -95,11 +96,12 @@ def test_dependencies_are_those_of_the_project() -> None:
     script = DOCKER / "dependencies.py"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     done = subprocess.run(
-        [sys.executable, str(script), str(ROOT / "pyproject.toml"), "certs"],
+        [sys.executable, str(script), str(ROOT / "pyproject.toml"), "certs", "tracing"],
         capture_output=True, text=True, check=True, timeout=30,
     )  # fmt: skip
-    certs = project["optional-dependencies"]["certs"]
-    assert done.stdout.splitlines() == [*project["dependencies"], *certs]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["certs"], *extras["tracing"]]
+    assert done.stdout.splitlines() == wanted
 
 
 @pytest.fixture(scope="module")

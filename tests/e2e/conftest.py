@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from kvtransfer.select import nixl_obstacle
+from observed import Observed, system_of
 from running_system import RunningSystem
+from trace_collector import grpc_collector
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +62,13 @@ def system(start_system: Callable[..., RunningSystem], exact_arguments: list[str
 def client(system: RunningSystem) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=system.url, timeout=60, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+    """With a tiny model, and a collector of traces beside it."""
+    with grpc_collector() as collector:
+        system = system_of(tmp_path_factory.mktemp("observed"), collector)
+        system.start()
+        yield Observed(system, collector)
+        system.kill()

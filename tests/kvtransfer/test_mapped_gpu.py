@@ -158,6 +158,32 @@ async def test_blocks_arrive_from_another_process(pair, kind, owner_shape, reade
         assert not found[-NUM_SCRATCH:].any()
 
 
+@pytest.mark.parametrize(
+    ("owner_shape", "reader_shape"), [((1, 64), (1, 64)), ((2, 64), (1, 64)), ((2, 16), (1, 64))]
+)
+async def test_layers_of_blocks_arrive_and_no_others(pair, owner_shape, reader_shape):
+    owner, reader = pair(owner_shape, reader_shape, "mapped")
+    await reader.connect(owner)
+    num_layers = reader.transport.num_layers(PEER)
+    unit_tokens = min(owner_shape[1], reader_shape[1])
+    units = np.random.default_rng(2).permutation(NUM_TOKENS // unit_tokens)[:3]
+    for memory in reader.memories:
+        memory.zero_()
+    torch.cuda.synchronize()
+    await reader.transport.read(
+        PEER, ids(units), ids(units), timeout_s=30.0, layers=range(1, num_layers)
+    )
+    for rank, pool in enumerate(reader.pools):
+        tokens = token_pattern(pool, NUM_TOKENS)
+        arrived = np.zeros_like(tokens)
+        for unit in units:
+            part = slice(unit * unit_tokens, (unit + 1) * unit_tokens)
+            arrived[part, :, 1:] = tokens[part, :, 1:]
+        expected = as_blocks(arrived, pool)
+        found = reader.content(rank)
+        np.testing.assert_array_equal(found[:-NUM_SCRATCH], expected.reshape(len(expected), -1))
+
+
 @kinds
 async def test_an_owner_killed_while_it_is_read_leaves_the_gpu_usable(pair, kind):
     owner, reader = pair((1, 64), (1, 64), kind)

@@ -94,9 +94,9 @@ def interpreted_copier() -> PieceCopier:
     class Interpreted(PieceStream):
         """The interpreter runs one kernel of a process at a time."""
 
-        def compile(self, *arguments: Any) -> None:
+        def prepare(self, *arguments: Any) -> Any:
             with INTERPRETER:
-                super().compile(*arguments)
+                return super().prepare(*arguments)
 
         def start(self, *arguments: Any) -> Any:
             with INTERPRETER:
@@ -202,6 +202,40 @@ async def test_blocks_arrive_at_all_ranks(owners, open_reader, owner_shape, read
     assert [rank.mapper.num_mapped for rank in reader.ranks] == [0] * len(reader.ranks)
 
 
+@pytest.mark.parametrize(
+    ("owner_shape", "reader_shape"), [((1, 16), (1, 16)), ((2, 16), (4, 16)), ((2, 16), (1, 64))]
+)
+async def test_layers_of_blocks_arrive_and_no_others(
+    owners, open_reader, owner_shape, reader_shape
+):
+    reader = open_reader(*reader_shape)
+    peer = await connect(reader, owners(*owner_shape))
+    num_layers = reader.transport.num_layers(peer)
+    assert num_layers == reader.ranks[0].pool.layout.num_layers > 1
+    unit_tokens = min(owner_shape[1], reader_shape[1])
+    units = np.random.default_rng(2).permutation(NUM_TOKENS // unit_tokens)[:5]
+    for rank in reader.ranks:
+        rank.words[:] = 0
+    await reader.transport.read(
+        peer,
+        ids(*units.tolist()),
+        ids(*units.tolist()),
+        timeout_s=30.0,
+        layers=range(1, num_layers),
+    )
+    for rank in reader.ranks:
+        tokens = token_pattern(rank.pool, NUM_TOKENS)
+        arrived = np.zeros_like(tokens)
+        for unit in units:
+            part = slice(unit * unit_tokens, (unit + 1) * unit_tokens)
+            # [tokens, heads, layers, 2, head_dim]
+            arrived[part, :, 1:] = tokens[part, :, 1:]
+        expected = as_blocks(arrived, rank.pool)
+        found = rank.words.reshape(rank.pool.num_blocks, -1)
+        np.testing.assert_array_equal(found[:-2], expected.reshape(len(expected), -1))
+        assert not found[-2:].any()
+
+
 async def test_a_killed_owner_is_gone_and_its_memory_is_unmapped(owners, open_reader):
     reader = open_reader(1, 16)
     owner = owners(2, 16, "killed")
@@ -255,10 +289,10 @@ class HandCopier:
             raise RuntimeError(self.refusal)
         return object()
 
-    def compile(self, src: Any, dst: Any) -> None:
-        return
+    def prepare(self, src: Any, dst: Any) -> object:
+        return object()
 
-    def start(self, src: Any, dst: Any, src_units: Any, dst_units: Any) -> HandLaunch:
+    def start(self, pieces: Any, src_units: Any, dst_units: Any) -> HandLaunch:
         if self.refusal:
             raise RuntimeError(self.refusal)
         self.launches.append(HandLaunch(self.ends_at_once))

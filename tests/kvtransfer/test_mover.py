@@ -17,7 +17,8 @@ from baton.core.errors import ConfigError, PeerGone, TransferError, TransferTime
 from baton.core.worker_info import WorkerId
 from kvtransfer.block_read import BlockRead, MoverLimits
 from kvtransfer.link import ConnectionLost, LinkBroken
-from kvtransfer.mover import MAX_POLL_S, Mover
+from kvtransfer.mover import Mover
+from kvtransfer.pace import DUE_LEAD_S, MAX_DUE_POLL_S, MAX_POLL_S, MAX_SPIN_S
 from kvtransfer.plan import PairPlan, SidePlan, checked_ids
 
 PEER = WorkerId("prefill-0")
@@ -99,7 +100,7 @@ class SlowLink:
     def lose_connection(self, peer: WorkerId) -> None:
         self.lost.add((peer, self.lives[peer]))
 
-    def post(self, peer, remote, local):
+    def post(self, peer, remote, local, *, by_layer=False):
         self.threads.add(threading.current_thread().name)
         if self.defect is not None:
             raise self.defect
@@ -234,6 +235,48 @@ def test_short_pieces_are_looked_at_soon_and_long_ones_rarely():
         clock.advance(seconds)
         sleeps.append(mover.poll_s())
     assert sleeps == pytest.approx([1e-5, 2e-5, 6e-5, MAX_POLL_S])
+
+
+def test_a_piece_is_awaited_asleep_until_it_is_about_due_and_without_a_pause_then(monkeypatch):
+    """By the rate of the pieces before; a late one is looked for at the usual pace again."""
+    monkeypatch.setattr("kvtransfer.pace.RATED_PIECE_BYTES", 1)
+    clock, link = ManualClock(), SlowLink()
+    mover = Mover(
+        link, pool_bytes=100 * BLOCK_BYTES, limits=MoverLimits(**LIMITS), name="m", clock=clock
+    )
+
+    def post():
+        ids = checked_ids([1, 2], 100, "the")
+        mover.read(BlockRead(PEER, WHOLE, ids, ids, clock.now() + 5))
+        mover.step()
+
+    post()
+    clock.advance(0.004)
+    link.land_all()
+    mover.step()
+    clock.advance(1.0)
+    post()
+    waits = []
+    while (wait_s := mover.poll_s()) > 0:
+        waits.append(wait_s)
+        clock.advance(wait_s)
+    # Of 4 ms, in halves while there is much left; an early end is seen by the next look.
+    assert sum(waits) == pytest.approx(0.004 - DUE_LEAD_S)
+    assert len(waits) < 10 and max(waits) == waits[0] == MAX_DUE_POLL_S
+    spun_s = 0.0
+    while mover.poll_s() == 0.0:
+        clock.advance(0.00001)
+        spun_s += 0.00001
+    assert spun_s == pytest.approx(DUE_LEAD_S + MAX_SPIN_S, abs=0.00002)
+    assert mover.poll_s() == MAX_POLL_S
+    clock.advance(3.0)
+    link.land_all()
+    mover.step()
+    post()
+    # After a link that stood still the next piece is not waited for as long.
+    assert mover.poll_s() == MAX_DUE_POLL_S
+    link.land_all()
+    mover.step()
 
 
 def test_reads_take_turns(make):

@@ -10,10 +10,20 @@ import pytest
 from baton.core.block import BlockId
 from baton.core.request import RequestId
 from baton.core.worker_info import Epoch
-from kvtransfer.messages import ChunkReady, Complete, GiveUp, LeaseId, Renew, Watch
+from kvtransfer.messages import (
+    ChunkReady,
+    Complete,
+    GiveUp,
+    LayersRead,
+    LayersReady,
+    LeaseId,
+    Renew,
+    Watch,
+)
 from kvtransfer.owner import LeasePrefix, OwnerEffect, Send
 from owner_harness import (
     EPOCH,
+    FILL,
     FIRST,
     OTHER,
     READER,
@@ -289,7 +299,8 @@ def test_random_walk_leaks_nothing(seed):
         first = engine.num_blocks.get(request_id, 0)
         engine.num_blocks[request_id] = first + count
         engine.is_running[request_id] = not is_last
-        apply(h.chunk(first, count, is_last=is_last, request_id=request_id))
+        fill_id = rng.randrange(3) if is_last else 0
+        apply(h.chunk(first, count, is_last=is_last, request_id=request_id, fill_id=fill_id))
 
     for _ in range(10_000):
         reader = rng.choice([READER, OTHER])
@@ -315,6 +326,8 @@ def test_random_walk_leaks_nothing(seed):
             apply(h.owner.renew(reader, rng.choice(list(seen[reader]))))
         elif roll < 0.86:
             apply(h.owner.reader_gone(reader))
+        elif roll < 0.90:
+            apply(h.owner.receive(reader, LayersRead(request_id, rng.choice([1, 2]))))
         else:
             h.clock.advance(rng.random() * 2)
             apply(h.owner.tick())
@@ -323,4 +336,78 @@ def test_random_walk_leaks_nothing(seed):
     h.clock.advance(100)
     apply(h.owner.tick())
     assert not engine.leased
+    h.finish()
+
+
+def test_layers_go_to_the_reader_that_has_all_before_them():
+    h = Harness()
+    assert h.layers(0, 4) == []
+    h.owner.watch(R, READER)
+    assert h.layers(0, 4) == [
+        Send(READER, LayersReady(R, FILL, 0, tuple(BlockId(100 + i) for i in range(4)), 1))
+    ]
+    h.chunk(0, 2)
+    assert h.layers(0, 4) == h.layers(3, 1) == []
+    assert len(h.layers(2, 2)) == 1
+    h.owner.reader_gone(READER)
+    assert h.layers(2, 2) == []
+    h.owner.watch(R, READER)
+    h.chunk(2, 2, is_last=True, fill_id=FILL)
+    assert h.layers(4, 1) == []
+    h.owner.receive(READER, GiveUp(R, "test"))
+    assert h.layers(0, 4) == []
+    h.finish()
+
+
+@pytest.mark.parametrize("num_first", [0, 2])
+def test_a_reader_that_has_all_layers_is_answered_with_the_last_chunk(num_first):
+    h = Harness()
+    h.owner.watch(R, READER)
+    if num_first:
+        h.chunk(0, num_first)
+    assert h.owner.receive(READER, LayersRead(R, FILL)) == []
+    effects = h.chunk(num_first, 2, is_last=True, fill_id=FILL)
+    (chunk,) = chunks(effects)
+    assert chunk.fill_id == FILL and verdicts(effects) == [True] and releases(effects) == [R]
+    assert h.owner.num_leases == 0
+    # Its own question was under way.
+    late = h.owner.receive(READER, Complete(chunk.lease_id, EPOCH))
+    assert verdicts(late) == [True] and releases(late) == []
+    h.finish()
+
+
+def test_a_reader_that_is_done_after_the_last_chunk_is_answered_at_once():
+    h = Harness()
+    h.owner.watch(R, READER)
+    assert verdicts(h.chunk(0, 2, is_last=True, fill_id=FILL)) == []
+    effects = h.owner.receive(READER, LayersRead(R, FILL))
+    assert verdicts(effects) == [True] and releases(effects) == [R]
+    h.finish()
+
+
+@pytest.mark.parametrize(
+    ("reader", "fill_id", "filled"),
+    [(READER, FILL + 1, FILL), (OTHER, FILL, FILL), (READER, FILL, 0), (READER, 0, 0)],
+    ids=["another computation", "another reader", "not told by layers", "none"],
+)
+def test_what_a_reader_has_not_read_is_not_completed(reader, fill_id, filled):
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.owner.receive(reader, LayersRead(R, fill_id))
+    assert verdicts(h.chunk(0, 2, is_last=True, fill_id=filled)) == []
+    assert h.owner.num_leases == 1
+    complete = h.owner.receive(READER, Complete(h.lease_id(), EPOCH))
+    assert verdicts(complete) == [True]
+    h.finish()
+
+
+def test_layers_read_by_a_reader_whose_stream_broke_wait_for_its_return():
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.chunk(0, 1)
+    h.owner.receive(READER, LayersRead(R, FILL))
+    h.owner.reader_gone(READER)
+    assert verdicts(h.chunk(1, 1, is_last=True, fill_id=FILL)) == []
+    assert h.owner.num_leases == 1
+    assert verdicts(h.owner.receive(READER, Complete(h.lease_id(), EPOCH))) == [True]
     h.finish()

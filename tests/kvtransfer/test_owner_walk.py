@@ -22,6 +22,7 @@ from kvtransfer.messages import (
     FetchPrefix,
     Freeze,
     GiveUp,
+    LayersRead,
     LeaseId,
     ReaderMessage,
     Renew,
@@ -170,6 +171,7 @@ class Walk:
                 Renew(lease_id),
                 Complete(lease_id, EPOCH if self.rng.random() < 0.9 else Epoch("e0")),
                 Complete(lease_id, EPOCH),
+                LayersRead(request_id, self.rng.choice([1, 2])),
                 GiveUp(request_id, "walk"),
             ]
         )

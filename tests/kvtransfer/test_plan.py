@@ -25,6 +25,7 @@ from kvtransfer.plan import (
     checked_ids,
     count_runs,
     heads_of_rank,
+    layer_units,
     merge_runs,
     plan_pair,
     plan_sources,
@@ -139,6 +140,37 @@ def test_every_byte_is_read_once_from_a_rank_that_has_it(num_heads, block_sizes)
             np.testing.assert_array_equal(target, pool_of(arrived.reshape(kv.shape), local))
             assert written.max() == 1
             assert moved == written.sum() == local.num_bytes * (num_units - 1) // num_units
+
+
+@pytest.mark.parametrize("block_sizes", BLOCK_SIZES, ids=lambda sizes: f"{sizes[0]}-{sizes[1]}")
+@pytest.mark.parametrize("num_heads", [1, 3, 8])
+def test_layers_of_units_are_exactly_their_part_of_them(num_heads, block_sizes):
+    """Layer by layer the same bytes arrive in the same places, each once."""
+    rng = np.random.default_rng(num_heads)
+    kv = kv_of_all_tokens(num_heads)
+    num_units = NUM_TOKENS // min(block_sizes)
+    for remote_size, local_size in itertools.product(sizes_for(num_heads), repeat=2):
+        local = rank_pool(num_heads, block_sizes[1], local_size - 1, local_size)
+        chosen = rng.permutation(num_units)[:5].astype(np.int32)
+        places = rng.permutation(num_units)[:5].astype(np.int32)
+        for rank in range(remote_size):
+            remote = rank_pool(num_heads, block_sizes[0], rank, remote_size)
+            whole, layered = (plan_pair(remote, local, by_layer=is_so) for is_so in (False, True))
+            assert (whole is None) == (layered is None)
+            if whole is None or layered is None:
+                continue
+            source = pool_of(kv, remote)
+            expected, target = (np.zeros(local.num_bytes, dtype=np.uint8) for _ in range(2))
+            written, once = (np.zeros(local.num_bytes, dtype=np.int8) for _ in range(2))
+            move(whole, source, expected, once, (chosen, places))
+            for layer in range(LAYERS):
+                units = [layer_units(u, range(layer, layer + 1), LAYERS) for u in (chosen, places)]
+                part = np.zeros_like(written)
+                moved = move(layered, source, target, part, (units[0], units[1]))
+                assert moved == part.sum() == 5 * whole.local.unit_bytes // LAYERS
+                written += part
+            np.testing.assert_array_equal(target, expected)
+            np.testing.assert_array_equal(written, once)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 4, 8])

@@ -5,7 +5,7 @@ import pytest
 from baton.core.block import BlockHash
 from baton.core.errors import InvalidRequest
 from baton.core.kv_layout import KvLayout
-from baton.core.lifecycle import LifecycleEvent, Timeline, TransferStats
+from baton.core.lifecycle import EngineUse, LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
     FinishReason,
     GenerateRequest,
@@ -71,7 +71,9 @@ def test_delta(reason):
         is_overload=True,
         num_cached_tokens=9,
         timeline=Timeline(
-            {event: float(event) for event in LifecycleEvent}, TransferStats(1, 2, 3, 0.5, 0.25)
+            {event: float(event) for event in LifecycleEvent},
+            TransferStats(1, 2, 3, 0.5, 0.25),
+            EngineUse(1.5, 4),
         ),
     )
     wire = pb.Delta.FromString(convert.delta_to_wire(delta).SerializeToString())
@@ -109,7 +111,7 @@ def test_worker_of_unknown_role_is_refused():
 
 
 def test_load_report():
-    load = LoadReport(*range(1, 12), is_draining=True, is_unhealthy=True)
+    load = LoadReport(*range(1, 12), True, True, busy_seconds=2.5, num_steps=9)
     assert convert.load_from_wire(convert.load_to_wire(load)) == load
 
 

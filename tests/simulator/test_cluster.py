@@ -7,7 +7,8 @@ import random
 import pytest
 
 from baton.core.block import next_hash, root_hash
-from baton.simulator.cluster import ClusterConfig, SimCluster
+from baton.simulator.cluster import SimCluster
+from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.hardware import Hardware
 from baton.simulator.outcome import Outcome, summarize
 from baton.simulator.workload import Arrival

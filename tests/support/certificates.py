@@ -33,5 +33,5 @@ def unchecked_tls_files(
     folder: Path, role: str = "worker", name: str = "baton", *, expires_in_s: float = 86400.0
 ) -> TlsFiles:
     """Of files that this process would refuse for itself, as they are once they have expired."""
-    with mock.patch("baton.core.tls._shake_hands", return_value=time.time() + expires_in_s):
+    with mock.patch("baton.core.tls.shake_hands", return_value=time.time() + expires_in_s):
         return tls_files(folder, role, name)

@@ -29,6 +29,7 @@ class HandRead:
     local: list[BlockId]
     future: asyncio.Future[ReadStats]
     is_given_up: bool = False
+    layers: range | None = None
 
     def land(self) -> None:
         self.future.set_result(ReadStats(100 * len(self.local), 1, 0.5))
@@ -99,6 +100,10 @@ class HandRank:
         assert plan is not None
         return UnitsPerBlock(plan.remote.units_per_block, plan.local.units_per_block)
 
+    def num_layers(self, peer: WorkerId) -> int:
+        self._card(peer)
+        return self.region.layout.num_layers
+
     async def measure(self, peer: WorkerId, *, num_rounds: int, timeout_s: float) -> LinkReport:
         self._card(peer)
         report = self.link(peer)
@@ -112,11 +117,14 @@ class HandRank:
         local: Sequence[BlockId],
         *,
         timeout_s: float,
+        layers: range | None = None,
     ) -> ReadStats:
         self._card(peer)
         if max(local) >= self.region.num_blocks * self.units_per_block(peer).local:
             raise TransferError(f"block id {max(local)} is outside the local pool")
-        read = HandRead(peer, list(local), asyncio.get_running_loop().create_future())
+        read = HandRead(
+            peer, list(local), asyncio.get_running_loop().create_future(), layers=layers
+        )
         self.reads.append(read)
         try:
             return await read.future

@@ -48,11 +48,12 @@ async def clean(cluster):
 
 
 def outcomes(cluster):
-    """(reason, result) -> count."""
+    """(reason, result) -> count, where there was any."""
     found = {}
     for line in cluster.core.metrics.render().decode().splitlines():
         if line.startswith("baton_migrations_total{"):
             labels, value = line.removeprefix("baton_migrations_total{").split("} ")
             pairs = dict(pair.replace('"', "").split("=") for pair in labels.split(","))
-            found[pairs["reason"], pairs["result"]] = float(value)
+            if float(value):
+                found[pairs["reason"], pairs["result"]] = float(value)
     return found

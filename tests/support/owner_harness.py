@@ -8,7 +8,15 @@ from baton.core.block import BlockHash, BlockId
 from baton.core.clock import ManualClock
 from baton.core.request import RequestId, TokenDelta
 from baton.core.worker_info import Epoch
-from kvtransfer.messages import ChunkReady, Completed, FetchPrefix, LeaseId, Refused, Takeover
+from kvtransfer.messages import (
+    ChunkReady,
+    Completed,
+    FetchPrefix,
+    LayersReady,
+    LeaseId,
+    Refused,
+    Takeover,
+)
 from kvtransfer.owner import LeaseOwner, OwnerEffect, OwnerLimits, ReaderId, ReleaseLease, Send
 
 EPOCH = Epoch("e1")
@@ -16,6 +24,7 @@ READER = ReaderId("decode-0@d1")
 OTHER = ReaderId("decode-1@d1")
 R = RequestId("r")
 FIRST = TokenDelta(R, token_ids=[5])
+FILL = 3
 HASHES = tuple(BlockHash(bytes([i]) * 16) for i in range(4))
 
 E = TypeVar("E")
@@ -30,7 +39,13 @@ class Harness:
         self.owner = LeaseOwner(epoch=EPOCH, clock=self.clock, limits=OwnerLimits(**values))
 
     def chunk(
-        self, first: int, count: int, *, is_last: bool = False, request_id: RequestId = R
+        self,
+        first: int,
+        count: int,
+        *,
+        is_last: bool = False,
+        request_id: RequestId = R,
+        fill_id: int = 0,
     ) -> list[OwnerEffect]:
         return self.owner.chunk_done(
             request_id,
@@ -38,7 +53,12 @@ class Harness:
             block_ids=[BlockId(100 + first + i) for i in range(count)],
             is_last=is_last,
             first_token=FIRST if is_last else None,
+            fill_id=fill_id,
         )
+
+    def layers(self, first: int, count: int, num_layers: int = 1) -> list[OwnerEffect]:
+        ids = tuple(BlockId(100 + first + i) for i in range(count))
+        return self.owner.layers_done(R, LayersReady(R, FILL, first, ids, num_layers))
 
     def lease_id(self) -> LeaseId:
         """Of the only request, through a repeated watch."""

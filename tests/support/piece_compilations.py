@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hopper_compiler import recording_compilations
-from kernels.piece_copy import compile_pieces, copy_pieces, make_side
+from kernels.piece_copy import CompiledPieces, copy_pieces, make_side
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     units = torch.empty(64, dtype=torch.int32)
     names: list[str] = []
     with recording_compilations(names):
-        compile_pieces(side, side)
+        CompiledPieces(side, side, max_programs=1)
         for count in (1, 15, 16, 17, 48):
             copy_pieces(side, side, src_units=units[:count], dst_units=units[1 : count + 1])
     print(*names, sep="\n")

@@ -120,12 +120,13 @@ def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.
     return tensors
 
 
-def write_checkpoint(folder: Path, *, num_shards: int = 1, **overrides: Any) -> Path:
-    """A checkpoint with BASE and `overrides`, in one file or in shards with an index."""
+def write_checkpoint(folder: Path, *, num_shards: int = 1, seed: int = 0, **overrides: Any) -> Path:
+    """A checkpoint with BASE and `overrides`, in one file or in shards with an index. Those of two
+    seeds are two revisions of a model."""
     config = BASE | overrides
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = random_tensors(config)
+    tensors = random_tensors(config, seed=seed)
     if num_shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return folder

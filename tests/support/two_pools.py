@@ -12,26 +12,38 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from baton.core.worker_info import WorkerId
 from services.router.admission.admission import Lane
-from services.router.admission.decode_forecast import DecodeForecast
 from services.router.admission.ticket import Prospect, Ticket, TicketState
+from services.router.admission.turnover import Turnover
 from services.router.placement.placement import Prediction
 
 STEP_S = 0.005
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """One request in the model."""
+    """One request in the model; its client's bound is far away."""
 
     ticket: Ticket
     num_output: int
     arrived_at_s: float
     first_token_at_s: float | None = None
     ended_at_s: float | None = None
-    decode: int = 0
-    running: object = None
+    decode: WorkerId | None = None
     tokens: float = 0.0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.ticket.num_prompt_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        return 0 if self.first_token_at_s is None else 1 + int(self.tokens)
+
+    @property
+    def max_output_tokens(self) -> int:
+        return 1 << 20
 
     @property
     def ttft_s(self) -> float:
@@ -66,10 +78,11 @@ class TwoPools:
 
     def __post_init__(self) -> None:
         self.prefill: list[deque[list[object]]] = [deque() for _ in range(self.num_prefill)]
-        self.batches: list[dict[Ticket, Job]] = [{} for _ in range(self.num_decode)]
-        self.expected: list[int] = [0] * self.num_decode
-        self.forecast = DecodeForecast()
-        self._chosen: dict[Ticket, tuple[int, int, Prediction]] = {}
+        names = [WorkerId(f"d{i}") for i in range(self.num_decode)]
+        self.batches: dict[WorkerId, dict[Ticket, Job]] = {name: {} for name in names}
+        self.expected = dict.fromkeys(names, 0)
+        self.turnover = Turnover(256)
+        self._chosen: dict[Ticket, tuple[int, WorkerId, Prediction]] = {}
 
     # What the router would do.
 
@@ -90,29 +103,41 @@ class TwoPools:
     def prospect(self, ticket: Ticket) -> Prospect:
         queued = [sum(float(item[1]) for item in q) * self.token_s for q in self.prefill]  # type: ignore[arg-type]
         prefill = min(range(self.num_prefill), key=queued.__getitem__)
-        load = [len(b) + e for b, e in zip(self.batches, self.expected, strict=True)]
-        decode = min(range(self.num_decode), key=load.__getitem__)
+        load = {name: len(batch) + self.expected[name] for name, batch in self.batches.items()}
+        decode = min(load, key=load.__getitem__)
         queued_s = queued[prefill] * self.error()
         ttft_s = queued_s + ticket.num_prompt_tokens * self.token_s * self.error()
-        num_sequences = load[decode] + 1
+        num_sequences: float = load[decode] + 1
+        places_per_s = 0.0
         if self.uses_forecast:
-            until_s = self.now_s + ttft_s
-            ending = self.forecast.ending(str(decode), self.now_s, until_s)  # type: ignore[arg-type]
-            num_sequences -= ending.num_sequences
-        itl_s = (self.itl_fixed_s + self.itl_sequence_s * num_sequences) * self.error()
-        predicted = Prediction(ttft_s, itl_s, queued_s)
+            for name, count in load.items():
+                per_s = 1 / self._itl_s(max(1, count))
+                places_per_s += self.turnover.ending(name, per_s, self.now_s).num_sequences
+            steps = ttft_s / self._itl_s(num_sequences)
+            num_sequences -= self.turnover.ending(decode, steps, self.now_s).num_sequences
+        predicted = Prediction(ttft_s, self._itl_s(num_sequences) * self.error(), queued_s)
         self._chosen[ticket] = (prefill, decode, predicted)
-        return Prospect(predicted, ticket.num_prompt_tokens, self.num_prefill)
+        return Prospect(
+            predicted,
+            ticket.num_prompt_tokens,
+            self.num_prefill,
+            decode=decode,
+            itl_relief_s=self.itl_sequence_s,
+            places_per_s=places_per_s,
+            num_decoding=self.num_decode,
+        )
+
+    def _itl_s(self, num_sequences: float) -> float:
+        return self.itl_fixed_s + self.itl_sequence_s * num_sequences
 
     def launch(self, ticket: Ticket) -> None:
-        prefill, decode, predicted = self._chosen.pop(ticket)
+        prefill, decode, _ = self._chosen.pop(ticket)
         job = self.jobs[ticket]
         job.decode = decode
         self.prefill[prefill].append([job, float(ticket.num_prompt_tokens)])
         self.expected[decode] += 1
         self.admitted_at_s.append(self.now_s)
-        ends_at_s = self.now_s + predicted.ttft_s + ticket.num_output_tokens * predicted.itl_s
-        job.running = self.forecast.add(str(decode), ends_at_s=ends_at_s, kv_tokens=0)  # type: ignore[arg-type]
+        self.turnover.add(decode, job)
 
     # The workers.
 
@@ -129,12 +154,11 @@ class TwoPools:
                 if left - done <= 1e-9:
                     queue.popleft()
                     job.first_token_at_s = self.now_s
+                    assert job.decode is not None
                     self.expected[job.decode] -= 1
                     self.batches[job.decode][job.ticket] = job
-        for batch in self.batches:
-            if not batch:
-                continue
-            itl_s = self.itl_fixed_s + self.itl_sequence_s * len(batch)
+        for batch in self.batches.values():
+            itl_s = self._itl_s(len(batch))
             for ticket, job in list(batch.items()):
                 job.tokens += STEP_S / itl_s
                 if job.tokens >= job.num_output - 1:
@@ -143,7 +167,8 @@ class TwoPools:
 
     def _end(self, job: Job) -> None:
         job.ended_at_s = self.now_s
-        self.forecast.remove(str(job.decode), job.running)  # type: ignore[arg-type]
+        assert job.decode is not None
+        self.turnover.remove(job.decode, job)
         self.lane.end(
             job.ticket,
             num_uncached_tokens=job.ticket.num_prompt_tokens,

@@ -37,7 +37,9 @@ class ComputeDevice(Protocol):
         """Everything launched inside runs in order on the engine's own stream."""
         ...
 
-    def record(self) -> Event: ...
+    def record(self, *, sleeps: bool = False) -> Event:
+        """`sleeps`: who waits for it leaves the core to others, and is woken a little later."""
+        ...
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Zeroed host memory that copies to and from the device without a bounce."""
@@ -78,8 +80,8 @@ class CudaDevice:
     def stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
 
-    def record(self) -> Event:
-        event = torch.cuda.Event()
+    def record(self, *, sleeps: bool = False) -> Event:
+        event = torch.cuda.Event(blocking=sleeps)
         event.record(self._stream)
         return _CudaEvent(event)
 
@@ -117,7 +119,7 @@ class InterpretedDevice:
     def stream(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def record(self) -> Event:
+    def record(self, *, sleeps: bool = False) -> Event:
         return _PassedEvent()
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

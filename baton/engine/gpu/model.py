@@ -15,6 +15,8 @@ Not known here: checkpoints, sampling, graphs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,9 @@ from kernels.embedding import embed
 from kernels.fused_decode_attention import fused_decode_attention
 from kernels.prefill_attention import prefill_attention
 from kernels.rope_kv_write import rope_kv_write
+
+OnLayers = Callable[[int], None]
+"""Called when the layers up to here have been launched, on all ranks as far as their KV goes."""
 
 
 class GpuLlama:
@@ -72,12 +77,16 @@ class GpuLlama:
         return torch.empty(num_rows, self._vocab_rows, dtype=table.dtype, device=table.device)
 
     def forward(
-        self, inputs: StepInputs, last_tokens: Tensor, logits: Tensor | None = None
+        self,
+        inputs: StepInputs,
+        last_tokens: Tensor,
+        logits: Tensor | None = None,
+        on_layers: OnLayers | None = None,
     ) -> Tensor | None:
         """Logits [num_sampled, vocab_rows], None when the step samples nothing.
 
         `last_tokens` [num_slots] holds the samples that pending rows refer to. `logits`, if given,
-        receives those of a decode step.
+        receives those of a decode step. `on_layers` is called in other steps.
         """
         hidden = embed(
             inputs.token_ids,
@@ -88,7 +97,7 @@ class GpuLlama:
         )
         if inputs.sampled_rows is None:
             return self._decode_step(hidden, inputs, logits)
-        return self._mixed_step(hidden, inputs, inputs.sampled_rows)
+        return self._mixed_step(hidden, inputs, inputs.sampled_rows, on_layers)
 
     def _decode_step(self, hidden: Tensor, inputs: StepInputs, logits: Tensor | None) -> Tensor:
         """Every row is a sequence's single new token, and is sampled."""
@@ -114,14 +123,23 @@ class GpuLlama:
         return self._head.project(hidden, rms_eps=self._eps, out=logits)
 
     def _mixed_step(
-        self, hidden: Tensor, inputs: StepInputs, sampled_rows: Tensor
+        self,
+        hidden: Tensor,
+        inputs: StepInputs,
+        sampled_rows: Tensor,
+        on_layers: OnLayers | None,
     ) -> Tensor | None:
         """Single tokens and chunks; the last layer goes on with the sampled rows alone."""
         last = len(self._layers) - 1
         for index in range(last):
             queries = self._project(index, hidden, inputs)
             self._combine(index, hidden, self._attend(index, queries, inputs))
+            if on_layers is not None:
+                # Its sums come after every rank's KV.
+                on_layers(index + 1)
         queries = self._project(last, hidden, inputs)
+        if on_layers is not None and self._communicator.size == 1:
+            on_layers(last + 1)
         if not inputs.num_sampled:
             # Rank 0's end of the step must mean that every rank has written its last layer.
             self._communicator.barrier()
@@ -134,6 +152,8 @@ class GpuLlama:
         )
         hidden = hidden.index_select(0, sampled_rows)
         self._combine(last, hidden, attended)
+        if on_layers is not None and self._communicator.size > 1:
+            on_layers(last + 1)
         return self._head.project(hidden, rms_eps=self._eps)
 
     def _project(self, index: int, hidden: Tensor, inputs: StepInputs) -> Tensor:

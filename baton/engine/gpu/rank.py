@@ -5,16 +5,18 @@ Every rank of a group runs the same slices. Not known here: sampling parameters,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from baton.engine.batch import SequenceSlice
+from baton.engine.batch import LayerMarks, SequenceSlice
 from baton.engine.gpu.device import ComputeDevice
 from baton.engine.gpu.graphs import DecodeSteps, EagerDecode, GraphedDecode, Progress
 from baton.engine.gpu.inputs import InputStaging
+from baton.engine.gpu.layer_watch import LayerWatch
 from baton.engine.gpu.model import GpuLlama
 from baton.engine.gpu.slots import Assignment, SlotTable
 
@@ -57,6 +59,7 @@ class GpuRank:
             block_size=limits.block_size,
         )
         self._slots = SlotTable(limits.max_num_seqs)
+        self._watch = LayerWatch(device)
         self.last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int32, device=device.device)
         """[max_num_seqs] the last sampled token of each place; written by the sampler of rank 0
         and, with several ranks, broadcast."""
@@ -75,7 +78,7 @@ class GpuRank:
         else:
             self._decode = EagerDecode(buckets)
 
-    def run(self, slices: Sequence[SequenceSlice]) -> RankStep:
+    def run(self, slices: Sequence[SequenceSlice], marks: LayerMarks | None = None) -> RankStep:
         """Launch a non-empty step; called inside `ComputeDevice.stream()` and inference mode."""
         assignment = self._slots.assign([s.request_id for s in slices])
         is_decode = all(len(s.token_ids) == 1 and s.samples for s in slices)
@@ -85,7 +88,8 @@ class GpuRank:
             logits = self._decode.run(bucket, self._decode_step)
             return RankStep(logits, sampled, assignment)
         packed = self._staging.pack(slices, assignment.slots)
-        chosen = self._model.forward(packed.inputs, self.last_tokens)
+        on_layers = None if marks is None else functools.partial(self._watch.pass_layers, marks)
+        chosen = self._model.forward(packed.inputs, self.last_tokens, on_layers=on_layers)
         return RankStep(chosen, packed.sampled, assignment)
 
     def _decode_step(self, num_rows: int) -> Tensor:

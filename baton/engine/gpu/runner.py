@@ -65,7 +65,7 @@ class GpuRunner:
     def launch_slices(self, batch: Batch, slices: SequenceOf[SequenceSlice]) -> LaunchedGpuStep:
         """`launch` on rank 0, with the slices of the batch that the other ranks run."""
         with self._device.stream(), torch.inference_mode():
-            step = self._rank.run(slices)
+            step = self._rank.run(slices, batch.layer_marks)
             logits = self._gather(step)
             sampling = None
             if logits is not None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baton.engine.batch import LayerMarks
 from baton.engine.communicator import ROOT, Communicator, SingleCommunicator
 from baton.engine.kv_cache import KvPool
 from baton.engine.layers.attention import DecodeGroup, PagedAttention
@@ -95,10 +96,11 @@ class LlamaModel:
         self._query_width = num_heads * config.head_dim
         self._vocab_size = config.vocab_size
 
-    def forward(self, plan: StepPlan) -> Tensor | None:
+    def forward(self, plan: StepPlan, marks: LayerMarks | None = None) -> Tensor | None:
         """Logits [num sampled rows, vocab_size].
 
-        None when the plan samples nothing, and on all ranks but the first.
+        None when the plan samples nothing, and on all ranks but the first. A layer is passed once
+        its sums are there, to which every rank has added after writing its KV.
         """
         hidden = F.embedding(plan.token_ids, self._embedding)
         tables = self._rotary.tables(plan.positions)
@@ -108,7 +110,11 @@ class LlamaModel:
             queries = self._project(layer, index, hidden, plan, tables)
             attended = self._attend(index, queries, plan)
             hidden = self._combine(layer, hidden, attended)
+            if marks is not None:
+                marks.pass_layers(index + 1)
         queries = self._project(self._layers[last], last, hidden, plan, tables)
+        if marks is not None and self._communicator.size == 1:
+            marks.pass_layers(last + 1)
         if not plan.sampled:
             # The others' KV of this layer is in the pool before anyone is told of it. Otherwise
             # the sums that follow see to that.
@@ -119,6 +125,8 @@ class LlamaModel:
             hidden = hidden.index_select(0, plan.sampled_rows)
         attended = self._decode(last, queries, plan.sampled_groups)
         hidden = self._combine(self._layers[last], hidden, attended)
+        if marks is not None and self._communicator.size > 1:
+            marks.pass_layers(last + 1)
         logits = self._communicator.gather_columns(self._head(self._norm(hidden)))
         if logits is None or logits.shape[1] == self._vocab_size:
             return logits

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.rpc.v1 import worker_pb2 as baton_dot_rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/rpc/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/rpc/v1/worker.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x7f\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\"\x9f\x01\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x05 \x03(\tB\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x01\n\x0eInferenceDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\r\n\x05model\x18\x07 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model2\xd4\x01\n\tInference\x12\x39\n\x04\x43hat\x12\x15.baton.v1.ChatRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12\x43\n\x08Generate\x12\x1b.baton.v1.CompletionRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/rpc/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/rpc/v1/worker.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x94\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x13\n\x0bwith_timing\x18\x05 \x01(\x08\"\xb4\x01\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x13\n\x0bwith_timing\x18\x06 \x01(\x08\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x01\n\x0eInferenceDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\r\n\x05model\x18\x07 \x01(\t\x12 \n\x06timing\x18\x08 \x01(\x0b\x32\x10.baton.v1.Timing\"\xc5\x02\n\x06Timing\x12\x16\n\tplaced_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07ttft_ms\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08total_ms\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bmean_itl_ms\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12(\n\x07prefill\x18\x05 \x01(\x0b\x32\x17.baton.v1.PrefillTiming\x12*\n\x08transfer\x18\x06 \x01(\x0b\x32\x18.baton.v1.TransferTiming\x12&\n\x06\x64\x65\x63ode\x18\x07 \x01(\x0b\x32\x16.baton.v1.DecodeTiming\x12\x14\n\x0cnum_failures\x18\x08 \x01(\r\x12\x11\n\tnum_moves\x18\t \x01(\rB\x0c\n\n_placed_msB\n\n\x08_ttft_msB\x0b\n\t_total_msB\x0e\n\x0c_mean_itl_ms\"\xd3\x01\n\rPrefillTiming\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\x08queue_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ncompute_ms\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nnum_chunks\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tengine_ms\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\rB\x0b\n\t_queue_msB\r\n\x0b_compute_msB\r\n\x0b_num_chunksB\x0c\n\n_engine_ms\"V\n\x0eTransferTiming\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x12\n\nexposed_ms\x18\x02 \x01(\x01\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x11\n\tnum_reads\x18\x04 \x01(\r\"\x93\x01\n\x0c\x44\x65\x63odeTiming\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\tdecode_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tnum_steps\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x16\n\tengine_ms\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0c\n\n_decode_msB\x0c\n\n_num_stepsB\x0c\n\n_engine_ms\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model2\xd4\x01\n\tInference\x12\x39\n\x04\x43hat\x12\x15.baton.v1.ChatRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12\x43\n\x08Generate\x12\x1b.baton.v1.CompletionRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,22 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHATMESSAGE']._serialized_start=69
   _globals['_CHATMESSAGE']._serialized_end=113
-  _globals['_CHATREQUEST']._serialized_start=115
-  _globals['_CHATREQUEST']._serialized_end=242
-  _globals['_COMPLETIONREQUEST']._serialized_start=245
-  _globals['_COMPLETIONREQUEST']._serialized_end=404
-  _globals['_TOKENIDS']._serialized_start=406
-  _globals['_TOKENIDS']._serialized_end=429
-  _globals['_INFERENCEDELTA']._serialized_start=432
-  _globals['_INFERENCEDELTA']._serialized_end=638
-  _globals['_USAGE']._serialized_start=640
-  _globals['_USAGE']._serialized_end=720
-  _globals['_LISTMODELSREQUEST']._serialized_start=722
-  _globals['_LISTMODELSREQUEST']._serialized_end=741
-  _globals['_MODEL']._serialized_start=743
-  _globals['_MODEL']._serialized_end=785
-  _globals['_LISTMODELSRESPONSE']._serialized_start=787
-  _globals['_LISTMODELSRESPONSE']._serialized_end=840
-  _globals['_INFERENCE']._serialized_start=843
-  _globals['_INFERENCE']._serialized_end=1055
+  _globals['_CHATREQUEST']._serialized_start=116
+  _globals['_CHATREQUEST']._serialized_end=264
+  _globals['_COMPLETIONREQUEST']._serialized_start=267
+  _globals['_COMPLETIONREQUEST']._serialized_end=447
+  _globals['_TOKENIDS']._serialized_start=449
+  _globals['_TOKENIDS']._serialized_end=472
+  _globals['_INFERENCEDELTA']._serialized_start=475
+  _globals['_INFERENCEDELTA']._serialized_end=715
+  _globals['_TIMING']._serialized_start=718
+  _globals['_TIMING']._serialized_end=1043
+  _globals['_PREFILLTIMING']._serialized_start=1046
+  _globals['_PREFILLTIMING']._serialized_end=1257
+  _globals['_TRANSFERTIMING']._serialized_start=1259
+  _globals['_TRANSFERTIMING']._serialized_end=1345
+  _globals['_DECODETIMING']._serialized_start=1348
+  _globals['_DECODETIMING']._serialized_end=1495
+  _globals['_USAGE']._serialized_start=1497
+  _globals['_USAGE']._serialized_end=1577
+  _globals['_LISTMODELSREQUEST']._serialized_start=1579
+  _globals['_LISTMODELSREQUEST']._serialized_end=1598
+  _globals['_MODEL']._serialized_start=1600
+  _globals['_MODEL']._serialized_end=1642
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1644
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1697
+  _globals['_INFERENCE']._serialized_start=1700
+  _globals['_INFERENCE']._serialized_end=1912
 # @@protoc_insertion_point(module_scope)

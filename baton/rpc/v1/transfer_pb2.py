@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.rpc.v1 import worker_pb2 as baton_dot_rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61ton/rpc/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/rpc/v1/worker.proto\"4\n\x10\x43hallengeRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\x1f\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"Z\n\x0e\x43onnectRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x11\n\tchallenge\x18\x04 \x01(\x0c\"\x1c\n\x0c\x43onnectReply\x12\x0c\n\x04\x63\x61rd\x18\x01 \x01(\x0c\"g\n\x0eMeasureRequest\x12 \n\x05peers\x18\x01 \x03(\x0b\x32\x11.baton.v1.PeerRef\x12\x12\n\nnum_rounds\x18\x02 \x01(\r\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\x12\x11\n\tchallenge\x18\x04 \x01(\x0c\"f\n\x0cMeasureReply\x12#\n\x05links\x18\x01 \x03(\x0b\x32\x14.baton.v1.LinkReport\x12\x1f\n\x17memory_bytes_per_second\x18\x02 \x01(\x01\x12\x10\n\x08\x66indings\x18\x03 \x03(\t\"\xcb\x02\n\rReaderMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.ReaderHelloH\x00\x12 \n\x05watch\x18\x02 \x01(\x0b\x32\x0f.baton.v1.WatchH\x00\x12 \n\x05renew\x18\x03 \x01(\x0b\x32\x0f.baton.v1.RenewH\x00\x12&\n\x08\x63omplete\x18\x04 \x01(\x0b\x32\x12.baton.v1.CompleteH\x00\x12#\n\x07give_up\x18\x05 \x01(\x0b\x32\x10.baton.v1.GiveUpH\x00\x12-\n\x0c\x66\x65tch_prefix\x18\x06 \x01(\x0b\x32\x15.baton.v1.FetchPrefixH\x00\x12&\n\x08takeover\x18\x07 \x01(\x0b\x32\x12.baton.v1.TakeoverH\x00\x12\"\n\x06\x66reeze\x18\x08 \x01(\x0b\x32\x10.baton.v1.FreezeH\x00\x42\x06\n\x04\x62ody\"/\n\x0bReaderHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\x1b\n\x05Watch\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x19\n\x05Renew\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"+\n\x08\x43omplete\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\",\n\x06GiveUp\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"7\n\x0b\x46\x65tchPrefix\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\"8\n\x08Takeover\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10num_known_tokens\x18\x02 \x01(\r\"\x1c\n\x06\x46reeze\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x8d\x01\n\x0cOwnerMessage\x12%\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x14.baton.v1.ChunkReadyH\x00\x12(\n\tcompleted\x18\x02 \x01(\x0b\x32\x13.baton.v1.CompletedH\x00\x12$\n\x07refused\x18\x03 \x01(\x0b\x32\x11.baton.v1.RefusedH\x00\x42\x06\n\x04\x62ody\"\xb8\x01\n\nChunkReady\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x05 \x01(\r\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x0f\n\x07is_last\x18\x07 \x01(\x08\x12$\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x0f.baton.v1.Delta\",\n\tCompleted\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05valid\x18\x02 \x01(\x08\"-\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\x86\x02\n\x08Transfer\x12\x41\n\tChallenge\x12\x1a.baton.v1.ChallengeRequest\x1a\x18.baton.v1.ChallengeReply\x12;\n\x07\x43onnect\x12\x18.baton.v1.ConnectRequest\x1a\x16.baton.v1.ConnectReply\x12=\n\x06Leases\x12\x17.baton.v1.ReaderMessage\x1a\x16.baton.v1.OwnerMessage(\x01\x30\x01\x12;\n\x07Measure\x12\x18.baton.v1.MeasureRequest\x1a\x16.baton.v1.MeasureReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61ton/rpc/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/rpc/v1/worker.proto\"4\n\x10\x43hallengeRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\x1f\n\x0e\x43hallengeReply\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"Z\n\x0e\x43onnectRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\x11\n\tchallenge\x18\x04 \x01(\x0c\"\x1c\n\x0c\x43onnectReply\x12\x0c\n\x04\x63\x61rd\x18\x01 \x01(\x0c\"g\n\x0eMeasureRequest\x12 \n\x05peers\x18\x01 \x03(\x0b\x32\x11.baton.v1.PeerRef\x12\x12\n\nnum_rounds\x18\x02 \x01(\r\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\x12\x11\n\tchallenge\x18\x04 \x01(\x0c\"f\n\x0cMeasureReply\x12#\n\x05links\x18\x01 \x03(\x0b\x32\x14.baton.v1.LinkReport\x12\x1f\n\x17memory_bytes_per_second\x18\x02 \x01(\x01\x12\x10\n\x08\x66indings\x18\x03 \x03(\t\"\xf8\x02\n\rReaderMessage\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x15.baton.v1.ReaderHelloH\x00\x12 \n\x05watch\x18\x02 \x01(\x0b\x32\x0f.baton.v1.WatchH\x00\x12 \n\x05renew\x18\x03 \x01(\x0b\x32\x0f.baton.v1.RenewH\x00\x12&\n\x08\x63omplete\x18\x04 \x01(\x0b\x32\x12.baton.v1.CompleteH\x00\x12#\n\x07give_up\x18\x05 \x01(\x0b\x32\x10.baton.v1.GiveUpH\x00\x12-\n\x0c\x66\x65tch_prefix\x18\x06 \x01(\x0b\x32\x15.baton.v1.FetchPrefixH\x00\x12&\n\x08takeover\x18\x07 \x01(\x0b\x32\x12.baton.v1.TakeoverH\x00\x12\"\n\x06\x66reeze\x18\x08 \x01(\x0b\x32\x10.baton.v1.FreezeH\x00\x12+\n\x0blayers_read\x18\t \x01(\x0b\x32\x14.baton.v1.LayersReadH\x00\x42\x06\n\x04\x62ody\"/\n\x0bReaderHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\"\x1b\n\x05Watch\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x19\n\x05Renew\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"+\n\x08\x43omplete\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\",\n\x06GiveUp\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"7\n\x0b\x46\x65tchPrefix\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_hashes\x18\x02 \x01(\x0c\"8\n\x08Takeover\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10num_known_tokens\x18\x02 \x01(\r\"\x1c\n\x06\x46reeze\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"1\n\nLayersRead\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x66ill_id\x18\x02 \x01(\x04\"\xb6\x01\n\x0cOwnerMessage\x12%\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x14.baton.v1.ChunkReadyH\x00\x12(\n\tcompleted\x18\x02 \x01(\x0b\x32\x13.baton.v1.CompletedH\x00\x12$\n\x07refused\x18\x03 \x01(\x0b\x32\x11.baton.v1.RefusedH\x00\x12\'\n\x06layers\x18\x04 \x01(\x0b\x32\x15.baton.v1.LayersReadyH\x00\x42\x06\n\x04\x62ody\"\xc9\x01\n\nChunkReady\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08lease_ms\x18\x04 \x01(\r\x12\x19\n\x11\x66irst_block_index\x18\x05 \x01(\r\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x0f\n\x07is_last\x18\x07 \x01(\x08\x12$\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x0f.baton.v1.Delta\x12\x0f\n\x07\x66ill_id\x18\t \x01(\x04\"t\n\x0bLayersReady\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x66ill_id\x18\x02 \x01(\x04\x12\x19\n\x11\x66irst_block_index\x18\x03 \x01(\r\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\",\n\tCompleted\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05valid\x18\x02 \x01(\x08\"-\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t2\x86\x02\n\x08Transfer\x12\x41\n\tChallenge\x12\x1a.baton.v1.ChallengeRequest\x1a\x18.baton.v1.ChallengeReply\x12;\n\x07\x43onnect\x12\x18.baton.v1.ConnectRequest\x1a\x16.baton.v1.ConnectReply\x12=\n\x06Leases\x12\x17.baton.v1.ReaderMessage\x1a\x16.baton.v1.OwnerMessage(\x01\x30\x01\x12;\n\x07Measure\x12\x18.baton.v1.MeasureRequest\x1a\x16.baton.v1.MeasureReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,31 +45,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEASUREREPLY']._serialized_start=382
   _globals['_MEASUREREPLY']._serialized_end=484
   _globals['_READERMESSAGE']._serialized_start=487
-  _globals['_READERMESSAGE']._serialized_end=818
-  _globals['_READERHELLO']._serialized_start=820
-  _globals['_READERHELLO']._serialized_end=867
-  _globals['_WATCH']._serialized_start=869
-  _globals['_WATCH']._serialized_end=896
-  _globals['_RENEW']._serialized_start=898
-  _globals['_RENEW']._serialized_end=923
-  _globals['_COMPLETE']._serialized_start=925
-  _globals['_COMPLETE']._serialized_end=968
-  _globals['_GIVEUP']._serialized_start=970
-  _globals['_GIVEUP']._serialized_end=1014
-  _globals['_FETCHPREFIX']._serialized_start=1016
-  _globals['_FETCHPREFIX']._serialized_end=1071
-  _globals['_TAKEOVER']._serialized_start=1073
-  _globals['_TAKEOVER']._serialized_end=1129
-  _globals['_FREEZE']._serialized_start=1131
-  _globals['_FREEZE']._serialized_end=1159
-  _globals['_OWNERMESSAGE']._serialized_start=1162
-  _globals['_OWNERMESSAGE']._serialized_end=1303
-  _globals['_CHUNKREADY']._serialized_start=1306
-  _globals['_CHUNKREADY']._serialized_end=1490
-  _globals['_COMPLETED']._serialized_start=1492
-  _globals['_COMPLETED']._serialized_end=1536
-  _globals['_REFUSED']._serialized_start=1538
-  _globals['_REFUSED']._serialized_end=1583
-  _globals['_TRANSFER']._serialized_start=1586
-  _globals['_TRANSFER']._serialized_end=1848
+  _globals['_READERMESSAGE']._serialized_end=863
+  _globals['_READERHELLO']._serialized_start=865
+  _globals['_READERHELLO']._serialized_end=912
+  _globals['_WATCH']._serialized_start=914
+  _globals['_WATCH']._serialized_end=941
+  _globals['_RENEW']._serialized_start=943
+  _globals['_RENEW']._serialized_end=968
+  _globals['_COMPLETE']._serialized_start=970
+  _globals['_COMPLETE']._serialized_end=1013
+  _globals['_GIVEUP']._serialized_start=1015
+  _globals['_GIVEUP']._serialized_end=1059
+  _globals['_FETCHPREFIX']._serialized_start=1061
+  _globals['_FETCHPREFIX']._serialized_end=1116
+  _globals['_TAKEOVER']._serialized_start=1118
+  _globals['_TAKEOVER']._serialized_end=1174
+  _globals['_FREEZE']._serialized_start=1176
+  _globals['_FREEZE']._serialized_end=1204
+  _globals['_LAYERSREAD']._serialized_start=1206
+  _globals['_LAYERSREAD']._serialized_end=1255
+  _globals['_OWNERMESSAGE']._serialized_start=1258
+  _globals['_OWNERMESSAGE']._serialized_end=1440
+  _globals['_CHUNKREADY']._serialized_start=1443
+  _globals['_CHUNKREADY']._serialized_end=1644
+  _globals['_LAYERSREADY']._serialized_start=1646
+  _globals['_LAYERSREADY']._serialized_end=1762
+  _globals['_COMPLETED']._serialized_start=1764
+  _globals['_COMPLETED']._serialized_end=1808
+  _globals['_REFUSED']._serialized_start=1810
+  _globals['_REFUSED']._serialized_end=1855
+  _globals['_TRANSFER']._serialized_start=1858
+  _globals['_TRANSFER']._serialized_end=2120
 # @@protoc_insertion_point(module_scope)

@@ -62,7 +62,7 @@ class MeasureReply(_message.Message):
     def __init__(self, links: _Optional[_Iterable[_Union[_worker_pb2.LinkReport, _Mapping]]] = ..., memory_bytes_per_second: _Optional[float] = ..., findings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ReaderMessage(_message.Message):
-    __slots__ = ("hello", "watch", "renew", "complete", "give_up", "fetch_prefix", "takeover", "freeze")
+    __slots__ = ("hello", "watch", "renew", "complete", "give_up", "fetch_prefix", "takeover", "freeze", "layers_read")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WATCH_FIELD_NUMBER: _ClassVar[int]
     RENEW_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class ReaderMessage(_message.Message):
     FETCH_PREFIX_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
     FREEZE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_READ_FIELD_NUMBER: _ClassVar[int]
     hello: ReaderHello
     watch: Watch
     renew: Renew
@@ -79,7 +80,8 @@ class ReaderMessage(_message.Message):
     fetch_prefix: FetchPrefix
     takeover: Takeover
     freeze: Freeze
-    def __init__(self, hello: _Optional[_Union[ReaderHello, _Mapping]] = ..., watch: _Optional[_Union[Watch, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., fetch_prefix: _Optional[_Union[FetchPrefix, _Mapping]] = ..., takeover: _Optional[_Union[Takeover, _Mapping]] = ..., freeze: _Optional[_Union[Freeze, _Mapping]] = ...) -> None: ...
+    layers_read: LayersRead
+    def __init__(self, hello: _Optional[_Union[ReaderHello, _Mapping]] = ..., watch: _Optional[_Union[Watch, _Mapping]] = ..., renew: _Optional[_Union[Renew, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., give_up: _Optional[_Union[GiveUp, _Mapping]] = ..., fetch_prefix: _Optional[_Union[FetchPrefix, _Mapping]] = ..., takeover: _Optional[_Union[Takeover, _Mapping]] = ..., freeze: _Optional[_Union[Freeze, _Mapping]] = ..., layers_read: _Optional[_Union[LayersRead, _Mapping]] = ...) -> None: ...
 
 class ReaderHello(_message.Message):
     __slots__ = ("worker_id", "epoch")
@@ -139,18 +141,28 @@ class Freeze(_message.Message):
     request_id: str
     def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
+class LayersRead(_message.Message):
+    __slots__ = ("request_id", "fill_id")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FILL_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    fill_id: int
+    def __init__(self, request_id: _Optional[str] = ..., fill_id: _Optional[int] = ...) -> None: ...
+
 class OwnerMessage(_message.Message):
-    __slots__ = ("chunk", "completed", "refused")
+    __slots__ = ("chunk", "completed", "refused", "layers")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     chunk: ChunkReady
     completed: Completed
     refused: Refused
-    def __init__(self, chunk: _Optional[_Union[ChunkReady, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ...) -> None: ...
+    layers: LayersReady
+    def __init__(self, chunk: _Optional[_Union[ChunkReady, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., layers: _Optional[_Union[LayersReady, _Mapping]] = ...) -> None: ...
 
 class ChunkReady(_message.Message):
-    __slots__ = ("request_id", "lease_id", "epoch", "lease_ms", "first_block_index", "block_ids", "is_last", "first_token")
+    __slots__ = ("request_id", "lease_id", "epoch", "lease_ms", "first_block_index", "block_ids", "is_last", "first_token", "fill_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +171,7 @@ class ChunkReady(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     IS_LAST_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FILL_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     lease_id: str
     epoch: str
@@ -167,7 +180,22 @@ class ChunkReady(_message.Message):
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     is_last: bool
     first_token: _worker_pb2.Delta
-    def __init__(self, request_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., epoch: _Optional[str] = ..., lease_ms: _Optional[int] = ..., first_block_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., is_last: bool = ..., first_token: _Optional[_Union[_worker_pb2.Delta, _Mapping]] = ...) -> None: ...
+    fill_id: int
+    def __init__(self, request_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., epoch: _Optional[str] = ..., lease_ms: _Optional[int] = ..., first_block_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., is_last: bool = ..., first_token: _Optional[_Union[_worker_pb2.Delta, _Mapping]] = ..., fill_id: _Optional[int] = ...) -> None: ...
+
+class LayersReady(_message.Message):
+    __slots__ = ("request_id", "fill_id", "first_block_index", "block_ids", "num_layers")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FILL_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_INDEX_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    fill_id: int
+    first_block_index: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    num_layers: int
+    def __init__(self, request_id: _Optional[str] = ..., fill_id: _Optional[int] = ..., first_block_index: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., num_layers: _Optional[int] = ...) -> None: ...
 
 class Completed(_message.Message):
     __slots__ = ("lease_id", "valid")

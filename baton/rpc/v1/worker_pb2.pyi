@@ -158,7 +158,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ..., fabric: _Optional[_Union[FabricReport, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("info", "load", "kv_sequence", "cached_hashes", "host_hashes", "disk_hashes", "hashing")
+    __slots__ = ("info", "load", "kv_sequence", "cached_hashes", "host_hashes", "disk_hashes", "hashing", "num_left_out")
     INFO_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     KV_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +166,7 @@ class Welcome(_message.Message):
     HOST_HASHES_FIELD_NUMBER: _ClassVar[int]
     DISK_HASHES_FIELD_NUMBER: _ClassVar[int]
     HASHING_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     info: WorkerInfo
     load: LoadReport
     kv_sequence: int
@@ -173,7 +174,8 @@ class Welcome(_message.Message):
     host_hashes: bytes
     disk_hashes: bytes
     hashing: BlockHashing
-    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_sequence: _Optional[int] = ..., cached_hashes: _Optional[bytes] = ..., host_hashes: _Optional[bytes] = ..., disk_hashes: _Optional[bytes] = ..., hashing: _Optional[_Union[BlockHashing, _Mapping]] = ...) -> None: ...
+    num_left_out: int
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., kv_sequence: _Optional[int] = ..., cached_hashes: _Optional[bytes] = ..., host_hashes: _Optional[bytes] = ..., disk_hashes: _Optional[bytes] = ..., hashing: _Optional[_Union[BlockHashing, _Mapping]] = ..., num_left_out: _Optional[int] = ...) -> None: ...
 
 class BlockHashing(_message.Message):
     __slots__ = ("scheme", "block_size", "fingerprint", "first_hash")
@@ -248,7 +250,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., model_name: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., transport: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "queued_prefill_tokens", "resident_kv_tokens", "free_blocks", "cached_blocks", "total_blocks", "leases", "reservations", "quarantined_blocks", "num_preemptions", "is_draining", "is_unhealthy")
+    __slots__ = ("num_running", "num_waiting", "queued_prefill_tokens", "resident_kv_tokens", "free_blocks", "cached_blocks", "total_blocks", "leases", "reservations", "quarantined_blocks", "num_preemptions", "is_draining", "is_unhealthy", "busy_seconds", "num_steps")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +264,8 @@ class LoadReport(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     IS_UNHEALTHY_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     queued_prefill_tokens: int
@@ -275,19 +279,31 @@ class LoadReport(_message.Message):
     num_preemptions: int
     is_draining: bool
     is_unhealthy: bool
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., resident_kv_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., is_draining: bool = ..., is_unhealthy: bool = ...) -> None: ...
+    busy_seconds: float
+    num_steps: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., queued_prefill_tokens: _Optional[int] = ..., resident_kv_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., is_draining: bool = ..., is_unhealthy: bool = ..., busy_seconds: _Optional[float] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
 class StepBatch(_message.Message):
-    __slots__ = ("deltas", "load", "first_kv_sequence", "kv_events")
+    __slots__ = ("deltas", "load", "first_kv_sequence", "kv_events", "late_uses")
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     FIRST_KV_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     KV_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LATE_USES_FIELD_NUMBER: _ClassVar[int]
     deltas: _containers.RepeatedCompositeFieldContainer[Delta]
     load: LoadReport
     first_kv_sequence: int
     kv_events: _containers.RepeatedCompositeFieldContainer[KvEvent]
-    def __init__(self, deltas: _Optional[_Iterable[_Union[Delta, _Mapping]]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., first_kv_sequence: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ...) -> None: ...
+    late_uses: _containers.RepeatedCompositeFieldContainer[LateUse]
+    def __init__(self, deltas: _Optional[_Iterable[_Union[Delta, _Mapping]]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., first_kv_sequence: _Optional[int] = ..., kv_events: _Optional[_Iterable[_Union[KvEvent, _Mapping]]] = ..., late_uses: _Optional[_Iterable[_Union[LateUse, _Mapping]]] = ...) -> None: ...
+
+class LateUse(_message.Message):
+    __slots__ = ("request_id", "use")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    USE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    use: EngineUse
+    def __init__(self, request_id: _Optional[str] = ..., use: _Optional[_Union[EngineUse, _Mapping]] = ...) -> None: ...
 
 class FabricReport(_message.Message):
     __slots__ = ("links", "tiers", "counters")
@@ -412,7 +428,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("points", "transfer")
+    __slots__ = ("points", "transfer", "engine")
     class PointsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -422,9 +438,19 @@ class Timeline(_message.Message):
         def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     POINTS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     points: _containers.ScalarMap[int, float]
     transfer: TransferStats
-    def __init__(self, points: _Optional[_Mapping[int, float]] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ...) -> None: ...
+    engine: EngineUse
+    def __init__(self, points: _Optional[_Mapping[int, float]] = ..., transfer: _Optional[_Union[TransferStats, _Mapping]] = ..., engine: _Optional[_Union[EngineUse, _Mapping]] = ...) -> None: ...
+
+class EngineUse(_message.Message):
+    __slots__ = ("seconds", "num_steps")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    num_steps: int
+    def __init__(self, seconds: _Optional[float] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
 class TransferStats(_message.Message):
     __slots__ = ("num_bytes", "num_blocks", "num_reads", "seconds", "exposed_seconds")

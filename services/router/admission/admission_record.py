@@ -7,31 +7,29 @@ own.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Collection
 
 from baton.core import metrics as series
 from baton.telemetry.metrics import Metrics
 from services.router.admission.admission import Lane
-from services.router.admission.slo import SloResult
+from services.router.admission.request_outcome import Outcome
 from services.router.admission.slo_config import SloConfig
 from services.router.admission.ticket import Ticket
-
-MAX_TENANT_LABELS = 20
-"""Tenants with a label of their own; the others share `OTHER`."""
-OTHER = "other"
-ANONYMOUS = "anonymous"
-MAX_LABEL_CHARS = 64
+from services.router.tenants.tenant_labels import MAX_TENANT_LABELS, OTHER, TenantLabels, label_of
 
 
 class AdmissionRecorder:
     """One per router."""
 
-    def __init__(self, metrics: Metrics, slo: SloConfig) -> None:
+    def __init__(
+        self, metrics: Metrics, slo: SloConfig, tenants: TenantLabels | None = None
+    ) -> None:
+        """`tenants`: shared with others that count by tenant."""
         self._metrics = metrics
         self._class_names = tuple(slo.classes)
-        self._tenants: set[str] = set()
-        """With labels of their own in counters, which cannot be renamed: the first that came."""
+        self._tenants = tenants or TenantLabels()
         self._shown_tenants: set[str] = set()
 
     def admitted(self, ticket: Ticket) -> None:
@@ -42,22 +40,20 @@ class AdmissionRecorder:
             wait_s = ticket.admitted_at_s - ticket.wait_started_at_s
             self._metrics.observe(series.ADMISSION_WAIT, wait_s, ticket.slo_class)
 
-    def refused(self, ticket: Ticket) -> None:
+    def refused(self, ticket: Ticket, now_s: float) -> None:
         assert ticket.refusal is not None
         self._metrics.add(series.ADMISSIONS, 1, ticket.slo_class, ticket.refusal.value)
+        observe = self._metrics.observe
+        observe(series.ADMISSION_REFUSAL, now_s - ticket.arrived_at_s, "arrival")
+        if not math.isnan(ticket.unreachable_at_s):
+            late_s = max(0.0, now_s - ticket.unreachable_at_s)
+            observe(series.ADMISSION_REFUSAL, late_s, "unreachable")
 
-    def ended(
-        self,
-        ticket: Ticket,
-        result: SloResult,
-        *,
-        ttft_s: float | None,
-        mean_itl_s: float | None,
-        work_tokens: float,
-    ) -> None:
-        """An admitted request is over; None: it did not get so far."""
+    def ended(self, ticket: Ticket, outcome: Outcome, *, work_tokens: float) -> None:
+        """An admitted request is over."""
+        result = outcome.result(ticket.targets)
         add, name = self._metrics.add, ticket.slo_class
-        add(series.TENANT_WORK, work_tokens, self._label(ticket.tenant))
+        add(series.TENANT_WORK, work_tokens, self._tenants.label(ticket.tenant))
         for objective, is_met in (
             ("ttft", result.is_ttft_met),
             ("itl", result.is_itl_met),
@@ -66,8 +62,8 @@ class AdmissionRecorder:
             if is_met is not None:
                 add(series.SLO_REQUESTS, 1, name, objective, "met" if is_met else "missed")
         for objective, predicted_s, actual_s in (
-            ("ttft", ticket.predicted_ttft_s, ttft_s),
-            ("itl", ticket.predicted_itl_s, mean_itl_s),
+            ("ttft", ticket.predicted_ttft_s, outcome.ttft_s),
+            ("itl", ticket.predicted_itl_s, outcome.mean_itl_s),
         ):
             if predicted_s and actual_s is not None:
                 self._metrics.observe(series.PREDICTION_RATIO, actual_s / predicted_s, objective)
@@ -101,20 +97,9 @@ class AdmissionRecorder:
         largest = heapq.nlargest(MAX_TENANT_LABELS, waiting, key=waiting.__getitem__)
         shown = Counter[str]()
         for tenant, num_waiting in waiting.items():
-            shown[_name(tenant) if tenant in largest else OTHER] += num_waiting
+            shown[label_of(tenant) if tenant in largest else OTHER] += num_waiting
         for label in self._shown_tenants - shown.keys():
             self._metrics.remove(series.ADMISSION_TENANT_QUEUE, label)
         for label, num_waiting in shown.items():
             self._metrics.set(series.ADMISSION_TENANT_QUEUE, num_waiting, label)
         self._shown_tenants = set(shown)
-
-    def _label(self, tenant: str) -> str:
-        if tenant not in self._tenants:
-            if len(self._tenants) >= MAX_TENANT_LABELS:
-                return OTHER
-            self._tenants.add(tenant)
-        return _name(tenant)
-
-
-def _name(tenant: str) -> str:
-    return tenant[:MAX_LABEL_CHARS] or ANONYMOUS

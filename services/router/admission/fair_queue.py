@@ -199,6 +199,18 @@ class FairQueue(Generic[E]):
         )
         return own + others
 
+    def outlook(self) -> Iterator[tuple[E, float]]:
+        """Every waiting entry with its `tokens_ahead`, tenant by tenant. As for `heads`."""
+        for flow in self._ring:
+            own = -min(0.0, flow.deficit)
+            others = [
+                (f.queued_tokens, f.weight / flow.weight) for f in self._ring if f is not flow
+            ]
+            for entry in flow.entries:
+                share = own + entry.cost_tokens
+                yield entry, own + sum(min(queued, share * weight) for queued, weight in others)
+                own += entry.cost_tokens
+
     def check_integrity(self) -> None:
         """Raises AssertionError on a state that must not exist."""
         assert len(self._flows) == len(self._ring) and not self._debts.keys() & self._flows.keys()

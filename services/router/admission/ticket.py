@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from baton.core.worker_info import WorkerId
 from services.router.admission.fair_queue import Entry
 from services.router.admission.slo import NO_TARGETS, SloTargets
 from services.router.placement.placement import Prediction
@@ -34,7 +35,8 @@ class Refusal(Enum):
     TTFT = "ttft"
     """On arrival: predicted to get its first token too late."""
     ITL = "itl"
-    """It waited for a decode batch that is fast enough, and its time to first token ran out."""
+    """No decode batch that is fast enough is expected to have a place in time for its first token:
+    on arrival, or after it had waited for one."""
     LATE = "late"
     """It waited, and can no longer get its first token in time."""
     QUEUE_FULL = "queue_full"
@@ -55,6 +57,14 @@ class Prospect(NamedTuple):
     """Those that compute prompts of this model."""
     alone_itl_s: float = 0.0
     """Between its tokens with nobody beside it: no smaller target can be kept."""
+    decode: WorkerId | None = None
+    """Whose batch it would join."""
+    itl_relief_s: float = 0.0
+    """By which tokens there come faster for each sequence that ends."""
+    places_per_s: float = 0.0
+    """Sequences of the model that are expected to end, on all workers."""
+    num_decoding: int = 1
+    """Workers they run on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +86,8 @@ class Ticket(Entry):
     predicted_itl_s: float | None = None
     promised_itl_s: float | None = None
     """Its target, unless no worker could keep it; what others must leave it."""
+    decode: WorkerId | None = None
+    """The worker on which that is promised."""
     num_uncached_tokens: int = 0
     """Of the prompt, as last looked up."""
     wait_started_at_s: float | None = None
@@ -90,3 +102,5 @@ class Ticket(Entry):
     no_worker_since_s: float = math.nan
     check_at_s: float = math.inf
     """When its waiting becomes pointless."""
+    unreachable_at_s: float = math.nan
+    """When refused after it had waited: the moment from which its turn could not come in time."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.core.errors import ConfigError
 from baton.settings import check_positive
+from services.router.edge.door_tls_config import DoorTlsConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,11 @@ class EdgeConfig:
     max_body_bytes: int = 16 << 20
     """Longer HTTP bodies and gRPC messages are refused unread. A context of 128k tokens is well
     below 1 MiB of text."""
+    max_head_bytes: int = 64 << 10
+    """Longer heads of HTTP requests (request line and headers) are refused. Keys, cookies and trace
+    context of a gateway take a few KiB."""
+    head_timeout_s: float = 20.0
+    """From a connection, or a request's first byte, to the end of its head."""
     body_timeout_s: float = 60.0
     """From the request's head to the end of its body."""
     deadline_s: float = 600.0
@@ -25,11 +31,12 @@ class EdgeConfig:
     """A connection whose client neither reads nor answers for this long is cut."""
     stop_grace_s: float = 2.0
     """At a stop, how long open streams may go on before they get an error."""
+    tls: DoorTlsConfig = field(default_factory=DoorTlsConfig)
 
     def __post_init__(self) -> None:
         check_positive(
-            "edge", self, "max_body_bytes", "body_timeout_s", "deadline_s", "keep_alive_s",
-            "stalled_client_s",
+            "edge", self, "max_body_bytes", "max_head_bytes", "head_timeout_s", "body_timeout_s",
+            "deadline_s", "keep_alive_s", "stalled_client_s",
         )  # fmt: skip
         if self.stop_grace_s < 0:
             raise ConfigError(f"edge.stop_grace_s must not be negative, got {self.stop_grace_s}")

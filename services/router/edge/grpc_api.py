@@ -22,6 +22,7 @@ from baton.core.errors import BatonError, InternalError, InvalidRequest, Overloa
 from baton.core.logging import log_fields
 from baton.core.metrics import REJECTED
 from baton.core.request import FinishReason, RequestId
+from baton.core.trace import parse_traceparent
 from baton.rpc.channel import abort
 from baton.rpc.convert import finish_to_wire, logprobs_to_wire, sampling_from_wire
 from baton.rpc.v1 import inference_pb2 as pb
@@ -36,7 +37,8 @@ from services.router.edge.preprocess import (
     new_id,
     output_tokens,
 )
-from services.router.openai_api.error_body import retry_headers
+from services.router.edge.wire_timing import timing_to_wire
+from services.router.openai_api.error_body import rate_limit_headers, retry_headers
 from services.router.requests.generation import (
     GenerationDelta,
     GenerationInput,
@@ -120,14 +122,15 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
         prompt: PromptOf,
         default_max_tokens: int | None,
     ) -> Deltas:
-        try:
-            job = await self._job(request, context, prompt, default_max_tokens)
-        except Exception as error:
-            await self._refuse(context, error)
-            return
-        async with contextlib.aclosing(self._run(job, context)) as deltas:
-            async for delta in deltas:
-                yield delta
+        with contextlib.ExitStack() as at_end:
+            try:
+                job = await self._job(request, context, prompt, default_max_tokens, at_end)
+            except Exception as error:
+                await self._refuse(context, error)
+                return
+            async with contextlib.aclosing(self._run(job, context)) as deltas:
+                async for delta in deltas:
+                    yield delta
 
     async def _job(
         self,
@@ -135,10 +138,13 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
         context: grpc.aio.ServicerContext,
         prompt: PromptOf,
         default_max_tokens: int | None,
+        at_end: contextlib.ExitStack,
     ) -> GenerationInput:
-        """What can be checked cheaply is checked before the prompt is tokenized."""
+        """What can be checked cheaply is checked before the prompt is tokenized. `at_end`: run when
+        the call is over."""
         arrived_at_s = time.time()
-        caller = await self._tenants.caller(_metadata_of(context))
+        header = _metadata_of(context)
+        caller = await self._tenants.caller(header)
         if isinstance(request, pb.ChatRequest):
             check_num_messages(len(request.messages))
         _refuse_unknown_fields(request)
@@ -147,6 +153,9 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
         at_most = default_max_tokens or card.max_model_len
         sampling = check_sampling(card, sampling_from_wire(wire, max_tokens=at_most))
         stop = check_stop(request.stop)
+        hold = await self._preprocessor.hold_quota(caller, _num_chars(request))
+        if hold is not None:
+            at_end.callback(hold.release)
         token_ids = await prompt(card)
         asked = wire.max_tokens if wire.HasField("max_tokens") else None
         max_tokens = output_tokens(card, len(token_ids), asked, default_max_tokens)
@@ -166,7 +175,13 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
             targets=caller.targets,
             weight=caller.weight,
             limits=caller.limits,
+            hold=hold,
+            on_rate_limits=lambda rates: context.set_trailing_metadata(
+                tuple(rate_limit_headers(rates))
+            ),
             session_key=caller.session_key(""),
+            trace=parse_traceparent(header("traceparent"), header("tracestate")),
+            wants_timing=request.with_timing,
         )
 
     async def _run(self, job: GenerationInput, context: grpc.aio.ServicerContext) -> Deltas:
@@ -211,6 +226,13 @@ def _metadata_of(context: grpc.aio.ServicerContext) -> HeaderOf:
     return value_of
 
 
+def _num_chars(request: pb.ChatRequest | pb.CompletionRequest) -> int:
+    """To be tokenized."""
+    if isinstance(request, pb.ChatRequest):
+        return sum(len(message.content) for message in request.messages)
+    return len(request.text)
+
+
 def _delta_to_wire(job: GenerationInput, delta: GenerationDelta) -> pb.InferenceDelta:
     if delta.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
         raise InternalError(f"the generation ended as {delta.finish_reason.value}")
@@ -230,6 +252,8 @@ def _delta_to_wire(job: GenerationInput, delta: GenerationDelta) -> pb.Inference
                 cached_tokens=delta.usage.cached_tokens,
             )
         )
+    if delta.timing is not None:
+        message.timing.CopyFrom(timing_to_wire(delta.timing))
     return message
 
 

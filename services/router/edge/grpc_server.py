@@ -13,9 +13,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.core.errors import ConfigError
-from baton.rpc.channel import new_server
+from baton.rpc.channel import listen, new_server
 from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
 from baton.telemetry.metrics import Metrics
+from services.router.edge.door_tls import DoorTls
 from services.router.edge.edge_config import EdgeConfig
 from services.router.edge.grpc_api import InferenceApi
 from services.router.edge.preprocess import Preprocessor
@@ -44,15 +45,18 @@ class GrpcServer:
         config: EdgeConfig,
         tenants: Tenants | None = None,
         shares_port: bool = False,
+        tls: DoorTls | None = None,
     ) -> None:
         """`tenants`: who may use it; by default everybody. `shares_port`: other processes of this
-        user may listen there too; the port is taken by `start` then."""
+        user may listen there too; the port is taken by `start` then. Without `tls` it speaks plain
+        text."""
+        self._tls = None if tls is None else tls.grpc()
         self._generator = generator
         self._config = config
         self._preprocessor = Preprocessor(generator)
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server = new_server(
-            max_receive_bytes=config.max_body_bytes, shares_port=shares_port
+            max_receive_bytes=config.max_body_bytes, tls=self._tls, shares_port=shares_port
         )
         api = InferenceApi(
             generator,
@@ -67,14 +71,14 @@ class GrpcServer:
         reflection.enable_server_reflection(names, self._server)
         self._host = host
         # gRPC queues connections from here on; others would answer sooner.
-        self.port = port if shares_port else _bind(self._server, host, port)
+        self.port = port if shares_port else self._bind(host, port)
         self._is_bound = not shares_port
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Returns once calls are accepted. Raises ConfigError."""
         if not self._is_bound:
-            self.port, self._is_bound = _bind(self._server, self._host, self.port), True
+            self.port, self._is_bound = self._bind(self._host, self.port), True
         await self._report_health()
         await self._server.start()
         self._watch = asyncio.create_task(self._follow_health())
@@ -106,14 +110,10 @@ class GrpcServer:
         for name in ("", INFERENCE):
             await self._health.set(name, status)
 
-
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """The port taken. Raises ConfigError."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        bound: int = server.add_insecure_port(address)
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        raise ConfigError(f"cannot listen on {address}; choose another port")
-    return bound
+    def _bind(self, host: str, port: int) -> int:
+        """The port taken. Raises ConfigError."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        bound = listen(self._server, address, self._tls)
+        if not bound:
+            raise ConfigError(f"cannot listen on {address}; choose another port")
+        return bound

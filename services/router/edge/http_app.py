@@ -87,6 +87,10 @@ class HttpApp:
         """Answer everything that still runs with an error, as the process is about to stop."""
         self._routes.serving.end_all(Unavailable("the router is stopping; send the request again"))
 
+    def count_rejected(self, status: int) -> None:
+        """A request that was turned away before it came here."""
+        self._metrics.add(REJECTED, 1, str(status))
+
     def close(self) -> None:
         """Free the threads. No request may follow."""
         self._preprocessor.close()

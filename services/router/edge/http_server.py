@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import uvicorn
 
 from baton.core.errors import ConfigError
+from services.router.edge.door_tls import DoorTls
 from services.router.edge.edge_config import EdgeConfig
-from services.router.edge.http_app import HttpApp
+from services.router.edge.head_limits import limited_protocol
+from services.router.openai_api.exchange import Receive, Scope, Send
 
 BACKLOG = 2048
 _CUT_AFTER_S = 1
@@ -22,20 +26,32 @@ _CUT_AFTER_S = 1
 _POLL_S = 0.02
 
 
+class ServedApp(Protocol):
+    """What a server needs of its application beside ASGI."""
+
+    @property
+    def num_running(self) -> int: ...
+    def end_all(self) -> None: ...
+    def close(self) -> None: ...
+    def count_rejected(self, status: int) -> None: ...
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
 class HttpServer:
     """start() → serving → stop()."""
 
     def __init__(
         self,
-        app: HttpApp,
+        app: ServedApp,
         *,
         host: str,
         port: int,
         config: EdgeConfig,
         shares_port: bool = False,
+        tls: DoorTls | None = None,
     ) -> None:
         """`shares_port`: other processes of this user may listen there too; connections come in
-        from `start` on."""
+        from `start` on. Without `tls` it speaks plain text."""
         self._app = app
         self._config = config
         self._socket = _bind(host, port, shares_port=shares_port)
@@ -43,7 +59,7 @@ class HttpServer:
         self._server = _QuietServer(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=limited_protocol(config, app.count_rejected),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -53,6 +69,7 @@ class HttpServer:
                 backlog=BACKLOG,
                 timeout_keep_alive=config.keep_alive_s,
                 timeout_graceful_shutdown=_CUT_AFTER_S,
+                ssl_context_factory=None if tls is None else _context_factory(tls),
             )
         )
         self._task: asyncio.Task[None] | None = None
@@ -96,6 +113,10 @@ class _QuietServer(uvicorn.Server):
     def stop_listening(self) -> None:
         for server in self.servers:
             server.close()
+
+
+def _context_factory(tls: DoorTls) -> Callable[..., ssl.SSLContext]:
+    return lambda config, default: tls.http_context()
 
 
 def _bind(host: str, port: int, *, shares_port: bool) -> socket.socket:

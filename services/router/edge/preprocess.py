@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import uuid
+import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -24,6 +24,8 @@ from baton.core.errors import (
 )
 from baton.core.request import SamplingParams
 from services.router.requests.generation import Generator, ModelCard
+from services.router.tenants.quota_hold import QuotaHold
+from services.router.tenants.tenants import Caller
 
 T = TypeVar("T")
 
@@ -78,6 +80,14 @@ class Preprocessor:
         if len(cards) > 1:
             raise InvalidRequest(f"model is required; served here: {served}", param="model")
         return cards[0]
+
+    async def hold_quota(self, caller: Caller, num_chars: int) -> QuotaHold | None:
+        """To be called before prompts of together `num_chars` characters are made into tokens, and
+        to be released at the end: asks whether the tenant may have them at all, where that costs
+        less than the tokens. None: not asked, or nothing to hold. Raises QuotaExceeded."""
+        if num_chars <= INLINE_CHARS:
+            return None
+        return await self._generator.hold_quota(caller.tenant, caller.limits)
 
     async def chat_prompt(
         self, card: ModelCard, messages: Sequence[Mapping[str, str]]
@@ -205,7 +215,7 @@ def output_tokens(
 
 def new_id(prefix: str) -> str:
     """A name for one request, unique over all routers."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{random.getrandbits(128):032x}"
 
 
 def shorten(value: str, limit: int = 80) -> str:

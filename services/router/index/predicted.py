@@ -17,8 +17,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from baton.core.block import HASH_BYTES, BlockHash, Hashes, join_hashes
 from baton.core.tier import Tier
 from baton.core.worker_info import WorkerId
@@ -77,18 +75,14 @@ class PredictedPrefixes:
     def merge(self, match: PrefixMatch, hashes: Sequence[BlockHash], now_s: float) -> PrefixMatch:
         """`match` with the lengths of workers raised that were just sent the same prefix."""
         self._expire(now_s)
-        predicted = self._common_lengths(hashes)
-        # No row is below the first.
-        on_device = match.lengths[Tier.DEVICE]
-        raised = {
-            slot: length
-            for worker_id, length in predicted.items()
-            if (slot := match.slots.get(worker_id)) is not None and on_device[slot] < length
-        }
+        raised = self._longer(match, hashes)
         if not raised:
             return match
-        lengths, slots = match.lengths.copy(), list(raised)
-        lengths[:, slots] = np.maximum(lengths[:, slots], list(raised.values()))
+        lengths = match.lengths.copy()
+        for slot, length in raised.items():
+            for tier in Tier:
+                if lengths.item(tier, slot) < length:
+                    lengths[tier, slot] = length
         return PrefixMatch(lengths, match.slots)
 
     def check_integrity(self) -> None:
@@ -102,14 +96,17 @@ class PredictedPrefixes:
                 assert id(note) in live, "a placement outlives its time"
                 assert key in _keys(note.hashes), "a placement under a key of another"
 
-    def _common_lengths(self, hashes: Sequence[BlockHash]) -> dict[WorkerId, int]:
-        """Leading blocks that each worker will hold; deep prefixes tell of at least as much."""
+    def _longer(self, match: PrefixMatch, hashes: Sequence[BlockHash]) -> dict[int, int]:
+        """Leading blocks that workers will hold, by slot, where that is more than `match` knows;
+        deep prefixes tell of at least as much."""
         found: list[tuple[int, deque[_Note]]] = []
         depth = 1
         while depth <= len(hashes) and (notes := self._by_key.get(hashes[depth - 1])):
             found.append((depth, notes))
             depth *= 2
-        lengths: dict[WorkerId, int] = {}
+        # No row is below the first.
+        on_device, slots = match.lengths[Tier.DEVICE], match.slots
+        raised: dict[int, int] = {}
         above: deque[_Note] = deque()
         guess = 0
         for depth, notes in reversed(found):
@@ -117,14 +114,21 @@ class PredictedPrefixes:
                 # All that is remembered of this prefix runs on to the deeper one.
                 continue
             above = notes
-            deeper = lengths.copy()
             for note in notes:
-                if note.worker_id not in deeper:
-                    # Mostly what prompts have in common ends at the same depth.
-                    guess = _common(note.hashes, hashes, depth, guess)
-                    if guess > lengths.get(note.worker_id, 0):
-                        lengths[note.worker_id] = guess
-        return lengths
+                slot = slots.get(note.worker_id)
+                if slot is None:
+                    continue
+                known = raised.get(slot) or on_device.item(slot)
+                if known < depth:
+                    known = depth
+                elif _has(note.hashes, hashes, known):
+                    known += 1
+                else:
+                    # Mostly a worker holds all that it shares with the prompt.
+                    continue
+                # Mostly what prompts have in common ends at the same depth.
+                guess = raised[slot] = _common(note.hashes, hashes, known, guess)
+        return raised
 
     def _expire(self, now_s: float) -> None:
         while self._notes and self._notes[0].expires_at_s <= now_s:
@@ -148,6 +152,11 @@ def _keys(joined: bytes) -> Iterator[bytes]:
     while end <= len(joined):
         yield joined[end - HASH_BYTES : end]
         end *= 2
+
+
+def _has(noted: bytes, hashes: Sequence[BlockHash], depth: int) -> bool:
+    """Whether the block after the first `depth` ones is the same too."""
+    return depth < len(hashes) and noted.startswith(hashes[depth], depth * HASH_BYTES)
 
 
 def _common(noted: bytes, hashes: Sequence[BlockHash], known: int, guess: int) -> int:

@@ -38,10 +38,12 @@ from services.router.index.prefix_match import NUM_TIERS, PrefixMatch
 from services.router.index.prefix_table import MAX_ENTRIES, WORKERS_PER_WORD, PrefixTable
 
 MAX_SLOTS = 4096
-MAX_PROBES = 40
+MAX_PROBES = 96
 """A match that needs more looks at all blocks instead, which costs about as much."""
 MAX_MASKS_BYTES = 4 << 20
 MAX_MASKS_ROWS = 16
+MAX_RUN_ENDS = 1 << 15
+"""Beyond this all are forgotten; a few MiB."""
 
 
 class PrefixIndex:
@@ -65,6 +67,9 @@ class PrefixIndex:
         """Slots that may have blocks."""
         self._masks: dict[bytes, NDArray[np.float32]] = {}
         self._masks_bytes = 0
+        self._run_ends: dict[BlockHash, int] = {}
+        """Where the blocks that the same workers hold ended when last looked at, by their first
+        one. Prompts with the same system's prompt part there, turns of a conversation go on."""
         self._nothing = self._no_lengths()
 
     def __len__(self) -> int:
@@ -148,49 +153,21 @@ class PrefixIndex:
         """Leading blocks of `hashes` that each worker holds, in each tier or a better one."""
         if self._changes.num_pending and not self._max_pending:
             self.flush()
-        row_of = self._table.row
-        row = row_of(hashes[0]) if hashes else b""
+        row = self._table.row(hashes[0]) if hashes else b""
         if not row:
             return PrefixMatch(self._nothing, self._slots)
-        # Depths with what is held there, deepest first; `low` has `row`.
-        probes = [(len(hashes) - 1, row_of(hashes[-1]))]
-        ends: list[int] = []
-        rows: list[bytes] = []
-        low, num_probes = 0, 2
-        while probes:
-            high, other = probes[-1]
-            if other == row:
-                low = high
-                probes.pop()
-            elif high - low > 1:
-                num_probes += 1
-                if num_probes > MAX_PROBES:
-                    return self.match_exactly(hashes)
-                middle = (low + high) // 2
-                probes.append((middle, row_of(hashes[middle])))
-            else:
-                ends.append(high)
-                rows.append(row)
-                low, row = high, other
-                probes.pop()
-                if not row:
-                    break
-        if row:
-            ends.append(len(hashes))
-            rows.append(row)
-        return PrefixMatch(self._lengths(ends, b"".join(rows)), self._slots)
+        ends, rows = self._runs_by_halves(hashes, row) or self._runs(join_hashes(hashes))
+        self._note_run_ends(hashes, ends)
+        return PrefixMatch(self._lengths(ends, rows), self._slots)
 
     def match_exactly(self, hashes: Sequence[BlockHash]) -> PrefixMatch:
         """`match` without its assumption: every block is looked at."""
         if self._changes.num_pending and not self._max_pending:
             self.flush()
-        rows = self._table.rows(join_hashes(hashes))
-        if not rows.size or not rows[0].any():
+        ends, rows = self._runs(join_hashes(hashes))
+        if not rows.strip(b"\0"):
             return PrefixMatch(self._nothing, self._slots)
-        changes = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1))
-        starts = np.concatenate(([0], changes + 1))
-        ends = [*(changes + 1).tolist(), len(rows)]
-        return PrefixMatch(self._lengths(ends, rows[starts].tobytes()), self._slots)
+        return PrefixMatch(self._lengths(ends, rows), self._slots)
 
     def check_integrity(self) -> None:
         """Flushes. Raises AssertionError naming what does not add up."""
@@ -203,15 +180,75 @@ class PrefixIndex:
             assert slot in self._used or not self._table.num_blocks(slot), "blocks of nobody"
         self._table.check_integrity()
 
+    def _runs_by_halves(
+        self, hashes: Sequence[BlockHash], row: bytes
+    ) -> tuple[list[int], bytes] | None:
+        """Where runs of equal rows end, and these rows joined, but for blocks that nobody holds
+        at the end. `row`: of the first block, not empty. None beyond MAX_PROBES."""
+        row_of = self._table.row
+        # Depths with what is held there, deepest first; `low` has `row`.
+        probes = [(len(hashes) - 1, row_of(hashes[-1]))]
+        ends: list[int] = []
+        rows: list[bytes] = []
+        low, num_probes = 0, 2
+        hints = self._hints(hashes[0])
+        while probes:
+            high, other = probes[-1]
+            if other == row:
+                low = high
+                probes.pop()
+            elif high - low > 1:
+                num_probes += 1
+                if num_probes > MAX_PROBES:
+                    return None
+                middle = (low + high) // 2
+                if hints and low < hints[-1] < high:
+                    middle = hints.pop()
+                probes.append((middle, row_of(hashes[middle])))
+            else:
+                ends.append(high)
+                rows.append(row)
+                low, row = high, other
+                probes.pop()
+                if not row:
+                    break
+                hints = self._hints(hashes[low])
+        if row:
+            ends.append(len(hashes))
+            rows.append(row)
+        return ends, b"".join(rows)
+
+    def _runs(self, data: bytes) -> tuple[list[int], bytes]:
+        """The same by looking at every block, those that nobody holds included."""
+        rows = self._table.rows(data)
+        if not rows.size:
+            return [], b""
+        changes = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1))
+        starts = np.concatenate(([0], changes + 1))
+        return [*(changes + 1).tolist(), len(rows)], rows[starts].tobytes()
+
+    def _hints(self, first: BlockHash) -> list[int]:
+        """Depths at which to look for the end of the run that begins with this block, the last one
+        first: right behind where it was, then right before."""
+        end = self._run_ends.get(first, 0)
+        return [end - 1, end]
+
+    def _note_run_ends(self, hashes: Sequence[BlockHash], ends: list[int]) -> None:
+        if len(self._run_ends) > MAX_RUN_ENDS:
+            self._run_ends.clear()
+        start = 0
+        for end in ends:
+            self._run_ends[hashes[start]] = end
+            start = end
+
     def _lengths(self, ends: list[int], rows: bytes) -> NDArray[np.int32]:
         """[num_tiers, num_slots] from joined rows that are held up to `ends`, by depth."""
         masks = self._masks.get(rows)
         if masks is None:
             masks = self._common_masks(rows, len(ends))
         # In float32, which is exact here and has the fastest product.
-        parts = np.array(ends, np.float32)
-        parts[1:] -= parts[:-1].copy()
-        lengths: NDArray[np.int32] = np.dot(parts, masks).astype(np.int32)
+        parts = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+        lengths: NDArray[np.int32] = np.array(parts, np.float32).dot(masks).astype(np.int32)
         return lengths.reshape(NUM_TIERS, -1)
 
     def _common_masks(self, rows: bytes, num_rows: int) -> NDArray[np.float32]:

@@ -27,6 +27,12 @@ class PrefixMatch:
     slots: Mapping[WorkerId, int]
     """The index's own table of slots, live."""
 
+    @property
+    def longest(self) -> int:
+        """Leading blocks that anybody holds."""
+        lengths = self.lengths
+        return int(lengths.item(lengths.argmax())) if lengths.size else 0
+
     def num_blocks(self, worker_id: WorkerId, tier: Tier = Tier.DISK) -> int:
         """Leading blocks that `worker_id` holds in `tier` or a better one."""
         slot = self.slots.get(worker_id)

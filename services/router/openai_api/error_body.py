@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import orjson
@@ -14,6 +15,7 @@ from baton.core.errors import (
     Overloaded,
     PayloadTooLarge,
     QuotaExceeded,
+    RateLimit,
     RequestError,
     public_message,
     wire_status,
@@ -68,10 +70,19 @@ def retry_headers(error: BaseException) -> list[tuple[str, str]]:
         # Read by OpenAI's clients before the whole seconds above.
         ("retry-after-ms", str(milliseconds)),
     ]
-    for rate in error.rate_limits if isinstance(error, QuotaExceeded) else ():
-        headers += [
+    if isinstance(error, QuotaExceeded):
+        headers += rate_limit_headers(error.rate_limits)
+    return headers
+
+
+def rate_limit_headers(rates: Iterable[RateLimit]) -> list[tuple[str, str]]:
+    """Where a tenant stands, in names that OpenAI's clients know; also fit for gRPC metadata."""
+    return [
+        header
+        for rate in rates
+        for header in (
             (f"x-ratelimit-limit-{rate.name}", str(rate.limit)),
             (f"x-ratelimit-remaining-{rate.name}", str(rate.remaining)),
             (f"x-ratelimit-reset-{rate.name}", f"{rate.reset_s:.3f}s"),
-        ]
-    return headers
+        )
+    ]

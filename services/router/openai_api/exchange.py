@@ -13,9 +13,9 @@ from typing import Any
 
 import orjson
 
-from baton.core.errors import InvalidRequest, PayloadTooLarge, RequestCancelled
+from baton.core.errors import InvalidRequest, PayloadTooLarge, RateLimit, RequestCancelled
 from services.router.edge.preprocess import new_id
-from services.router.openai_api.error_body import error_answer
+from services.router.openai_api.error_body import error_answer, rate_limit_headers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -42,17 +42,25 @@ class Exchange:
         """The response's status has been sent; errors can no longer change it."""
         self.is_dispatched = False
         """Handed to the dispatcher."""
-        self._headers: Iterable[Header] = scope["headers"]
+        self.rate_limits: tuple[RateLimit, ...] = ()
+        """Where the tenant stands, for the headers of an answer that is no error."""
+        # Of a header that came twice the first counts.
+        self._headers: dict[bytes, bytes] = dict(reversed(list(scope["headers"])))
         given = self.header(b"x-request-id")
         self.request_id = given if _USABLE_ID.fullmatch(given) else new_id("req").encode()
 
+    def note_rate_limits(self, rates: tuple[RateLimit, ...]) -> None:
+        """Of the last generation counted: the least that is left."""
+        self.rate_limits = rates
+
     def header(self, name: bytes) -> bytes:
         """The value of a header named in lower case, empty when it is missing."""
-        return next((value for key, value in self._headers if key == name), b"")
+        return self._headers.get(name, b"")
 
     def text_header(self, name: str) -> str:
         """As `header`, in text."""
-        return self.header(name.encode()).decode("latin-1")
+        value = self._headers.get(name.encode())
+        return value.decode("latin-1") if value else ""
 
     async def body(self, max_bytes: int, *, timeout_s: float) -> bytes:
         """The whole body.
@@ -126,6 +134,8 @@ class Exchange:
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.has_started = True
         headers.append((b"x-request-id", self.request_id))
+        if status < 400 and self.rate_limits:
+            headers += ((k.encode(), v.encode()) for k, v in rate_limit_headers(self.rate_limits))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
 

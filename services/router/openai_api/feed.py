@@ -66,38 +66,47 @@ class SoloFeed:
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
         self._error: BaseException | None = None
-        self._taking: asyncio.Task[object] | None = None
+        self._reader: asyncio.Task[object] | None = None
+        """The task that takes; always the same."""
+        self._is_taking = False
+        self._has_ended = False
+        """By itself: there is nothing left to close."""
         self._closing: asyncio.Task[None] | None = None
 
     async def take(self) -> list[Item]:
         if self._error is not None:
             raise self._error
-        task = self._taking = asyncio.current_task()
-        assert task is not None
+        if self._reader is None:
+            self._reader = asyncio.current_task()
+        self._is_taking = True
         try:
             return [Item(0, delta) for delta in await anext(self._generation)]
         except StopAsyncIteration:
+            self._has_ended = True
             return []
         except asyncio.CancelledError:
             if self._error is None:
                 raise
             # It was `fail` that cancelled, and only the generation.
-            task.uncancel()
+            assert self._reader is not None
+            self._reader.uncancel()
             raise self._error from None
         finally:
-            self._taking = None
+            self._is_taking = False
 
     def fail(self, error: BaseException) -> None:
         if self._error is not None:
             return
         self._error = error
-        if self._taking is not None:
-            self._taking.cancel()
+        if self._is_taking and self._reader is not None:
+            self._reader.cancel()
         else:
             # The writer is with its client; the workers are not to wait for it.
             self._closing = asyncio.get_running_loop().create_task(self._close())
 
     async def aclose(self) -> None:
+        if self._has_ended:
+            return
         closing = self._closing or asyncio.get_running_loop().create_task(self._close())
         await asyncio.wait({closing}, timeout=CLEANUP_TIMEOUT_S)
 
@@ -106,6 +115,7 @@ class SoloFeed:
             async with asyncio.timeout(timeout_s):
                 async for _ in self._generation:
                     pass
+                self._has_ended = True
 
     async def _close(self) -> None:
         if isinstance(self._generation, AsyncGenerator):

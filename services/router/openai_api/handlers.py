@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from baton.core.errors import InvalidRequest
 from baton.core.request import RequestId
+from baton.core.trace import parse_traceparent
 from services.router.edge.edge_config import EdgeConfig
 from services.router.edge.preprocess import Preprocessor, check_stop, new_id
 from services.router.openai_api.exchange import Exchange
@@ -22,6 +23,7 @@ from services.router.openai_api.schema import (
 from services.router.openai_api.serving import Job, Serving
 from services.router.openai_api.wire_format import ChatFormat, CompletionFormat, Frame
 from services.router.requests.generation import GenerationInput, Generator, ModelCard
+from services.router.tenants.quota_hold import QuotaHold
 from services.router.tenants.tenants import Caller, Tenants, check_priority
 
 MAX_CHOICES = 256
@@ -49,10 +51,17 @@ class GenerationRoutes:
         card = self._preprocessor.model_card(body.model)
         plan = chat_plan(card, body)
         _check_common(body)
-        prompt = await self._preprocessor.chat_prompt(card, plain_messages(body.messages))
-        frame = _frame(new_id("chatcmpl"), card, body, exchange, plan.sampling.logprobs)
-        job = self._job(exchange, caller, body, plan, frame, [prompt])
-        await self.serving.run(job, exchange, ChatFormat(frame))
+        messages = plain_messages(body.messages)
+        num_chars = sum(len(message["content"]) for message in messages)
+        hold = await self._preprocessor.hold_quota(caller, num_chars)
+        try:
+            prompt = await self._preprocessor.chat_prompt(card, messages)
+            frame = _frame(new_id("chatcmpl"), card, body, exchange, plan.sampling.logprobs)
+            job = self._job(exchange, caller, body, plan, frame, [prompt], hold)
+            await self.serving.run(job, exchange, ChatFormat(frame))
+        finally:
+            if hold is not None:
+                hold.release()
 
     async def completions(self, exchange: Exchange) -> None:
         caller = await self._tenants.caller(exchange.text_header)
@@ -60,14 +69,21 @@ class GenerationRoutes:
         card = self._preprocessor.model_card(body.model)
         plan = completion_plan(card, body)
         _check_common(body)
-        prompts = []
-        for prompt in plain_prompts(body.prompt):
-            prompts.append(await self._prompt(card, prompt))
-            # Many short prompts must not keep the other streams waiting.
-            await asyncio.sleep(0)
-        frame = _frame(new_id("cmpl"), card, body, exchange, plan.sampling.logprobs)
-        job = self._job(exchange, caller, body, plan, frame, prompts)
-        await self.serving.run(job, exchange, CompletionFormat(frame))
+        texts = plain_prompts(body.prompt)
+        num_chars = sum(len(text) for text in texts if isinstance(text, str))
+        hold = await self._preprocessor.hold_quota(caller, num_chars)
+        try:
+            prompts = []
+            for text in texts:
+                prompts.append(await self._prompt(card, text))
+                # Many short prompts must not keep the other streams waiting.
+                await asyncio.sleep(0)
+            frame = _frame(new_id("cmpl"), card, body, exchange, plan.sampling.logprobs)
+            job = self._job(exchange, caller, body, plan, frame, prompts, hold)
+            await self.serving.run(job, exchange, CompletionFormat(frame))
+        finally:
+            if hold is not None:
+                hold.release()
 
     async def _read(self, exchange: Exchange) -> bytes:
         return await exchange.body(
@@ -87,7 +103,9 @@ class GenerationRoutes:
         plan: SamplingPlan,
         frame: Frame,
         prompts: Sequence[tuple[int, ...]],
+        hold: QuotaHold | None,
     ) -> Job:
+        """`hold` is what its first generation has of the tenant's quota."""
         num_choices = body.n or 1
         if len(prompts) * num_choices > MAX_CHOICES:
             raise InvalidRequest(
@@ -99,6 +117,9 @@ class GenerationRoutes:
         if body.priority is not None:
             priority = check_priority(body.priority, param="priority")
         is_single = len(prompts) * num_choices == 1
+        trace = parse_traceparent(
+            exchange.text_header("traceparent"), exchange.text_header("tracestate")
+        )
         inputs = [
             GenerationInput(
                 request_id=RequestId(
@@ -117,7 +138,11 @@ class GenerationRoutes:
                 targets=caller.targets,
                 weight=caller.weight,
                 limits=caller.limits,
+                hold=hold if p == c == 0 else None,
+                on_rate_limits=exchange.note_rate_limits,
                 session_key=caller.session_key(body.user or ""),
+                trace=trace,
+                wants_timing=body.baton is not None and bool(body.baton.timing),
             )
             for p, prompt in enumerate(prompts)
             for c in range(num_choices)

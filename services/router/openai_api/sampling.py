@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from baton.core.errors import InvalidRequest
 from baton.core.request import SamplingParams
@@ -42,12 +43,12 @@ class SamplingPlan:
 
         Choice 0 is what a request for one choice would get; others have seeds of their own.
         """
-        sampling = dataclasses.replace(
-            self.sampling,
-            max_tokens=output_tokens(
-                self.card, num_prompt_tokens, self.asked_max_tokens, self.default_max_tokens
-            ),
+        sampling = self.sampling
+        max_tokens = output_tokens(
+            self.card, num_prompt_tokens, self.asked_max_tokens, self.default_max_tokens
         )
+        if max_tokens != sampling.max_tokens:
+            sampling = dataclasses.replace(sampling, max_tokens=max_tokens)
         if choice and sampling.seed is not None:
             seed = (sampling.seed + choice * _SEED_STEP + 2**63) % 2**64 - 2**63
             return dataclasses.replace(sampling, seed=seed)
@@ -87,8 +88,11 @@ def _plan(
     asked: int | None,
     default: int | None,
 ) -> SamplingPlan:
-    given = dict(body)
-    values = {name: given[name] for name in _PLAIN_FIELDS if given[name] is not None}
+    values: dict[str, Any] = {}
+    for name in _PLAIN_FIELDS:
+        value = getattr(body, name)
+        if value is not None:
+            values[name] = value
     if body.top_k is not None:
         # Clients write -1 for "the whole vocabulary".
         values["top_k"] = 0 if body.top_k == -1 else body.top_k

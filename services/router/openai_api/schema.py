@@ -65,6 +65,15 @@ class ResponseFormat(_Body):
     type: str
 
 
+class OwnOptions(_Body):
+    """What a request can ask of this platform beyond the OpenAI API."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+
+    timing: bool | None = None
+    """Each choice says at its end where its time went."""
+
+
 class GenerationBody(_Body):
     """The fields both routes share. None means: not given."""
 
@@ -90,6 +99,7 @@ class GenerationBody(_Body):
     response_format: ResponseFormat | None = None
     user: str | None = None
     priority: int | None = None
+    baton: OwnOptions | None = None
 
 
 class ChatMessageBody(_Body):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from baton.core.errors import BatonError, InternalError, RequestCancelled
@@ -21,6 +21,7 @@ from services.router.openai_api.exchange import Exchange, Receive
 from services.router.openai_api.feed import Feed, Item, open_feed
 from services.router.openai_api.wire_format import DONE, Choice, WireFormat
 from services.router.requests.generation import GenerationDelta, GenerationInput, Generator, Usage
+from services.router.requests.timing import RequestTiming
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class _Progress:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
+    timing: RequestTiming | None = None
     is_open: bool = False
     """Its opening chunk has been written."""
 
@@ -100,7 +102,7 @@ async def _collect(job: Job, feed: Feed, wire: WireFormat) -> bytes:
             choice.logprobs.extend(delta.logprobs)
             _note_end(choice, delta)
     choices = [
-        Choice(i, "".join(p.text), p.logprobs, _finish_reason(p), p.stop_reason)
+        Choice(i, "".join(p.text), p.logprobs, _finish_reason(p), p.stop_reason, p.timing)
         for i, p in enumerate(progress)
     ]
     return wire.answer(choices, _total_usage(job, progress))
@@ -113,7 +115,8 @@ async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) ->
     try:
         while True:
             data = b"".join(_chunks(job, wire, progress, items))
-            if all(p.finish_reason is not None for p in progress):
+            # When every choice has ended, the last delta was the end of one.
+            if items[-1].delta.finish_reason is not None and _have_ended(progress):
                 break
             if data:
                 await exchange.stream(data)
@@ -134,18 +137,24 @@ async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) ->
 
 def _chunks(
     job: Job, wire: WireFormat, progress: list[_Progress], items: Sequence[Item]
-) -> Iterator[bytes]:
+) -> list[bytes]:
     """The events for these deltas, one event each: clients count events as tokens."""
+    events = []
     for index, delta in items:
         choice = progress[index]
         if not choice.is_open:
             choice.is_open = True
-            yield wire.opening(index)
+            events.append(wire.opening(index))
         if delta.text or (job.has_logprobs and delta.logprobs):
-            yield wire.text(index, delta.text, delta.logprobs)
-        _note_end(choice, delta)
+            events.append(wire.text(index, delta.text, delta.logprobs))
         if delta.finish_reason is not None:
-            yield wire.finish(index, delta.finish_reason, delta.stop_reason)
+            _note_end(choice, delta)
+            events.append(wire.finish(index, delta))
+    return events
+
+
+def _have_ended(progress: Sequence[_Progress]) -> bool:
+    return all(choice.finish_reason is not None for choice in progress)
 
 
 def _note_end(choice: _Progress, delta: GenerationDelta) -> None:
@@ -153,6 +162,7 @@ def _note_end(choice: _Progress, delta: GenerationDelta) -> None:
         choice.finish_reason = delta.finish_reason
         choice.stop_reason = delta.stop_reason
         choice.usage = delta.usage
+        choice.timing = delta.timing
 
 
 def _finish_reason(choice: _Progress) -> FinishReason:

@@ -20,7 +20,8 @@ from services.router.openai_api.logprobs import (
     chat_entries,
     completion_entries,
 )
-from services.router.requests.generation import Usage
+from services.router.requests.generation import GenerationDelta, Usage
+from services.router.requests.timing import RequestTiming
 
 DONE = b"data: [DONE]\n\n"
 
@@ -50,6 +51,8 @@ class Choice:
     logprobs: Sequence[TokenLogprobs]
     finish_reason: FinishReason
     stop_reason: str | int | None
+    timing: RequestTiming | None = None
+    """If it was asked for."""
 
 
 class WireFormat(Protocol):
@@ -61,7 +64,9 @@ class WireFormat(Protocol):
 
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes: ...
 
-    def finish(self, index: int, reason: FinishReason, stop_reason: str | int | None) -> bytes: ...
+    def finish(self, index: int, delta: GenerationDelta) -> bytes:
+        """The end of a choice; `delta` has its finish reason."""
+        ...
 
     def usage(self, usage: Usage) -> bytes:
         """The last chunk before DONE, with no choices."""
@@ -77,19 +82,19 @@ class ChatFormat:
 
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
-        self._chunk = _ChunkWriter(frame, "chat.completion.chunk")
+        self._chunk = _ChunkWriter(frame, "chat.completion.chunk", (b'"delta":{"content":', b"}"))
 
     def opening(self, index: int) -> bytes:
         return self._chunk.write(index, b'"delta":{"role":"assistant","content":""}', b"null")
 
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
-        entries = b"null"
-        if self._frame.num_top_logprobs is not None:
-            entries = orjson.dumps(self._logprobs(logprobs))
-        return self._chunk.write(index, b'"delta":{"content":' + orjson.dumps(text) + b"}", entries)
+        if self._frame.num_top_logprobs is None:
+            return self._chunk.text(index, text)
+        content = b'"delta":{"content":' + orjson.dumps(text) + b"}"
+        return self._chunk.write(index, content, orjson.dumps(self._logprobs(logprobs)))
 
-    def finish(self, index: int, reason: FinishReason, stop_reason: str | int | None) -> bytes:
-        return self._chunk.write(index, b'"delta":{}', b"null", reason, stop_reason)
+    def finish(self, index: int, delta: GenerationDelta) -> bytes:
+        return self._chunk.write(index, b'"delta":{}', b"null", delta)
 
     def usage(self, usage: Usage) -> bytes:
         return self._chunk.usage(usage)
@@ -103,6 +108,7 @@ class ChatFormat:
                 "logprobs": self._logprobs(c.logprobs) if has_logprobs else None,
                 "finish_reason": finish_name(c.finish_reason),
                 "stop_reason": c.stop_reason,
+                **_own_fields(c.timing),
             }
             for c in choices
         ]
@@ -121,7 +127,7 @@ class CompletionFormat:
 
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
-        self._chunk = _ChunkWriter(frame, "text_completion")
+        self._chunk = _ChunkWriter(frame, "text_completion", (b'"text":', b""))
         self._offsets: dict[int, int] = {}
         """Characters of each choice whose log-probabilities have been written."""
 
@@ -129,13 +135,13 @@ class CompletionFormat:
         return b""
 
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
-        entries = b"null"
-        if self._frame.num_top_logprobs is not None:
-            entries = orjson.dumps(self._logprobs(index, logprobs))
+        if self._frame.num_top_logprobs is None:
+            return self._chunk.text(index, text)
+        entries = orjson.dumps(self._logprobs(index, logprobs))
         return self._chunk.write(index, b'"text":' + orjson.dumps(text), entries)
 
-    def finish(self, index: int, reason: FinishReason, stop_reason: str | int | None) -> bytes:
-        return self._chunk.write(index, b'"text":""', b"null", reason, stop_reason)
+    def finish(self, index: int, delta: GenerationDelta) -> bytes:
+        return self._chunk.write(index, b'"text":""', b"null", delta)
 
     def usage(self, usage: Usage) -> bytes:
         return self._chunk.usage(usage)
@@ -149,6 +155,7 @@ class CompletionFormat:
                 "logprobs": self._logprobs(c.index, c.logprobs) if has_logprobs else None,
                 "finish_reason": finish_name(c.finish_reason),
                 "stop_reason": c.stop_reason,
+                **_own_fields(c.timing),
             }
             for c in choices
         ]
@@ -165,7 +172,8 @@ class CompletionFormat:
 class _ChunkWriter:
     """Puts one choice between the parts that never change."""
 
-    def __init__(self, frame: Frame, object_name: str) -> None:
+    def __init__(self, frame: Frame, object_name: str, around: tuple[bytes, bytes]) -> None:
+        """`around`: what stands before and after the text of a choice."""
         head = {
             "id": frame.response_id,
             "object": object_name,
@@ -175,26 +183,45 @@ class _ChunkWriter:
         self._start = b"data: " + orjson.dumps(head)[:-1] + b',"choices":['
         self._end = (b'}],"usage":null}' if frame.include_usage else b"}]}") + b"\n\n"
         self._plain_end = b',"logprobs":null,"finish_reason":null' + self._end
+        self._around = around
+        self._text_end = around[1] + self._plain_end
+        self._text_starts: dict[int, bytes] = {}
+        """By choice."""
+
+    def text(self, index: int, text: str) -> bytes:
+        """A chunk with nothing but text, which is nearly every one."""
+        start = self._text_starts.get(index)
+        if start is None:
+            start = b'%b{"index":%d,%b' % (self._start, index, self._around[0])
+            self._text_starts[index] = start
+        return start + orjson.dumps(text) + self._text_end
 
     def write(
         self,
         index: int,
         payload: bytes,
         logprobs: bytes,
-        reason: FinishReason | None = None,
-        stop_reason: str | int | None = None,
+        last: GenerationDelta | None = None,
     ) -> bytes:
+        """`last`: the delta that ends the choice."""
         start = b'%b{"index":%d,%b' % (self._start, index, payload)
-        if reason is None and logprobs == b"null":
+        if last is None and logprobs == b"null":
             return start + self._plain_end
         finish = b"null"
-        if reason is not None:
-            finish = orjson.dumps(finish_name(reason))
-            finish += b',"stop_reason":' + orjson.dumps(stop_reason)
+        if last is not None and last.finish_reason is not None:
+            finish = orjson.dumps(finish_name(last.finish_reason))
+            finish += b',"stop_reason":' + orjson.dumps(last.stop_reason)
+            if last.timing is not None:
+                finish += b"," + orjson.dumps(_own_fields(last.timing))[1:-1]
         return b'%b,"logprobs":%b,"finish_reason":%b%b' % (start, logprobs, finish, self._end)
 
     def usage(self, usage: Usage) -> bytes:
         return b'%b],"usage":%b}\n\n' % (self._start, orjson.dumps(usage_object(usage)))
+
+
+def _own_fields(timing: RequestTiming | None) -> dict[str, object]:
+    """What a choice has beyond the OpenAI API; nothing unless the client asked for it."""
+    return {} if timing is None else {"baton": {"timing": timing}}
 
 
 def finish_name(reason: FinishReason) -> str:

@@ -18,11 +18,25 @@ from numpy.typing import NDArray
 from baton.core.fabric import LinkReport
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Role, WorkerId, WorkerInfo
-from services.router.placement.load_book import LoadBook
+from services.router.placement.load_book import (
+    AVAILABLE,
+    LEASES,
+    QUEUED,
+    RESIDENT,
+    SEQUENCES,
+    LoadBook,
+)
+from services.router.placement.speeds import Floats, SpeedBook
 from services.router.placement.topology import Topology
 
-Floats = NDArray[np.float64]
 MAX_CUTS = 16
+
+COST_ROWS = (QUEUED, SEQUENCES, RESIDENT, SEQUENCES, AVAILABLE)
+"""Columns of the table in the rows of `Pool.cost_loads`. All but the last are what `Speeds.load` is
+multiplied by; a batch appears twice because it takes time as such and with every token of KV that
+a request adds."""
+QUEUED_ROW, BATCH_ROW, RESIDENT_ROW, _, AVAILABLE_ROW = range(len(COST_ROWS))
+NUM_TIMED_ROWS = AVAILABLE_ROW
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +68,8 @@ class Pool:
     """Interchangeable workers at one version of the table."""
 
     layout: KvLayout
+    token_bytes: int
+    """Of KV, on all ranks together: what a hand-off moves."""
     members: tuple[WorkerRow, ...]
     """Prefill candidates, decode candidates, then those only read from."""
     num_prefill: int
@@ -65,10 +81,8 @@ class Pool:
     max_model_lens: Floats
     max_num_seqs: Floats
     min_num_seqs: float
-    numbers: NDArray[np.intp]
-    """0, 1, 2 ... of the candidates."""
-    nothing: Floats
-    """0 of each, not to be written to."""
+    cost_places: NDArray[np.intp]
+    """[cost row, candidate] in the flat table."""
     fetch_block_s: Floats
     """[source, reader] per block; sources: all members, readers: all candidates."""
     fetch_latency: Floats
@@ -78,9 +92,7 @@ class Pool:
     pair_latency: Floats
     """Likewise."""
     min_model_len: float
-    speeds: Floats | None = None
-    """Of all candidates; kept here by the scoring, which knows what they mean."""
-    speeds_version: int = -1
+    speed_book: SpeedBook
     _tail: tuple[int, Floats | None] = (-1, None)
     _cuts: dict[frozenset[int], Pool] = field(default_factory=dict)
     """Pools without a few of the candidates, by their positions: the same workers are avoided for
@@ -104,11 +116,23 @@ class Pool:
         assert self._values is not None
         return self._values.take(self.rows, axis=1)
 
+    def cost_loads(self) -> Floats:
+        """[cost row, candidate] as they are now, a copy."""
+        assert self._values is not None
+        loads: Floats = self._values.take(self.cost_places)
+        return loads
+
+    def leases(self) -> Floats:
+        """[member] as they are now, a copy."""
+        assert self._values is not None
+        leases: Floats = self._values[LEASES].take(self.rows)
+        return leases
+
     def pair_tail(self, num_tokens: int) -> Floats:
         """[prefill, decode] seconds of a hand-off of so few tokens, all of it exposed."""
         known_tokens, seconds = self._tail
         if known_tokens != num_tokens or seconds is None:
-            seconds = self.pair_seconds * (num_tokens * self.layout.token_bytes)
+            seconds = self.pair_seconds * (num_tokens * self.token_bytes)
             seconds += self.pair_latency
             # All prompts but the shortest have one tail.
             self._tail = (num_tokens, seconds)
@@ -187,12 +211,11 @@ def _cut(
     lens = np.array([row.info.max_model_len for row in members[:num_candidates]], np.float64)
     readers = rows[:num_candidates]
     layout = members[0].info.layout
-    nothing = np.zeros(num_candidates)
-    nothing.flags.writeable = False
     fetch_seconds, fetch_latency = topology.costs(readers, rows)
     pair_seconds, pair_latency = topology.costs(readers[num_prefill:], readers[:num_prefill])
     return Pool(
         layout=layout,
+        token_bytes=layout.token_bytes,
         members=members,
         num_prefill=num_prefill,
         num_candidates=num_candidates,
@@ -205,13 +228,15 @@ def _cut(
             [row.info.max_num_seqs for row in members[:num_candidates]], np.float64
         ),
         min_num_seqs=min(row.info.max_num_seqs for row in members[:num_candidates]),
-        numbers=np.arange(num_candidates),
-        nothing=nothing,
+        cost_places=np.array(COST_ROWS)[:, None] * values.shape[1] + readers,
         fetch_block_s=fetch_seconds * layout.block_bytes,
         fetch_latency=fetch_latency + topology.prices.fetch_s,
         pair_seconds=pair_seconds,
         pair_latency=pair_latency + topology.prices.handoff_s,
         min_model_len=float(lens.min()),
+        speed_book=SpeedBook(
+            [row.info.worker_id for row in members[:num_candidates]], num_prefill, layout.block_size
+        ),
         _values=values,
         _topology=topology,
     )

@@ -9,14 +9,15 @@ import random
 
 import numpy as np
 
-from services.router.placement.candidates import Floats
-from services.router.placement.load_book import SEQUENCES
+from services.router.placement.candidates import BATCH_ROW, Pool
 from services.router.placement.perf_model import PerfModel
 from services.router.placement.placement import Placement, PlacementKind, Prediction
 from services.router.placement.policy_config import PolicyConfig
 from services.router.placement.prefix_source import offer_for
 from services.router.placement.score_terms import LazyTerms
-from services.router.placement.scoring import Sheet
+from services.router.placement.scoring import score_pairs
+from services.router.placement.sheet import Sheet
+from services.router.placement.speeds import Floats
 
 TIE_S = 1e-6
 """Costs this close are equal."""
@@ -50,10 +51,13 @@ class Noise:
 class Choice:
     """The last step: from costs to one placement."""
 
-    __slots__ = ("_config", "_noise", "_perf", "_sheet")
+    __slots__ = ("_config", "_noise", "_perf", "_pool", "_sheet")
 
-    def __init__(self, sheet: Sheet, config: PolicyConfig, perf: PerfModel, noise: Noise) -> None:
-        self._sheet, self._config, self._perf, self._noise = sheet, config, perf, noise
+    def __init__(
+        self, sheet: Sheet, pool: Pool, config: PolicyConfig, perf: PerfModel, noise: Noise
+    ) -> None:
+        self._sheet, self._pool, self._config = sheet, pool, config
+        self._perf, self._noise = perf, noise
 
     def alone(self, workers: slice, reason: str) -> Placement:
         """All on one of `workers`, which are those with decode terms."""
@@ -61,23 +65,22 @@ class Choice:
         at = int(self._less_noise(cost).argmin())
         return self._placement(workers.start + at, None, cost.item(at), 0.0, reason)
 
-    def best(self, handoff_s: Floats, is_local_possible: bool) -> Placement:
-        """A pair, or all on one decode worker where that costs less."""
-        sheet = self._sheet
-        num_prefill, num_decode = handoff_s.shape
-        prefill_cost = sheet.prefill_cost[:num_prefill]
-        total = handoff_s + self._less_noise(prefill_cost)[:, None]
-        total += self._less_noise(sheet.decode_cost)
-        p, d = divmod(int(total.argmin()), num_decode)
-        moved_s = handoff_s.item(p, d)
-        score = prefill_cost.item(p) + sheet.decode_cost.item(d) + moved_s
+    def pair(self, is_local_possible: bool) -> Placement:
+        """The best pair, or all on one decode worker where that costs less."""
+        sheet, num_prefill = self._sheet, self._pool.num_prefill
+        prefill_cost, decode_cost = sheet.prefill_cost[:num_prefill], sheet.decode_cost
+        less_prefill, less_decode = self._less_noise(prefill_cost), self._less_noise(decode_cost)
+        total = score_pairs(sheet, self._pool, less_prefill, less_decode, self._config)
+        p, d = divmod(int(total.argmin()), len(decode_cost))
+        handoff_s = max(0.0, total.item(p, d) - less_prefill.item(p) - less_decode.item(d))
+        score = prefill_cost.item(p) + decode_cost.item(d) + handoff_s
         if is_local_possible:
             at = int(self._less_noise(sheet.local_cost).argmin())
             local = sheet.local_cost.item(at)
             if local < score:
                 reason = "cheaper than a hand-off"
                 return self._placement(num_prefill + at, None, local, 0.0, reason)
-        return self._placement(p, num_prefill + d, score, moved_s, "lowest cost")
+        return self._placement(p, num_prefill + d, score, handoff_s, "lowest cost")
 
     def _less_noise(self, cost: Floats) -> Floats:
         """The lowest of these is drawn by a soft-max, or among equal ones."""
@@ -88,40 +91,34 @@ class Choice:
         return less
 
     def _placement(
-        self, computes: int, decodes: int | None, score: float, moved_s: float, reason: str
+        self, computes: int, decodes: int | None, score: float, handoff_s: float, reason: str
     ) -> Placement:
         """`computes`: position of the worker that computes the prompt; `decodes`: of the other."""
-        sheet = self._sheet
-        pool = sheet.pool
-        is_prefill = computes < pool.num_prefill
-        generates = computes if decodes is None else decodes
-        at = generates - sheet.generators.start
-        kind = PlacementKind.LOCAL_PREFILL
+        sheet, pool = self._sheet, self._pool
+        prefill = decode = None
+        chosen: tuple[int, ...]
         if decodes is not None:
-            kind = PlacementKind.REMOTE_PREFILL
-        elif is_prefill:
-            kind = PlacementKind.PREFILL_ONLY
-        queue_s = sheet.queue_s.item(computes)
-        work_s = sheet.move_s.item(computes) + sheet.compute_s.item(computes)
+            kind, chosen, generates = PlacementKind.REMOTE_PREFILL, (computes, decodes), decodes
+            prefill, decode = pool.worker_id(computes), pool.worker_id(decodes)
+        elif computes < pool.num_prefill:
+            kind, chosen, generates = PlacementKind.PREFILL_ONLY, (computes,), computes
+            prefill = pool.worker_id(computes)
+        else:
+            kind, chosen, generates = PlacementKind.LOCAL_PREFILL, (computes,), computes
+            decode = pool.worker_id(computes)
         offer = None
-        if sheet.ways is not None and sheet.way is not None:
-            way = sheet.way.item(computes) // pool.num_candidates
-            offer = offer_for(sheet.ways, pool, computes, way, self._config.min_offer_blocks)
-        is_short = sheet.missing.item(at) > 0
-        return Placement(
-            kind,
-            pool.worker_id(computes) if is_prefill else None,
-            None if is_prefill and decodes is None else pool.worker_id(generates),
-            score,
-            reason,
-            LazyTerms(sheet, computes, decodes),
-            offer=offer,
-            predicted=Prediction(
-                queue_s + work_s + self._perf.overhead_s,
-                sheet.itl_s.item(at),
-                queue_s,
-                is_short and sheet.loads.item(SEQUENCES, generates) > 0,
-            ),
-            num_candidates=pool.num_candidates,
-            handoff_s=moved_s,
+        if sheet.ways is not None and sheet.ways.sources:
+            way, least = sheet.way_of(computes), self._config.min_offer_blocks
+            offer = offer_for(sheet.ways, pool, computes, way, least)
+        queue_s = sheet.queue_s_of(computes)
+        predicted = Prediction(
+            queue_s + sheet.prefill_s_of(computes) + self._perf.overhead_s,
+            sheet.itl_s_of(generates),
+            queue_s,
+            sheet.missing_of(generates) > 0 and sheet.loads.item(BATCH_ROW, generates) > 0,
         )
+        terms = LazyTerms(sheet, chosen)
+        return Placement(
+            kind, prefill, decode, score, reason, terms, offer, predicted, pool.num_candidates,
+            handoff_s,
+        )  # fmt: skip

@@ -15,7 +15,9 @@ Does not know: what is measured.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from statistics import median
 
 Vector = tuple[float, float, float]
@@ -130,14 +132,26 @@ class RatioBook:
     MAX_LOG = math.log(4)
     MAX_WORKERS = 4096
     """Remembered; the one that was first seen longest ago goes first."""
+    RECENT = 64
+    """Changes remembered by worker."""
 
     def __init__(self) -> None:
         self._log: dict[str, float] = {}
         self._ratio: dict[str, float] = {}
         self._seen: dict[str, int] = {}
+        self.num_changes = 0
+        self._changed: deque[str] = deque(maxlen=self.RECENT)
 
     def get(self, worker_id: str) -> float:
         return self._ratio.get(worker_id, 1.0)
+
+    def changed_since(self, num_changes: int) -> list[str] | None:
+        """Workers whose ratio has changed since there were so many changes, some of them named
+        twice; None when that is longer ago than is remembered."""
+        num_new = self.num_changes - num_changes
+        if not 0 <= num_new <= len(self._changed):
+            return None
+        return list(islice(reversed(self._changed), num_new))
 
     def observe(self, worker_id: str, seconds: float, predicted_s: float) -> None:
         """`predicted_s`: by the role's model alone."""
@@ -149,9 +163,15 @@ class RatioBook:
         self._log[worker_id] = new = max(-self.MAX_LOG, min(self.MAX_LOG, new))
         self._ratio[worker_id] = math.exp(new)
         self._seen[worker_id] = seen
+        self._note_change(worker_id)
         if len(self._seen) > self.MAX_WORKERS:
             oldest = next(iter(self._seen))
             del self._log[oldest], self._ratio[oldest], self._seen[oldest]
+            self._note_change(oldest)
+
+    def _note_change(self, worker_id: str) -> None:
+        self._changed.append(worker_id)
+        self.num_changes += 1
 
 
 def _dot(a: Vector, b: Vector) -> float:

@@ -5,8 +5,9 @@
     itl      fixed + sequence * batch + kv_token * resident KV tokens
 
 Coefficients are those of a role, times a factor of the single worker where it differs. They start
-from `PerfConfig` and learn from what finished requests measured. A role that nothing is known of
-yet is taken to be as much slower than assumed as the other one.
+from `PerfConfig` and learn from what finished requests measured, and decode steps from batches as
+they run. A role that nothing is known of yet is taken to be as much slower than assumed as the
+other one.
 
 Does not know: requests, clocks, where the numbers come from.
 """
@@ -66,6 +67,7 @@ class PerfModel:
         itl = (config.itl_fixed_s, config.itl_sequence_s, config.itl_kv_token_s)
         self._prefill = {role: fit(prefill) for role in Role}
         self._itl = {role: fit(itl) for role in Role}
+        self._fits = (*self._prefill.values(), *self._itl.values())
         self._queue_ratio = dict.fromkeys(Role, 1.0)
         """Seconds of waiting behind a token, by those of computing one."""
         self._prefill_ratio, self._itl_ratio = RatioBook(), RatioBook()
@@ -76,7 +78,8 @@ class PerfModel:
 
     @property
     def version(self) -> int:
-        return sum(fit.version for fits in (self._prefill, self._itl) for fit in fits.values())
+        a, b, c, d = self._fits
+        return a.version + b.version + c.version + d.version
 
     def prefill_speed(self, role: Role, worker_id: WorkerId | None = None) -> PrefillSpeed:
         fit, ratio = _known(self._prefill, role), self.prefill_ratio(worker_id)
@@ -93,6 +96,11 @@ class PerfModel:
     def itl_ratio(self, worker_id: WorkerId | None) -> float:
         return 1.0 if worker_id is None else self._itl_ratio.get(worker_id)
 
+    @property
+    def ratio_books(self) -> tuple[RatioBook, RatioBook]:
+        """What single workers differ by, in prefill and in decoding."""
+        return self._prefill_ratio, self._itl_ratio
+
     def prefill_s(
         self, role: Role, uncached: int, cached: int = 0, worker_id: WorkerId | None = None
     ) -> float:
@@ -108,8 +116,8 @@ class PerfModel:
     def itl_s(
         self,
         role: Role,
-        batch: int,
-        resident_kv_tokens: int,
+        batch: float,
+        resident_kv_tokens: float,
         worker_id: WorkerId | None = None,
     ) -> float:
         """Between tokens of each of `batch` sequences that hold so much KV together."""
@@ -157,7 +165,8 @@ class PerfModel:
         resident_kv_tokens: float,
         seconds: float,
     ) -> None:
-        """`seconds`: mean between a request's tokens; the others: means over that time."""
+        """`seconds`: mean between tokens, of a request that ended or of a batch's last steps; the
+        others: means over that time."""
         if batch < 1 or not seconds > 0:
             return
         x = (1.0, float(batch), float(resident_kv_tokens))

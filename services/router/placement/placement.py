@@ -115,5 +115,10 @@ class Placement:
     def workers(self) -> tuple[WorkerId, ...]:
         return tuple(w for w in (self.prefill, self.decode) if w is not None)
 
+    def settle(self) -> None:
+        """Of a placement that is kept: terms that are rendered when asked for are rendered now,
+        since what they are rendered from is many times as large."""
+        len(self.terms)
+
     def terms_of(self, worker_id: WorkerId) -> ScoreTerms:
         return next(t for t in self.terms if t.worker_id == worker_id)

@@ -22,9 +22,11 @@ from services.router.placement.perf_model import PerfModel
 from services.router.placement.placement import Placement, PlacementRequest
 from services.router.placement.policy import Hits
 from services.router.placement.policy_config import PolicyConfig
+from services.router.placement.revisions import pools_of_revision
 from services.router.requests.attempt import Attempt
 from services.router.requests.flight import Flight
 from services.router.requests.mailbox import Mailbox
+from services.router.requests.pacing import Pacer
 from services.router.workers.worker_pool import WorkerPool
 
 WORKER_DEADLINE_MARGIN_S = 1.0
@@ -55,6 +57,7 @@ class Placer:
         self._policy = make_policy(policy, self.perf, rng)
         self._affinity = SessionAffinity(policy.max_sessions)
         self._max_pending_deltas = max_pending_deltas
+        self._pacer = Pacer()
         self.on_placed: OnPlaced | None = None
         """Told of every start: placement, full blocks of the prompt, its tokens."""
         self._tag = secrets.token_hex(3)
@@ -67,6 +70,8 @@ class Placer:
         """
         given = flight.request
         pools = self._pool.table.pools(given.model)
+        if flight.stream.next_index:
+            pools = pools_of_revision(pools, flight.model_id)
         request = PlacementRequest(
             given.model,
             len(given.prompt_token_ids) + flight.stream.next_index,
@@ -88,12 +93,14 @@ class Placer:
         now_s = asyncio.get_running_loop().time()
         sessions = [self._pool.session(w) for w in placement.workers]
         assert sessions[0].info is not None
-        hashes = flight.block_hashes(sessions[0].info.layout)
+        layout = sessions[0].info.layout
+        flight.model_id = layout.model_id
+        hashes = flight.block_hashes(layout)
         self._num_attempts += 1
         attempt = Attempt(
             RequestId(f"{flight.request.request_id}.{self._tag}{self._num_attempts:x}"),
             placement,
-            Mailbox(self._max_pending_deltas, now_s=now_s),
+            Mailbox(self._max_pending_deltas, now_s=now_s, pacer=self._pacer),
             block_hashes=hashes,
         )
         flight.order.output_token_ids = tuple(flight.stream.token_ids)
@@ -110,6 +117,7 @@ class Placer:
         self._pool.index.touch(joined)
         self.predicted.note(joined, placement.computes_prompt, now_s)
         self._affinity.note(flight.request.tenant, flight.request.session_key, placement.workers)
+        placement.settle()
         return attempt
 
     def _offered(self, placement: Placement) -> PeerRef | None:

@@ -33,13 +33,8 @@ from services.router.placement.placement import (
     ScoreTerms,
 )
 from services.router.placement.policy_config import PolicyConfig
-from services.router.placement.scoring import (
-    Sheet,
-    score_decode,
-    score_handoff,
-    score_local,
-    score_prefill,
-)
+from services.router.placement.scoring import score_decode, score_local, score_prefill
+from services.router.placement.sheet import Sheet
 from services.router.placement.worker_table import WorkerTable
 
 __all__ = [
@@ -158,35 +153,34 @@ def _place_in_pool(
     num_prefill = pool.num_prefill
     sheet = score_prefill(pool, request, hits.match, hits.held, config, perf)
     prefill, decode = slice(0, num_prefill), slice(num_prefill, pool.num_candidates)
-    choice = Choice(sheet, config, perf, noise)
+    choice = Choice(sheet, pool, config, perf, noise)
     if not num_prefill or not pool.num_decode or request.max_tokens == 1:
         workers = prefill if num_prefill else decode
-        score_decode(sheet, workers, config)
-        _prefer_last(sheet, config)
+        score_decode(sheet, pool, workers, config)
+        _prefer_last(sheet, pool, config)
         reason = "a single token is asked for"
         if not pool.num_decode:
             reason = "no decode worker answers"
         elif not num_prefill:
             reason = "no prefill worker answers"
         return choice.alone(workers, reason)
-    score_decode(sheet, decode, config)
-    _prefer_last(sheet, config)
-    is_local_possible = bool(config.local_prefill_max_tokens) and score_local(sheet, config)
-    return choice.best(score_handoff(sheet, config), is_local_possible)
+    score_decode(sheet, pool, decode, config)
+    _prefer_last(sheet, pool, config)
+    return choice.pair(bool(config.local_prefill_max_tokens) and score_local(sheet, config))
 
 
-def _prefer_last(sheet: Sheet, config: PolicyConfig) -> None:
+def _prefer_last(sheet: Sheet, pool: Pool, config: PolicyConfig) -> None:
     """The hint of session affinity."""
     if not config.affinity_s:
         return
     for worker_id in sheet.request.last_workers:
-        position = sheet.pool.position.get(worker_id)
+        position = pool.position.get(worker_id)
         if position is None:
             continue
-        if position < sheet.pool.num_prefill:
+        if position < pool.num_prefill:
             sheet.prefill_cost[position] -= config.affinity_s
-        elif sheet.generators.start == sheet.pool.num_prefill:
-            sheet.decode_cost[position - sheet.pool.num_prefill] -= config.affinity_s
+        elif sheet.generators.start == pool.num_prefill:
+            sheet.decode_cost[position - pool.num_prefill] -= config.affinity_s
 
 
 def _why_none(table: WorkerTable, pools: Sequence[Pool], request: PlacementRequest) -> str:

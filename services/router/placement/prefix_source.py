@@ -9,8 +9,8 @@ For every worker there are several ways, and the cheapest one counts:
                    cheaper, which is why each is priced
 
 Blocks of a peer are counted from what it said it holds on its device: that is what it can lease.
-The worker that computes decides again with what it has measured itself; here the order of the
-candidates depends on it.
+A peer that has more than nobody is no way. The worker that computes decides again with what it has
+measured itself; here the order of the candidates depends on it.
 
 Pure. Does not know: load, decoding, sessions.
 """
@@ -34,17 +34,25 @@ LEASE_BLOCKS = 1e-4
 _DEVICE, _HOST, _DISK = map(int, Tier)
 
 
-class Ways(NamedTuple):
-    """[way, candidate]; first those of a worker's own, then one for each of `sources`."""
+class Way(NamedTuple):
+    """Arrays over candidates."""
 
-    tokens: Floats
-    """Leading tokens of the prompt that need not be computed."""
-    move_s: Floats
+    blocks: Floats
+    """Leading ones of the prompt that need not be computed."""
+    move_s: Floats | None
+    """None: nothing to move."""
+
+
+class Ways(NamedTuple):
+    """First those of a worker's own, of which the first moves nothing, then one for each of
+    `sources`."""
+
+    ways: list[Way]
     first_fetch: int
     """1 where no worker has blocks outside its pool, else one for each tier."""
     sources: list[int]
     """Positions in the pool."""
-    source_blocks: Floats
+    source_blocks: list[float]
     own_blocks: Floats
     """Of each candidate, on any tier."""
 
@@ -53,7 +61,6 @@ def ways_to_prefix(
     pool: Pool,
     expected: NDArray[np.int32],
     held: NDArray[np.int32],
-    leases: Floats,
     num_tokens: int,
     config: PolicyConfig,
 ) -> Ways | None:
@@ -68,31 +75,33 @@ def ways_to_prefix(
         # The last block contains the last token, and is worth nothing.
         usable = num_tokens // block_size - 1
         expected, held = np.minimum(expected, usable), np.minimum(held, usable)
-    own = expected[:, : pool.num_candidates]
     on_device = held[_DEVICE].astype(np.float64)
-    sources = _sources(on_device, leases, config.min_offer_blocks)
-    if not sources and not own[_DISK].any():
-        return None
+    device, disk = expected[_DEVICE, : pool.num_candidates], expected[_DISK, : pool.num_candidates]
     # Bytes are compared several times faster than numbers.
-    has_tiers = expected[_DEVICE].tobytes() != expected[_DISK].tobytes()
-    first_fetch = _DISK + 1 if has_tiers else _DEVICE + 1
-    shape = (first_fetch + len(sources), pool.num_candidates)
-    tokens, move_s = np.empty(shape), np.zeros(shape)
-    tokens[:first_fetch] = own[:first_fetch]
-    longest = tokens[first_fetch - 1].copy()
+    has_tiers = device.tobytes() != disk.tobytes()
+    own = longest = device.astype(np.float64)
+    ways = [Way(own, None)]
     if has_tiers:
-        _price_restores(tokens, move_s, pool.layout.block_bytes, config)
-    source_blocks = on_device.take(sources)
-    if sources:
-        more = source_blocks[:, None] - longest
-        np.maximum(more, 0.0, out=more)
-        np.add(more, longest, out=tokens[first_fetch:])
+        longest = disk.astype(np.float64)
+        host = expected[_HOST, : pool.num_candidates].astype(np.float64)
+        ways += _restores(own, host, longest, pool.layout.block_bytes, config)
+    # What all have anyway is nothing to be read.
+    least = max(longest.item(longest.argmin()), config.min_offer_blocks - 1)
+    sources = _sources(on_device, pool, least)
+    if not sources and not longest.item(longest.argmax()):
+        return None
+    first_fetch, restore_s = len(ways), ways[-1].move_s
+    blocks = [on_device.item(source) for source in sources]
+    for source, num_blocks in zip(sources, blocks, strict=True):
+        reached = np.maximum(longest, num_blocks)
+        move_s = reached - longest
+        move_s *= pool.fetch_block_s[source]
         # Who gains nothing pays the latency here, and so stays on a way of its own.
-        more *= pool.fetch_block_s.take(sources, axis=0)
-        more += pool.fetch_latency.take(sources, axis=0)
-        np.add(more, move_s[first_fetch - 1], out=move_s[first_fetch:])
-    tokens *= block_size
-    return Ways(tokens, move_s, first_fetch, sources, source_blocks, longest)
+        move_s += pool.fetch_latency[source]
+        if restore_s is not None:
+            move_s += restore_s
+        ways.append(Way(reached, move_s))
+    return Ways(ways, first_fetch, sources, blocks, longest)
 
 
 def offer_for(
@@ -105,26 +114,35 @@ def offer_for(
     is_fetch = way >= ways.first_fetch
     k = way - ways.first_fetch if is_fetch else 0
     own, source = int(ways.own_blocks.item(position)), ways.sources[k]
-    num_blocks = int(ways.source_blocks.item(k))
+    num_blocks = int(ways.source_blocks[k])
     if source == position or num_blocks - own < (1 if is_fetch else min_blocks):
         return None
     return PrefixOffer(pool.worker_id(source), num_blocks, own)
 
 
-def _sources(on_device: Floats, leases: Floats, min_blocks: int) -> list[int]:
-    """Positions of members worth reading from: the longest first, among equals the least leased."""
-    key = leases * LEASE_BLOCKS
-    np.subtract(on_device, key, out=key)
-    last = len(key) - MAX_SOURCES
-    best = (key.argpartition(last)[last:] if last > 0 else key.argsort()).tolist()
-    best.sort(key=key.item, reverse=True)
-    return [position for position in best if on_device.item(position) >= min_blocks]
+def _sources(on_device: Floats, pool: Pool, least: float) -> list[int]:
+    """Positions of members with more than `least` blocks: the longest first, among equals the
+    least leased."""
+    sources: list[int] = (on_device > least).nonzero()[0].tolist()
+    if len(sources) > 1:
+        key = pool.leases()
+        key *= -LEASE_BLOCKS
+        key += on_device
+        if len(sources) > MAX_SOURCES:
+            sources = key.argpartition(-MAX_SOURCES)[-MAX_SOURCES:].tolist()
+        sources.sort(key=key.item, reverse=True)
+    return sources
 
 
-def _price_restores(tokens: Floats, move_s: Floats, block_bytes: int, config: PolicyConfig) -> None:
-    """The ways from a worker's own tiers, still in blocks."""
-    rates = (config.host_tier_bytes_per_second, config.disk_tier_bytes_per_second)
-    for tier, rate in zip((_HOST, _DISK), rates, strict=True):
-        more = tokens[tier] - tokens[tier - 1]
-        move_s[tier] = move_s[tier - 1] + more * (block_bytes / rate)
-        move_s[tier] += config.fetch_s * (more > 0)
+def _restores(
+    device: Floats, host: Floats, disk: Floats, block_bytes: int, config: PolicyConfig
+) -> list[Way]:
+    """The ways from a worker's own tiers."""
+    more = host - device
+    host_s = more * (block_bytes / config.host_tier_bytes_per_second)
+    host_s += config.fetch_s * (more > 0)
+    more = disk - host
+    disk_s = more * (block_bytes / config.disk_tier_bytes_per_second)
+    disk_s += config.fetch_s * (more > 0)
+    disk_s += host_s
+    return [Way(host, host_s), Way(disk, disk_s)]

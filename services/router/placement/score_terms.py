@@ -1,52 +1,36 @@
-"""The terms of the chosen and the best other candidates, for the log; cut out of a sheet when
-somebody first asks for one, and rendered one by one.
+"""The terms of the chosen and the best other candidates, each rendered from a sheet when somebody
+first asks for it.
 
 Does not know: how they came about.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import overload
 
-import numpy as np
-
-from baton.core.worker_info import WorkerInfo
-from services.router.placement.candidates import Floats
-from services.router.placement.load_book import QUEUED, RESIDENT, SEQUENCES
+from services.router.placement.candidates import BATCH_ROW, QUEUED_ROW, RESIDENT_ROW
 from services.router.placement.placement import ScoreTerms
-from services.router.placement.scoring import Sheet
+from services.router.placement.sheet import Sheet
 
 NUM_BEST = 4
 """Of each role, beside the chosen ones."""
 
 
-class _Cut(NamedTuple):
-    """A few candidates of a sheet."""
-
-    infos: tuple[WorkerInfo, ...]
-    prefill: Floats
-    """[cached, queue_s, move_s, compute_s, prefill_cost][candidate]"""
-    decode: Floats
-    """[decode_cost, itl_s, missing, local_cost][candidate]; nan: has no decode terms."""
-    loads: Floats
-    num_tokens: int
-
-
 class LazyTerms(Sequence[ScoreTerms]):
-    """Lets go of the sheet at the first look."""
+    """The chosen ones come first and cost the least; lets go of the sheet when all are rendered."""
 
-    __slots__ = ("_chosen", "_cut", "_rendered", "_sheet")
+    __slots__ = ("_chosen", "_rendered", "_sheet")
 
-    def __init__(self, sheet: Sheet, *chosen: int | None) -> None:
-        """`chosen`: positions of the workers that were taken; they come first."""
+    def __init__(self, sheet: Sheet, chosen: tuple[int, ...]) -> None:
+        """`chosen`: positions of the workers that were taken."""
         self._sheet: Sheet | None = sheet
         self._chosen = chosen
-        self._cut: _Cut | None = None
-        self._rendered: dict[int, ScoreTerms] = {}
+        self._rendered: list[ScoreTerms] = []
 
     def __len__(self) -> int:
-        return len(self._ready().infos)
+        return len(self._all())
 
     @overload
     def __getitem__(self, index: int) -> ScoreTerms: ...
@@ -54,75 +38,72 @@ class LazyTerms(Sequence[ScoreTerms]):
     def __getitem__(self, index: slice) -> tuple[ScoreTerms, ...]: ...
     def __getitem__(self, index: int | slice) -> ScoreTerms | tuple[ScoreTerms, ...]:
         if isinstance(index, slice):
-            return tuple(self)[index]
-        number = range(len(self))[index]
-        found = self._rendered.get(number)
-        if found is None:
-            found = self._rendered[number] = _render(self._ready(), number)
-        return found
+            return tuple(self._all()[index])
+        return self._all()[index]
 
     def __iter__(self) -> Iterator[ScoreTerms]:
-        return map(self.__getitem__, range(len(self)))
+        for number in range(len(self._chosen)):
+            yield self._of_chosen(number)
+        yield from self._all()[len(self._chosen) :]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
     def __hash__(self) -> int:
-        return hash(self._ready().infos)
+        return hash(tuple(self))
 
     def __repr__(self) -> str:
         return repr(tuple(self))
 
-    def _ready(self) -> _Cut:
-        if self._cut is None:
+    def _of_chosen(self, number: int) -> ScoreTerms:
+        while len(self._rendered) <= number:
             assert self._sheet is not None
-            self._cut = _cut(self._sheet, [c for c in self._chosen if c is not None])
+            self._rendered.append(_render(self._sheet, self._chosen[len(self._rendered)]))
+        return self._rendered[number]
+
+    def _all(self) -> list[ScoreTerms]:
+        if self._sheet is not None:
+            self._of_chosen(len(self._chosen) - 1)
+            others = _best_others(self._sheet, self._chosen)
+            self._rendered += [_render(self._sheet, i) for i in others]
             self._sheet = None
-        return self._cut
+        return self._rendered
 
 
-def _cut(sheet: Sheet, picked: list[int]) -> _Cut:
-    pool, start = sheet.pool, sheet.generators.start
-    num_prefill = pool.num_prefill
-    for cost, first in ((sheet.prefill_cost[:num_prefill], 0), (sheet.decode_cost, start)):
-        best = cost.argsort()[: NUM_BEST + 1].tolist()
-        others = [first + i for i in best if first + i not in picked]
-        picked = picked + others[:NUM_BEST]
-    prefill = np.array(
-        (sheet.cached, sheet.queue_s, sheet.move_s, sheet.compute_s, sheet.prefill_cost)
-    )
-    decode = np.full((4, pool.num_candidates), np.nan)
-    terms = (sheet.decode_cost, sheet.itl_s, sheet.missing, sheet.local_cost)
-    for row, values in zip(decode, terms, strict=True):
-        row[start : start + len(values)] = values
-    return _Cut(
-        tuple([pool.members[i].info for i in picked]),
-        prefill[:, picked],
-        decode[:, picked],
-        sheet.loads[:, picked],
-        sheet.request.num_prompt_tokens,
-    )
+def _best_others(sheet: Sheet, chosen: tuple[int, ...]) -> list[int]:
+    """Positions of those with the lowest prefill and the lowest decode costs."""
+    others: list[int] = []
+    for cost, first in (
+        (sheet.prefill_cost[: sheet.num_prefill], 0),
+        (sheet.decode_cost, sheet.generators.start),
+    ):
+        best = [first + i for i in cost.argsort()[: NUM_BEST + len(chosen)].tolist()]
+        others += [i for i in best if i not in chosen and i not in others][:NUM_BEST]
+    return others
 
 
-def _render(cut: _Cut, i: int) -> ScoreTerms:
-    info, loads = cut.infos[i], cut.loads[:, i].tolist()
-    cached, queue_s, move_s, compute_s, prefill_cost = cut.prefill[:, i].tolist()
-    decode_cost, itl_s, missing, local_cost = cut.decode[:, i].tolist()
-    has_decode = not np.isnan(decode_cost)
+def _render(sheet: Sheet, i: int) -> ScoreTerms:
+    info, loads = sheet.members[i].info, sheet.loads[:, i].tolist()
+    blocks = sheet.cached_of(i)
+    cached = int(blocks) * sheet.block_size
+    compute_s = sheet.whole_s.item(i) - sheet.speeds.saved_s_of(i, blocks)
+    at = i - sheet.generators.start
+    has_decode = 0 <= at < len(sheet.decode_cost)
+    local_cost = sheet.local_cost.item(at) if has_decode and sheet.local_cost.size else math.inf
     return ScoreTerms(
         info.worker_id,
         info.role,
-        cached=int(cached),
-        uncached=cut.num_tokens - int(cached),
-        queued_prefill=int(loads[QUEUED]),
-        resident_kv=int(loads[RESIDENT]),
-        num_sequences=int(loads[SEQUENCES]),
-        missing_kv=int(missing) if has_decode else 0,
-        prefill_cost=prefill_cost,
-        decode_cost=decode_cost if has_decode else 0.0,
-        queue_s=queue_s,
-        move_s=move_s,
+        cached=cached,
+        uncached=sheet.request.num_prompt_tokens - cached,
+        queued_prefill=int(loads[QUEUED_ROW]),
+        resident_kv=int(loads[RESIDENT_ROW]),
+        num_sequences=int(loads[BATCH_ROW]),
+        missing_kv=int(sheet.missing_of(i)) if has_decode else 0,
+        prefill_cost=sheet.prefill_cost.item(i),
+        decode_cost=sheet.decode_cost.item(at) if has_decode else 0.0,
+        queue_s=sheet.queue_s_of(i),
+        move_s=sheet.prefill_s_of(i) - compute_s,
         compute_s=compute_s,
-        itl_s=itl_s if has_decode else 0.0,
-        local_cost=local_cost if np.isfinite(local_cost) else None,
+        itl_s=sheet.itl_s_of(i) if has_decode else 0.0,
+        local_cost=local_cost if math.isfinite(local_cost) else None,
     )

@@ -193,6 +193,19 @@ class Attempt:
         session.cancel(self.wire_id, reason)
         handover.put(Arrival(handover.target, at_s, lost=reason), now_s)
 
+    def is_plain(self, worker_id: WorkerId | None, delta: TokenDelta) -> bool:
+        """Tokens of a worker that has sent some and sends more, and nothing to note beside them;
+        `observe` would find nothing."""
+        return (
+            delta.finish_reason is None
+            and delta.timeline is None
+            and not delta.num_cached_tokens
+            and worker_id in self.spoken
+            and worker_id in self.unfinished
+            and self.handover is None
+            and bool(delta.token_ids)
+        )
+
     def observe(self, arrival: Arrival) -> AttemptFailure | None:
         """Follow one arrival; returns what ends the attempt, if it does."""
         worker_id, delta = arrival.worker_id, arrival.delta

@@ -75,6 +75,15 @@ class TextStage:
         self._num_tokens = 0
         self._held = ""
 
+    @property
+    def is_plain(self) -> bool:
+        """There are no stop strings to look for: `push_plain` does."""
+        return not self._matchers
+
+    def push_plain(self, token_ids: Sequence[int]) -> str:
+        """`push` in short, where it can only be text."""
+        return self._detokenizer.push(token_ids)
+
     def push(self, token_ids: Sequence[int]) -> TextStep:
         if not self._matchers:
             self._num_tokens += len(token_ids)

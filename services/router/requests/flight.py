@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from baton.core.block import BlockHash, chain_hashes, root_hash
 from baton.core.errors import BatonError
 from baton.core.kv_layout import KvLayout
-from baton.core.request import FinishReason
+from baton.core.request import FinishReason, TokenDelta
 from baton.core.worker_info import WorkerId
 from services.router.admission.ticket import Ticket
 from services.router.requests.attempt import Attempt, WorkOrder
 from services.router.requests.detokenize import TextStage
 from services.router.requests.generation import GenerationDelta, GenerationInput, Usage
-from services.router.requests.request_log import RequestRecord, RequestRecorder
+from services.router.requests.request_log import RequestRecorder
+from services.router.requests.request_record import RequestRecord
+from services.router.requests.timing_report import timing_of
 from services.router.requests.token_stream import NewTokens, TokenStream
 from services.router.shared.state import QuotaGrant
 
@@ -34,6 +36,8 @@ class Flight:
     """On the event loop's clock."""
     stream: TokenStream = field(default_factory=TokenStream)
     attempt: Attempt | None = None
+    model_id: str = ""
+    """Revision of the model that the last attempt runs on; an answer never changes it."""
     avoid: set[WorkerId] = field(default_factory=set)
     full: set[WorkerId] = field(default_factory=set)
     """Those of them that refused because they had no room."""
@@ -68,6 +72,13 @@ class Flight:
             hashes = self._hashes[layout] = tuple(chain)
         return hashes
 
+    def go_on(self, delta: TokenDelta, at_s: float, recorder: RequestRecorder) -> GenerationDelta:
+        """`emit` in short, of tokens that the stream has been extended by."""
+        token_ids = delta.token_ids
+        text = self.text.push_plain(token_ids)
+        recorder.tokens(self.record, len(token_ids), at_s)
+        return GenerationDelta(text, tuple(token_ids), tuple(delta.logprobs))
+
     def emit(self, new: NewTokens, at_s: float, recorder: RequestRecorder) -> GenerationDelta:
         """What the client gets of `new`. Sets the record's finish reason when it is the end."""
         text, num_tokens, stop = self.text.push(new.token_ids)
@@ -90,6 +101,7 @@ class Flight:
                 completion_tokens=self.record.num_output_tokens,
                 cached_tokens=self.record.num_cached_tokens or 0,
             ),
+            timing=timing_of(self.record) if self.request.wants_timing else None,
         )
 
     def _stop_token(self, new: NewTokens) -> int | None:

@@ -6,16 +6,22 @@ follows the workers, detokenizes and yields `GenerationDelta`s. Neither knows th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from baton.core.errors import RateLimit
 from baton.core.request import FinishReason, RequestId, SamplingParams, TokenLogprobs
+from baton.core.trace import TraceContext
 from baton.engine.tokenizer import Tokenizer
 from services.router.admission.slo import SloTargets
+from services.router.requests.timing import RequestTiming
 from services.router.shared.state import QuotaLimits
+from services.router.tenants.quota_hold import QuotaHold
 
 NO_LIMITS = QuotaLimits()
+
+OnRateLimits = Callable[[tuple[RateLimit, ...]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,16 @@ class GenerationInput:
     """Of the tenant, among those that have work waiting."""
     limits: QuotaLimits = NO_LIMITS
     """What the tenant may use."""
+    hold: QuotaHold | None = None
+    """What it has of that already; only of long prompts."""
+    on_rate_limits: OnRateLimits | None = None
+    """Told where the tenant stands once the request has been counted, if it has limits."""
     session_key: str = ""
     """Requests of one conversation share it: a hint where their prefix may be cached."""
+    trace: TraceContext | None = None
+    """The client's span."""
+    wants_timing: bool = False
+    """The last delta says where the time went."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +85,7 @@ class Usage:
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationDelta:
+class GenerationDelta(NamedTuple):
     """Text that became certain, with the tokens it came from.
 
     `text` may be empty while `token_ids` is not: a character or a possible stop string is still
@@ -86,6 +99,8 @@ class GenerationDelta:
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended the output; None for EOS and length."""
     usage: Usage | None = None
+    timing: RequestTiming | None = None
+    """If it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,11 @@ class Generator(Protocol):
 
     def models(self) -> list[ModelCard]:
         """Models served now; empty while no worker is connected."""
+        ...
+
+    async def hold_quota(self, tenant: str, limits: QuotaLimits) -> QuotaHold | None:
+        """A request and a slot, before a long prompt is made into tokens; goes into the input, and
+        is to be released in any case. None without limits. Raises QuotaExceeded."""
         ...
 
     def generate(self, request: GenerationInput) -> AsyncIterator[Sequence[GenerationDelta]]:

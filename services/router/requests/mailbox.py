@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from baton.core.request import TokenDelta
 from baton.core.worker_info import WorkerId
+from services.router.requests.pacing import Pacer
 
 
 class Arrival(NamedTuple):
@@ -36,10 +37,15 @@ class Recipient(Protocol):
 class Mailbox:
     """Single reader. Everything runs on one event loop."""
 
-    __slots__ = ("_items", "_limit", "_unread_since_s", "_waiter", "last_put_at_s")
+    __slots__ = (
+        "_has_output", "_items", "_limit", "_pacer", "_unread_since_s", "_waiter", "last_put_at_s",
+    )  # fmt: skip
 
-    def __init__(self, limit: int, *, now_s: float) -> None:
+    def __init__(self, limit: int, *, now_s: float, pacer: Pacer | None = None) -> None:
+        """`pacer`: decides when the reader of tokens goes on; without one, always at once."""
         self._limit = limit
+        self._pacer = pacer
+        self._has_output = False
         self._items: list[Arrival] = []
         self._waiter: asyncio.Future[None] | None = None
         self.last_put_at_s = now_s
@@ -63,7 +69,14 @@ class Mailbox:
         if len(self._items) < self._limit or not self._merge(arrival):
             self._items.append(arrival)
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
+        if waiter is None or waiter.done():
+            return
+        delta = arrival.delta
+        is_more = self._has_output and delta is not None and delta.finish_reason is None
+        if is_more and self._pacer is not None:
+            self._pacer.wake(waiter)
+        else:
+            self._has_output = delta is not None
             waiter.set_result(None)
 
     async def take(self) -> list[Arrival]:

@@ -1,4 +1,4 @@
-"""What remains of a request: its histograms and one log line, both from the same record.
+"""What remains of a request: its series and one log line, both from the same record.
 
 Durations come from the time points of `baton.core.lifecycle` and nothing else.
 """
@@ -6,18 +6,22 @@ Durations come from the time points of `baton.core.lifecycle` and nothing else.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import Protocol
 
 from baton.core import metrics as series
 from baton.core.lifecycle import LifecycleEvent as Event
-from baton.core.lifecycle import Timeline
 from baton.core.logging import log_fields
-from baton.core.request import FinishReason, RequestId, TokenDelta
-from baton.core.worker_info import Role, WorkerId
+from baton.core.request import FinishReason, RequestId
+from baton.core.worker_info import Role
 from baton.telemetry.metrics import Metrics, Observer
+from services.router.admission.ticket import Ticket
 from services.router.migration.handover import Handover
 from services.router.placement.perf_observer import PerfObserver
 from services.router.placement.placement import Placement, Prediction, ScoreTerms
+from services.router.requests.accounts import Accounts
+from services.router.requests.request_record import RequestRecord
+from services.router.tenants.tenant_labels import TenantLabels
 
 logger = logging.getLogger(__name__)
 
@@ -31,58 +35,49 @@ _SPANS = (
 )
 
 
-@dataclass(slots=True)
-class RequestRecord:
-    """Filled in while the request lives."""
+class SpanSink(Protocol):
+    """Where requests are traced."""
 
-    request_id: RequestId
-    model: str
-    num_prompt_tokens: int
-    timeline: Timeline = field(default_factory=Timeline)
-    placements: list[Placement] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    """Of given-up placements, in order."""
-    migrations: list[Handover] = field(default_factory=list)
-    """Moves to other workers, failed ones too, in order."""
-    num_output_tokens: int = 0
-    num_cached_tokens: int | None = None
-    """On the worker that computed the prompt; None until it has spoken."""
-    finish_reason: FinishReason | None = None
-    error: BaseException | None = None
-    last_token_at_s: float = 0.0
-    is_turned_away: bool = False
-    """Sent away before any work; the edge counts and logs that."""
-
-    def merge(self, worker_id: WorkerId | None, delta: TokenDelta) -> None:
-        """Take over what a worker measured, from its last delta.
-
-        Of a request that has moved, decoding begins on its first worker and ends on its last one;
-        what each move has transferred is kept with the move.
-        """
-        assert delta.timeline is not None
-        points, transfer = dict(delta.timeline.points), delta.timeline.transfer
-        if delta.finish_reason is None and any(m.source == worker_id for m in self.migrations):
-            points.pop(Event.DECODE_ENDED, None)
-        moves = [m for m in self.migrations if m.target == worker_id and m.has_moved]
-        if moves:
-            moves[-1].transfer = transfer
-            points = {e: at_s for e, at_s in points.items() if e is Event.DECODE_ENDED}
-            self.timeline.merge(Timeline(points))
-        else:
-            self.timeline.merge(Timeline(points, transfer))
+    def ended(self, record: RequestRecord) -> None:
+        """Once per request that was not turned away. Must not block."""
+        ...
 
 
 class RequestRecorder:
     """Turns records into series and log lines."""
 
-    def __init__(self, metrics: Metrics, *, observer: PerfObserver | None = None) -> None:
-        """`observer`: who learns from requests that have ended."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        accounts: Accounts | None = None,
+        observer: PerfObserver | None = None,
+        spans: SpanSink | None = None,
+    ) -> None:
+        """`observer`: who learns from requests that have ended. `spans`: who traces them."""
         self._metrics = metrics
+        self._accounts = accounts or Accounts(metrics, TenantLabels())
         self._observer = observer
+        self._spans = spans
         self._itl: dict[str, Observer] = {}
+        self._live: dict[RequestId, RequestRecord] = {}
+        self._models_waiting: set[str] = set()
 
-    def started(self) -> None:
+    def started(self, record: RequestRecord) -> None:
+        self._live[record.request_id] = record
         self._metrics.add(series.RUNNING, 1)
+        self._accounts.started(record)
+
+    def update(self) -> None:
+        """To be called once a second: what can be said of requests before they end."""
+        waiting = dict.fromkeys(self._models_waiting, 0)
+        for record in self._live.values():
+            self._count_tokens(record)
+            if not record.placements:
+                waiting[record.model] = waiting.get(record.model, 0) + 1
+        for model, num_waiting in waiting.items():
+            self._metrics.set(series.WAITING, num_waiting, model)
+        self._models_waiting = set(waiting)
 
     def placed(self, record: RequestRecord, placement: Placement, at_s: float) -> None:
         kind = "replay" if record.placements else placement.kind.value
@@ -109,9 +104,9 @@ class RequestRecorder:
         else:
             record.timeline.record(Event.FIRST_TOKEN, at_s)
             num_gaps -= 1
-        observe = self._itl.get(record.model) or self._itl_observer(record.model)
-        for _ in range(num_gaps):
-            observe(gap_s)
+        if num_gaps:
+            observe = self._itl.get(record.model) or self._itl_observer(record.model)
+            observe(gap_s, num_gaps)
         record.num_output_tokens += num_tokens
         record.last_token_at_s = at_s
 
@@ -121,27 +116,39 @@ class RequestRecorder:
         """A worker has said what it found in its prefix cache."""
         if computes_prompt and record.num_cached_tokens is None:
             record.num_cached_tokens = num_cached_tokens
-        self._metrics.add(series.PREFIX_QUERY_TOKENS, record.num_prompt_tokens, role.value)
-        self._metrics.add(series.PREFIX_HIT_TOKENS, num_cached_tokens, role.value)
+        labels = (record.model, role.value)
+        self._metrics.add(series.PREFIX_QUERY_TOKENS, record.num_prompt_tokens, *labels)
+        self._metrics.add(series.PREFIX_HIT_TOKENS, num_cached_tokens, *labels)
 
-    def ended(self, record: RequestRecord) -> None:
+    def left(self, record: RequestRecord, wire_id: RequestId) -> None:
+        """A placement is over before all its workers have finished with it."""
+        self._accounts.left(record, wire_id)
+
+    def ended(self, record: RequestRecord, ticket: Ticket | None = None) -> None:
         """Once per request that was started."""
         metrics, model = self._metrics, record.model
         if record.num_output_tokens:
             record.timeline.record(Event.LAST_TOKEN, record.last_token_at_s)
         metrics.add(series.RUNNING, -1)
+        self._live.pop(record.request_id, None)
         if record.is_turned_away:
             return
+        self._accounts.ended(record, ticket)
         finish = record.finish_reason or FinishReason.ERROR
         metrics.add(series.REQUESTS, 1, model, finish.value)
-        metrics.add(series.GENERATION_TOKENS, record.num_output_tokens, model)
+        self._count_tokens(record)
         if finish in (FinishReason.STOP, FinishReason.LENGTH):
             metrics.add(series.PROMPT_TOKENS, record.num_prompt_tokens, model)
             metrics.add(series.CACHED_TOKENS, record.num_cached_tokens or 0, model)
-        for family, start, end in _SPANS:
-            seconds = record.timeline.seconds(start, end)
-            if seconds is not None:
-                metrics.observe(family, seconds, model)
+            metrics.observe(series.REQUEST_PROMPT_TOKENS, record.num_prompt_tokens, model)
+            metrics.observe(series.REQUEST_GENERATION_TOKENS, record.num_output_tokens, model)
+        spans = [(f, record.timeline.seconds(start, end)) for f, start, end in _SPANS]
+        known = [(family, seconds) for family, seconds in spans if seconds is not None]
+        for family, seconds in known:
+            metrics.observe(family, seconds, model)
+        mean_itl_s = record.mean_itl_s
+        if mean_itl_s is not None:
+            metrics.observe(series.MEAN_ITL, mean_itl_s, model)
         transfer = record.timeline.transfer
         if transfer.num_reads:
             metrics.observe(series.TRANSFER, transfer.seconds, model)
@@ -151,7 +158,14 @@ class RequestRecorder:
                 metrics.observe(series.TRANSFER_HIDDEN, transfer.hidden_share, model)
         if self._observer is not None and finish in (FinishReason.STOP, FinishReason.LENGTH):
             self._learn(self._observer, record)
-        _log(record, finish)
+        _log(record, finish, known)
+        if self._spans is not None:
+            self._spans.ended(record)
+
+    def _count_tokens(self, record: RequestRecord) -> None:
+        num_new = record.num_output_tokens - record.num_counted_tokens
+        record.num_counted_tokens = record.num_output_tokens
+        self._metrics.add(series.GENERATION_TOKENS, num_new, record.model)
 
     def _learn(self, observer: PerfObserver, record: RequestRecord) -> None:
         """From a request that ran where it was placed: of others the times are of several."""
@@ -169,23 +183,23 @@ class RequestRecorder:
         return observer
 
 
-def _log(record: RequestRecord, finish: FinishReason) -> None:
-    timeline, transfer = record.timeline, record.timeline.transfer
-    spans = {
-        family.name.removeprefix("baton_"): timeline.seconds(start, end)
-        for family, start, end in _SPANS
-    }
+def _log(
+    record: RequestRecord, finish: FinishReason, spans: Sequence[tuple[series.Series, float]]
+) -> None:
+    """`spans`: durations as they have gone into the histograms."""
+    transfer = record.timeline.transfer
     log_fields(
         logger,
         "request ended",
         request_id=record.request_id,
+        **({} if record.trace is None else {"trace_id": f"{record.trace.trace_id:032x}"}),
         model=record.model,
         finish_reason=finish.value,
         error=None if record.error is None else f"{type(record.error).__name__}: {record.error}",
         prompt_tokens=record.num_prompt_tokens,
         completion_tokens=record.num_output_tokens,
         cached_tokens=record.num_cached_tokens,
-        **{name: round(s, 6) for name, s in spans.items() if s is not None},
+        **{family.name.removeprefix("baton_"): round(s, 6) for family, s in spans},
         kv_transfer_bytes=transfer.num_bytes,
         kv_transfer_seconds=round(transfer.seconds, 6),
         kv_transfer_exposed_seconds=round(transfer.exposed_seconds, 6),
@@ -215,16 +229,17 @@ def _migration_fields(move: Handover) -> dict[str, object]:
 
 def _rounded_fields(values: ScoreTerms | Prediction) -> dict[str, object]:
     return {
-        name: round(value, 6) if isinstance(value, float) else value
-        for name, value in values._asdict().items()
+        name: round(value, 6) if type(value) is float else value
+        for name, value in zip(values._fields, values, strict=True)
     }
 
 
 def placement_fields(placement: Placement) -> dict[str, object]:
     """A placement as JSON: the decision and the terms of its best candidates."""
+    workers = placement.workers
     ranked = sorted(
         placement.terms,
-        key=lambda t: (t.worker_id not in placement.workers, t.prefill_cost + t.decode_cost),
+        key=lambda t: (t.worker_id not in workers, t.prefill_cost + t.decode_cost),
     )
     predicted = placement.predicted
     return {

@@ -45,6 +45,14 @@ class TokenStream:
         """A new placement begins: what the old one left waiting is void."""
         self._early.clear()
 
+    def extend(self, delta: TokenDelta) -> bool:
+        """`push` in short: takes tokens that are next in line while nothing waits, and says so."""
+        known = self.token_ids
+        if self._early or delta.first_index != len(known):
+            return False
+        known += delta.token_ids
+        return True
+
     def push(self, delta: TokenDelta) -> NewTokens:
         """The tokens that became next in line with `delta`."""
         if delta.first_index > len(self.token_ids):

@@ -76,13 +76,19 @@ class ProcessState:
             self._telemetry.answered(is_granted=answer.is_granted, is_estimated=is_estimated)
         return answer.for_request(grant, is_estimated=is_estimated)
 
-    def return_quota(self, grant: QuotaGrant | None, *, num_unused_tokens: int = 0) -> None:
+    def return_quota(
+        self,
+        grant: QuotaGrant | None,
+        *,
+        num_unused_tokens: int = 0,
+        num_unused_requests: int = 0,
+    ) -> None:
         if grant is None or grant.slot not in self._held:
             return
         self._held.discard(grant.slot)
         limits = share_of(grant.limits, self._num_copies)
         unused = min(num_unused_tokens, grant.num_tokens)
-        refund = Refund(grant.tenant, limits, num_tokens=unused, slot=grant.slot)
+        refund = Refund(grant.tenant, limits, num_unused_requests, unused, grant.slot)
         self._table.refund([refund], self._clock.now())
 
     async def key_owner(self, key_hash: str) -> TenantRecord | None:

@@ -16,8 +16,9 @@ from ray.exceptions import RayError
 
 from baton.core.errors import BatonError, Unavailable
 from services.router.shared.deadline import within
+from services.router.shared.key_book import KeyBook, KeyState
 from services.router.shared.ledger import LedgerAnswer
-from services.router.shared.ray_table import Batches, Pulse, RayTable
+from services.router.shared.ray_table import NO_KEYS_KNOWN, Batches, KeyNews, Pulse, RayTable
 from services.router.shared.state import TenantRecord
 from services.router.shared.store import Beat, Refund, Take
 
@@ -38,9 +39,8 @@ class RayStore:
         self._name = f"shared-state-{deployment}"
         self._actor: Any = None
         self._finding: asyncio.Task[Any] | None = None
-        self._generation = ""
-        self._version = -1
-        self._mirror: dict[str, TenantRecord] = {}
+        self._known = NO_KEYS_KNOWN
+        self._mirror = KeyBook()
 
     async def take(self, take: Take) -> LedgerAnswer:
         answer: LedgerAnswer = await self._call("taking quota", "take", take)
@@ -53,13 +53,8 @@ class RayStore:
         what = "the sign of life of this router"
         if self._actor is None:
             await self._find()
-        pulse: Pulse = await self._call(what, "beat", beat, self._generation, self._version)
-        if pulse.generation != self._generation and self._mirror:
-            await self._call(what, "restore_keys", pulse.generation, self._mirror)
-            pulse = await self._call(what, "beat", beat, "", -1)
-        self._generation, self._version = pulse.generation, pulse.version
-        if pulse.keys is not None:
-            self._mirror = dict(pulse.keys)
+        pulse: Pulse = await self._call(what, "beat", beat, self._known)
+        await self._take_keys(pulse.keys)
         return pulse.num_copies
 
     async def leave(self, copy_id: str) -> None:
@@ -72,13 +67,15 @@ class RayStore:
         return record
 
     async def write_key(self, key_hash: str, record: TenantRecord) -> None:
-        await self._call("storing a key", "write_key", key_hash, record)
-        self._mirror[key_hash] = record
+        state: KeyState = await self._call("storing a key", "write_key", key_hash, record)
+        self._mirror.merge({key_hash: state})
 
     async def delete_key(self, key_hash: str) -> bool:
-        was_there: bool = await self._call("removing a key", "delete_key", key_hash)
-        self._mirror.pop(key_hash, None)
-        return was_there
+        state: KeyState | None = await self._call("removing a key", "revoke_key", key_hash)
+        if state is None:
+            return False
+        self._mirror.merge({key_hash: state})
+        return True
 
     async def list_keys(self) -> Mapping[str, TenantRecord]:
         keys: Mapping[str, TenantRecord] = await self._call("listing keys", "list_keys")
@@ -92,9 +89,11 @@ class RayStore:
         cursor: int | None = None
         while True:
             answer: Batches = await self._call(
-                what, "batches", cursor, POLL_S, timeout_s=POLL_S + CALL_TIMEOUT_S
+                what, "batches", cursor, self._known, POLL_S, timeout_s=POLL_S + CALL_TIMEOUT_S
             )
             cursor = answer.cursor
+            if answer.keys != self._known:
+                await self._take_keys(await self._call(what, "read_keys", self._known))
             for batch in answer.batches:
                 yield batch
 
@@ -103,6 +102,17 @@ class RayStore:
             self._finding.cancel()
             await asyncio.gather(self._finding, return_exceptions=True)
         self._actor = None
+
+    async def _take_keys(self, news: KeyNews) -> None:
+        """Mirror them; a table that has lost them gets what is mirrored here."""
+        if news.states is None:
+            return
+        has_forgotten = news.now.generation != self._known.generation and len(self._mirror)
+        self._mirror.merge(news.states)
+        if has_forgotten:
+            states = self._mirror.states()
+            await self._call("restoring keys", "restore_keys", news.now.generation, states)
+        self._known = news.now
 
     async def _find(self) -> None:
         """Takes seconds now and then, beyond what a call may; the next call finds the result."""

@@ -127,12 +127,18 @@ class RemoteState:
         self._telemetry.answered(is_granted=answer.is_granted, is_estimated=answer.is_estimated)
         return answer
 
-    def return_quota(self, grant: QuotaGrant | None, *, num_unused_tokens: int = 0) -> None:
+    def return_quota(
+        self,
+        grant: QuotaGrant | None,
+        *,
+        num_unused_tokens: int = 0,
+        num_unused_requests: int = 0,
+    ) -> None:
         held = None if grant is None else self._held.remove(grant.slot)
         if grant is None or held is None:
             return
         unused = min(num_unused_tokens, grant.num_tokens)
-        refund = Refund(grant.tenant, grant.limits, num_tokens=unused, slot=grant.slot)
+        refund = Refund(grant.tenant, grant.limits, num_unused_requests, unused, grant.slot)
         if held.is_estimated:
             self._view.refund(refund, num_copies=self._num_copies, now_s=self._clock.now())
             if self._circuit.is_closed and grant.limits.max_concurrent is not None:

@@ -195,9 +195,16 @@ class SharedState(Protocol):
         use up to `num_tokens` tokens, all limits together or none."""
         ...
 
-    def return_quota(self, grant: QuotaGrant | None, *, num_unused_tokens: int = 0) -> None:
+    def return_quota(
+        self,
+        grant: QuotaGrant | None,
+        *,
+        num_unused_tokens: int = 0,
+        num_unused_requests: int = 0,
+    ) -> None:
         """Free the slot of a request that has ended and take back the tokens it did not use; a
-        negative number charges those it used beyond what was taken.
+        negative number charges those it used beyond what was taken. `num_unused_requests`: of one
+        that never was.
 
         Never waits, so it can be called in a `finally`; giving back twice or None does nothing.
         """

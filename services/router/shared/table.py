@@ -1,19 +1,18 @@
 """Shared state in the memory of one process: that of a single router, or of the Ray actor.
 
-Pure: time is passed in. Bounded by `MAX_TENANTS` and `MAX_KEYS`.
+Pure: time is passed in. Bounded by `MAX_TENANTS` and the bounds of `KeyBook`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baton.core.errors import Overloaded
+from services.router.shared.key_book import KeyBook
 from services.router.shared.ledger import LedgerAnswer, TenantLedger
 from services.router.shared.state import TenantRecord
 from services.router.shared.store import Beat, Refund, Take
 
 MAX_TENANTS = 100_000
-MAX_KEYS = 100_000
 SWEEP_PERIOD_S = 30.0
 
 
@@ -23,7 +22,7 @@ class SharedTable:
     def __init__(self) -> None:
         self._ledgers: dict[str, TenantLedger] = {}
         self._copies: dict[str, float] = {}
-        self._keys: dict[str, TenantRecord] = {}
+        self.keys = KeyBook()
         self._sweep_at_s = 0.0
 
     @property
@@ -69,19 +68,17 @@ class SharedTable:
         return len(self._copies)
 
     def read_key(self, key_hash: str) -> TenantRecord | None:
-        return self._keys.get(key_hash)
+        return self.keys.read(key_hash)
 
     def write_key(self, key_hash: str, record: TenantRecord) -> None:
         """Raises Overloaded."""
-        if key_hash not in self._keys and len(self._keys) >= MAX_KEYS:
-            raise Overloaded(f"{MAX_KEYS} keys are stored already; remove some, or use Redis")
-        self._keys[key_hash] = record
+        self.keys.write(key_hash, record)
 
     def delete_key(self, key_hash: str) -> bool:
-        return self._keys.pop(key_hash, None) is not None
+        return self.keys.revoke(key_hash) is not None
 
     def list_keys(self) -> dict[str, TenantRecord]:
-        return dict(self._keys)
+        return self.keys.live()
 
     def _ledger(self, tenant: str) -> TenantLedger:
         ledger = self._ledgers.get(tenant)

@@ -61,7 +61,8 @@ class Caller:
     isolates_cache: bool = False
 
     def cache_salt(self, asked: str) -> str:
-        """`asked`: the client's own, if any."""
+        """Root of the request's block hashes. `asked`: the client's own, if any, which only parts
+        the tenant's cache further: names hold no NUL, so no salt reaches into another's."""
         return f"{self.tenant}\0{asked}" if self.isolates_cache else asked
 
     def session_key(self, user: str) -> str:
@@ -105,7 +106,7 @@ class Tenants:
             slo_class=slo_class,
             targets=self._targets(header, slo_class),
             session=header("x-session-id"),
-            isolates_cache=self._config.isolate_caches,
+            isolates_cache=self._config.isolates_caches,
         )
 
     async def _record(self, header: HeaderOf) -> TenantRecord:

@@ -48,9 +48,10 @@ class TenantsConfig:
     """Every request needs a key also without a file: keys are in the shared store."""
     trust_tenant_header: bool = False
     """Without keys: X-Tenant-Id names the tenant. Only behind a gateway that sets it itself."""
-    isolate_caches: bool = False
+    isolate_caches: bool | None = None
     """Tenants never share cached prefixes, so that nobody can find out by timing what others
-    asked. Common system prompts are then computed once for each tenant."""
+    asked. Common system prompts are then computed once for each tenant. None: as soon as tenants
+    are told apart, by keys or by a trusted header."""
     default: TenantConfig = field(default_factory=TenantConfig)
     """Tenants that are not named below, the anonymous one among them."""
     named: Mapping[str, TenantConfig] = field(default_factory=dict)
@@ -67,6 +68,12 @@ class TenantsConfig:
             raise ConfigError(
                 "tenants.trust_tenant_header and API keys are both set; a key says whose it is"
             )
+
+    @property
+    def isolates_caches(self) -> bool:
+        if self.isolate_caches is None:
+            return self.needs_key or self.trust_tenant_header
+        return self.isolate_caches
 
     @property
     def needs_key(self) -> bool:

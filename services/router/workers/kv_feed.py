@@ -39,7 +39,7 @@ class KvFault(Enum):
     REPLAYED = "replayed"
     MALFORMED = "malformed"
     TOO_LARGE = "too_large"
-    """A snapshot above the bound."""
+    """A snapshot above the bound, or above what a message holds."""
     HASHING = "hashing"
     """Blocks are named otherwise than here."""
 
@@ -186,6 +186,11 @@ class KvFeed:
             snapshot = await self._fetch_snapshot()
         except grpc.aio.AioRpcError as error:
             self._repair = None
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                self._drop_waiting()
+                self._listener.on_kv_fault(KvFault.TOO_LARGE)
+                self._refuse(f"its snapshot is too large: {error.details()}")
+                return
             self._give_up(f"gap in KV events and no snapshot: {error.code().name}")
             return
         except ValueError as error:
@@ -217,6 +222,12 @@ class KvFeed:
         if any(len(hashes) % HASH_BYTES for hashes in held.values()):
             reason = f"its snapshot of {num_bytes} bytes has parts of hashes"
             fault = KvFault.MALFORMED
+        elif snapshot.num_left_out:
+            reason = (
+                f"its snapshot has {snapshot.num_left_out} blocks, more than one message holds; "
+                "give it larger blocks or smaller tiers"
+            )
+            fault = KvFault.TOO_LARGE
         elif num_bytes > self._max_blocks * HASH_BYTES:
             reason = (
                 f"its snapshot has {num_bytes // HASH_BYTES} blocks, above {self._max_blocks}; "

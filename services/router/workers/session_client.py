@@ -15,25 +15,19 @@ Does not know: placement, retries, text.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Callable
-from enum import Enum
-from typing import Protocol, TypeVar
 
-import grpc
-
-from baton.core.errors import ConfigError, WorkerLost
+from baton.core.errors import WorkerLost
 from baton.core.fabric import FabricReport
 from baton.core.logging import log_fields
 from baton.core.request import GenerateRequest, PeerRef, RequestId
 from baton.core.tls import TlsFiles
-from baton.core.worker_info import PROTOCOL_VERSION, LoadReport, WorkerInfo
-from baton.rpc.channel import open_channel, unreachable_reason
+from baton.core.worker_info import LoadReport, WorkerInfo
 from baton.rpc.convert import (
+    engine_use_from_wire,
     fabric_from_wire,
     load_from_wire,
     peer_to_wire,
@@ -41,61 +35,18 @@ from baton.rpc.convert import (
     worker_info_from_wire,
 )
 from baton.rpc.v1 import worker_pb2 as pb
-from baton.rpc.v1.worker_pb2_grpc import WorkerStub
 from services.router.config import SessionConfig
 from services.router.placement.load_book import LoadBook
 from services.router.requests.mailbox import Arrival, Recipient
 from services.router.requests.step_gap import StepGap
 from services.router.workers.kv_feed import Held, KvChange, KvFault, KvFeed
+from services.router.workers.session_listener import SessionListener, SessionState
+from services.router.workers.session_stream import CLOSE_TIMEOUT_S, SessionStream
 from services.router.workers.wire_delta import delta_from_wire, is_last
 
 logger = logging.getLogger(__name__)
 
-Message = TypeVar("Message")
-
-CLOSE_TIMEOUT_S = 1.0
 CLOSED_BY_US = "the router closed the session"
-
-
-class SessionState(Enum):
-    CONNECTING = "connecting"
-    READY = "ready"
-    LOST = "lost"
-    CLOSED = "closed"
-
-
-class SessionListener(Protocol):
-    """Called on the event loop; must not block."""
-
-    def on_ready(self, session: WorkerSession, held: Held) -> None:
-        """Welcome has arrived. `session.kv_refusal` says why `held` is empty, if it was refused."""
-        ...
-
-    def on_kv_event(self, session: WorkerSession, change: KvChange) -> None: ...
-
-    def on_snapshot(self, session: WorkerSession, held: Held) -> None:
-        """Replaces everything known of the worker's blocks; empty while a gap is repaired."""
-        ...
-
-    def on_kv_fault(self, session: WorkerSession, fault: KvFault) -> None:
-        """Something was wrong with the worker's KV events."""
-        ...
-
-    def on_kv_refusal(self, session: WorkerSession, reason: str) -> None:
-        """Nothing more of this session's KV events is used."""
-        ...
-
-    def on_session_fault(self, session: WorkerSession) -> None:
-        """The session ends because of what the worker sent."""
-        ...
-
-    def on_fabric(self, session: WorkerSession, report: FabricReport) -> None:
-        """The worker has said how KV comes to it."""
-        ...
-
-    def on_lost(self, session: WorkerSession) -> None:
-        """All requests of the session have been told."""
-        ...
 
 
 class WorkerSession:
@@ -112,7 +63,6 @@ class WorkerSession:
         tls: TlsFiles | None = None,
     ) -> None:
         self.address = address
-        self._tls = tls
         self.state = SessionState.CONNECTING
         self.info: WorkerInfo | None = None
         """Of the current or the last session."""
@@ -126,24 +76,21 @@ class WorkerSession:
         self.book = LoadBook()
         """What the worker has to do, in numbers for placement."""
         self.step_gap = StepGap()
-        self._router_id = router_id
         self._config = config
         self._listener = listener
         self._wall_clock = wall_clock
         self._requests: dict[str, Recipient] = {}
         """Of the requests on the worker: where their deltas go."""
-        self._outgoing: deque[pb.RouterMessage] = deque()
-        self._wake_writer = asyncio.Event()
         self._load = pb.LoadReport()
         self._peers: tuple[PeerRef, ...] = ()
+        self._stream = SessionStream(address, self, router_id=router_id, config=config, tls=tls)
         self._kv = KvFeed(
             address,
             self,
-            fetch_snapshot=self._fetch_snapshot,
+            fetch_snapshot=self._stream.snapshot,
             give_up=self.break_off,
             max_blocks=config.max_snapshot_blocks,
         )
-        self._stub: WorkerStub | None = None
         self._serving: asyncio.Task[str] | None = None
         self._pause_s = 0.0
         self._logged_reason = ""
@@ -186,13 +133,15 @@ class WorkerSession:
         self.book.sent(
             request.request_id, prefill_tokens=prefill_tokens, kv_tokens=kv_tokens, now_s=now_s
         )
-        self._send(pb.RouterMessage(submit=request_to_wire(request)))
+        self._stream.send(pb.RouterMessage(submit=request_to_wire(request)))
 
     def cancel(self, request_id: RequestId, reason: str) -> None:
         """Tell the worker; nothing more of this request is delivered. Any state."""
         self._drop(request_id)
         if self.is_ready:
-            self._send(pb.RouterMessage(cancel=pb.Cancel(request_id=request_id, reason=reason)))
+            self._stream.send(
+                pb.RouterMessage(cancel=pb.Cancel(request_id=request_id, reason=reason))
+            )
 
     def is_running(self, request_id: RequestId) -> bool:
         """The worker has been sent this request and has not said its last word on it."""
@@ -210,7 +159,7 @@ class WorkerSession:
         """Name the workers this one may have to read from, unless it has heard of just these."""
         if self.is_ready and peers != self._peers:
             self._peers = peers
-            self._send(pb.RouterMessage(peers=pb.Peers(peers=map(peer_to_wire, peers))))
+            self._stream.send(pb.RouterMessage(peers=pb.Peers(peers=map(peer_to_wire, peers))))
 
     def break_off(self, reason: str, *, pause_s: float = 0.0) -> None:
         """Take the worker as lost now; connect again after `pause_s` at the earliest."""
@@ -256,7 +205,7 @@ class WorkerSession:
     async def _run_once(self) -> bool:
         """One connection from start to end; returns whether it ever was READY."""
         welcomed_before = self.info
-        self._serving = asyncio.create_task(self._serve(), name=f"session {self.address}")
+        self._serving = asyncio.create_task(self._stream.serve(), name=f"session {self.address}")
         try:
             # wait() instead of await: breaking off cancels the inner task only.
             await asyncio.wait([self._serving])
@@ -272,74 +221,16 @@ class WorkerSession:
             self._lose(repr(error) if error is not None else serving.result())
         return self.info is not welcomed_before
 
-    async def _serve(self) -> str:
-        """Returns why the session ended."""
-        channel = open_channel(self.address, self._tls)
-        call = None
-        writer = None
-        limit = ""
-        try:
-            self._stub = WorkerStub(channel)
-            call = self._stub.Session()
-            hello = pb.Hello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
-            # Written once there is a connection; the answer may have to wait for an engine step.
-            limit = f"no connection within {self._config.connect_timeout_s:g} s"
-            async with asyncio.timeout(self._config.connect_timeout_s):
-                await call.write(pb.RouterMessage(hello=hello))
-            limit = f"no Welcome within {self._config.welcome_timeout_s:g} s"
-            async with asyncio.timeout(self._config.welcome_timeout_s):
-                first = await call.read()
-            if first is grpc.aio.EOF:
-                return f"refused: {await call.details() or await call.code()}"
-            if not _decoded(first).HasField("welcome"):
-                raise ValueError("a first message that is not Welcome")
-            self._on_welcome(first.welcome)
-            writer = asyncio.create_task(self._write(call))
-            while (message := await call.read()) is not grpc.aio.EOF:
-                self._on_message(_decoded(message))
-            return f"the worker ended the session: {await call.details() or await call.code()}"
-        except TimeoutError:
-            return limit
-        except grpc.aio.AioRpcError as error:
-            if self.is_ready:
-                return f"{error.code().name}: {error.details()}"
-            return await unreachable_reason(error, self.address, self._tls)
-        except (ValueError, ConfigError) as error:
-            self._listener.on_session_fault(self)
-            if self.is_ready:
-                # Its Welcome is in order: at once connected again, it would be large and in vain.
-                self._pause_s = max(self._pause_s, self._config.stall_quarantine_s)
-            return f"the worker sent what cannot be: {error}"
-        finally:
-            self._kv.stop()
-            if writer is not None:
-                writer.cancel()
-            if call is not None:
-                call.cancel()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(channel.close(), CLOSE_TIMEOUT_S)
+    # StreamOwner
 
-    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:
-        """A write that fails ends the stream, which the reading side notices."""
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while True:
-                while self._outgoing:
-                    await call.write(self._outgoing.popleft())
-                self._wake_writer.clear()
-                await self._wake_writer.wait()
-
-    def _send(self, message: pb.RouterMessage) -> None:
-        self._outgoing.append(message)
-        self._wake_writer.set()
-
-    def _on_welcome(self, welcome: pb.Welcome) -> None:
+    def on_welcome(self, welcome: pb.Welcome) -> None:
         info = worker_info_from_wire(welcome.info)
         is_restarted = self.info is not None and self.info.epoch != info.epoch
         self.info = info
         self._load = welcome.load
         self._logged_reason = ""
         held = self._kv.start(welcome, info.layout)
-        self._outgoing.clear()
+        self._stream.clear()
         self._peers, self.fabric = (), None
         self.last_message_at_s = self.last_progress_at_s = asyncio.get_running_loop().time()
         self.book.report(welcome.load, self.last_message_at_s)
@@ -355,7 +246,7 @@ class WorkerSession:
             is_restarted=is_restarted,
         )
 
-    def _on_message(self, message: pb.WorkerMessage) -> None:
+    def on_message(self, message: pb.WorkerMessage) -> None:
         if message.HasField("step"):
             self._on_step(message.step)
             return
@@ -364,13 +255,30 @@ class WorkerSession:
             self.fabric = fabric_from_wire(message.fabric)
             self._listener.on_fabric(self, self.fabric)
 
+    def on_nonsense(self) -> None:
+        self._listener.on_session_fault(self)
+        if self.is_ready:
+            # Its Welcome is in order: at once connected again, it would be large and in vain.
+            self._pause_s = max(self._pause_s, self._config.stall_quarantine_s)
+
+    def on_end(self) -> None:
+        self._kv.stop()
+
     def _on_step(self, batch: pb.StepBatch) -> None:
         now_s = asyncio.get_running_loop().time()
         self.last_message_at_s = now_s
         if batch.deltas:
             self.last_progress_at_s = now_s
-            self.step_gap.note(now_s, len(batch.deltas[0].token_ids))
+            load = batch.load if batch.HasField("load") else self._load
+            self.step_gap.note(
+                now_s,
+                len(batch.deltas[0].token_ids),
+                num_sequences=load.num_running,
+                kv_tokens=load.resident_kv_tokens,
+            )
             self._deliver(batch, now_s)
+        for late in batch.late_uses:
+            self._listener.on_late_use(self, late.request_id, engine_use_from_wire(late.use))
         if batch.HasField("load"):
             if batch.load.queued_prefill_tokens < self._load.queued_prefill_tokens:
                 self.last_progress_at_s = now_s
@@ -387,19 +295,14 @@ class WorkerSession:
         for message in batch.deltas:
             mailbox = requests.get(message.request_id)
             if mailbox is None:
+                if message.HasField("timeline"):
+                    use = engine_use_from_wire(message.timeline.engine)
+                    self._listener.on_late_use(self, message.request_id, use)
                 continue
             delta = delta_from_wire(message)
             if is_last(delta):
                 self._drop(delta.request_id)
             mailbox.put(Arrival(worker_id, at_s, delta), now_s)
-
-    async def _fetch_snapshot(self) -> pb.Welcome:
-        assert self._stub is not None
-        timeout_s = self._config.resync_timeout_s
-        snapshot: pb.Welcome | None = await self._stub.GetInfo(
-            pb.GetInfoRequest(), timeout=timeout_s
-        )
-        return _decoded(snapshot)
 
     # KvListener
 
@@ -423,7 +326,7 @@ class WorkerSession:
         self.state = SessionState.LOST
         self.lost_reason = reason
         self._kv.stop()
-        self._outgoing.clear()
+        self._stream.clear()
         requests, self._requests = self._requests, {}
         now_s, at_s = asyncio.get_running_loop().time(), self._wall_clock()
         worker_id = None if self.info is None else self.info.worker_id
@@ -443,10 +346,3 @@ class WorkerSession:
                 reason,
             )
             self._listener.on_lost(self)
-
-
-def _decoded(message: Message | None) -> Message:
-    """gRPC gives None for bytes that are no such message. Raises ValueError."""
-    if message is None:
-        raise ValueError("a message that cannot be decoded")
-    return message

@@ -18,7 +18,7 @@ def delta_from_wire(message: pb.Delta) -> TokenDelta:
     return TokenDelta(
         RequestId(message.request_id),
         message.first_index,
-        list(message.token_ids),
+        message.token_ids[:],
         num_cached_tokens=message.num_cached_tokens,
     )
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from baton.core import metrics as series
 from baton.core.errors import WorkerLost
 from baton.core.fabric import FabricReport
+from baton.core.lifecycle import EngineUse
 from baton.core.tls import TlsFiles
 from baton.core.worker_info import Role, WorkerId
 from baton.telemetry.metrics import Metrics
@@ -71,6 +72,8 @@ class WorkerPool:
         self._peers_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._subscribers: list[Callable[[], None]] = []
+        self.late_use: Callable[[str, Role, EngineUse], None] | None = None
+        """Told what requests that are over here have cost a worker, by their id there."""
         self.table = WorkerTable(links, on_load=self._tell_load)
 
     def subscribe(self, callback: Callable[[], None]) -> None:
@@ -145,13 +148,9 @@ class WorkerPool:
     def decoding(self, worker_id: WorkerId) -> Decoding | None:
         """What the worker decodes now; None when it does not, or is not known."""
         session = self._by_id.get(worker_id)
-        gap_s = None
-        if session is not None:
-            gap_s = session.step_gap.gap_s(asyncio.get_running_loop().time())
-        if session is None or gap_s is None:
+        if session is None:
             return None
-        load = session.load
-        return Decoding(gap_s, load.num_running, load.resident_kv_tokens)
+        return session.step_gap.decoding(asyncio.get_running_loop().time())
 
     def num_computing(self, model: str) -> int:
         """Workers that compute prompts of `model`: its prefill workers, or all where none is."""
@@ -200,6 +199,10 @@ class WorkerPool:
     def on_session_fault(self, session: WorkerSession) -> None:
         if self._metrics is not None:
             self._metrics.add(series.SESSION_FAULTS, 1)
+
+    def on_late_use(self, session: WorkerSession, wire_id: str, use: EngineUse) -> None:
+        if self.late_use is not None and session.info is not None:
+            self.late_use(wire_id, session.info.role, use)
 
     def on_fabric(self, session: WorkerSession, report: FabricReport) -> None:
         if session.info is not None and self._by_id.get(session.info.worker_id) is session:

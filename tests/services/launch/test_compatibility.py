@@ -35,6 +35,7 @@ def test_what_does_not_change_a_block_may_differ(decode: dict[str, Any]) -> None
         ("dtype", "float32", "bfloat16", ("float32", "bfloat16")),
         ("block_size", 16, 64, ("16", "64")),
         ("device", Device.CPU, Device.CUDA, ("cpu", "cuda")),
+        ("revision", "a", "b", ("a", "b")),
         ("load_format", LoadFormat.DUMMY, LoadFormat.AUTO, ("dummy", "auto")),
     ],
 )

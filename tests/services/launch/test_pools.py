@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from baton.core.errors import ConfigError
 from baton.core.worker_info import Role
 from services.launch.config import SystemConfig
-from services.launch.pools import assign_gpus, check_pools, engine_config, visible_gpus
+from services.launch.pools import (
+    assign_gpus,
+    check_pools,
+    engine_config,
+    reads_weights,
+    visible_gpus,
+)
 from services.launch.processes import worker_environments
 from tiny_llama import write_checkpoint
 
 MODEL = Path("/models/llama")
 GPU = {"engine": {"device": "cuda"}}
+DUMMY = {"engine": {"load_format": "dummy"}}
 
 
 def check(system: SystemConfig, gpus: str = "", *, use_ray: bool = True) -> None:
@@ -134,3 +142,19 @@ def test_a_gpu_pool_is_read_with_the_gpus_defaults() -> None:
     settings = {"engine": {"device": "cuda", "max_num_seqs": 200}}
     config = engine_config(SystemConfig(model_path=MODEL, decode=settings), Role.DECODE)
     assert (config.max_num_seqs, config.max_num_batched_tokens) == (200, 8192)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, True),
+        ({"prefill": DUMMY}, True),
+        ({"prefill": DUMMY, "decode": DUMMY}, False),
+        ({"num_prefill": 0, "decode": DUMMY}, False),
+    ],
+    ids=["none", "one pool", "both", "the only one"],
+)
+def test_weights_are_read_unless_all_pools_make_their_own(
+    sections: dict[str, Any], expected: bool
+) -> None:
+    assert reads_weights(SystemConfig(model_path=MODEL, **sections)) is expected

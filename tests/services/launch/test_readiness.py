@@ -13,7 +13,7 @@ import pytest
 
 from baton.core.errors import ConfigError, Unavailable
 from redis_server import RedisServer
-from services.launch.readiness import check_redis, wait_until_copies_healthy
+from services.launch.readiness import check_model_folder, check_redis, wait_until_copies_healthy
 from services.router.edge.scrape_target import ScrapeTarget, write_target
 
 
@@ -68,3 +68,13 @@ def test_redis_that_does_not_answer_is_refused_before_the_start(tmp_path: Path) 
             check_redis(server.url.replace("right", "wrong"))
     finally:
         server.stop()
+
+
+def test_a_model_folder_needs_weights_where_they_are_read(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).touch()
+    check_model_folder(tmp_path, has_weights=False)
+    with pytest.raises(ConfigError, match=r"has no \*.safetensors; give a Hugging Face folder"):
+        check_model_folder(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    check_model_folder(tmp_path)

@@ -189,6 +189,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.on_host: list[BlockHash] = []
         self.on_disk: list[BlockHash] = []
         self.hashing: pb.BlockHashing | None = None
+        self.num_left_out = 0
         """What it says of how it names blocks; None: the truth."""
         self.kv_sequence = 0
         self.num_get_info = 0
@@ -293,6 +294,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
             host_hashes=join_hashes(self.on_host),
             disk_hashes=join_hashes(self.on_disk),
             hashing=self.hashing or hashing_to_wire(self.layout),
+            num_left_out=self.num_left_out,
         )
 
     async def GetInfo(self, request: pb.GetInfoRequest, context: object) -> pb.Welcome:

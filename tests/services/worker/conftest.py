@@ -25,6 +25,7 @@ from baton.core.block import BlockHash, chain_hashes, root_hash
 from baton.core.clock import WallClock
 from baton.core.fabric import FabricReport, LinkReport
 from baton.core.kv_layout import KvLayout
+from baton.core.lifecycle import EngineUse
 from baton.core.request import (
     GenerateRequest,
     PeerRef,
@@ -41,6 +42,7 @@ from baton.engine.tensor_parallel.group import RankGroup
 from baton.rpc.channel import open_channel
 from baton.rpc.convert import (
     delta_from_wire,
+    engine_use_from_wire,
     fabric_from_wire,
     load_from_wire,
     peer_to_wire,
@@ -94,12 +96,20 @@ class PoolRunner(fake.FakeRunner):
         super().__init__(0, block_size, VOCAB_SIZE, max_in_flight=max_in_flight)
         self.slots = memory.cast("q")
         self.step_s = 0.0
+        self.in_the_middle: Callable[[], None] = lambda: None
+        """Called on the engine's thread after the layer that there is, before its step ends."""
 
     def launch(self, batch: Any) -> Any:
         if self.step_s:
             # On the engine's thread; a step of a real model takes this long.
             time.sleep(self.step_s)
-        return super().launch(batch)
+        step = super().launch(batch)
+        if batch.layer_marks is not None:
+            for slot, value in step.values.items():
+                self.slots[slot] = value
+            batch.layer_marks.pass_layers(1)
+            self.in_the_middle()
+        return step
 
 
 def layout_of(model_id: str = "m") -> KvLayout:
@@ -132,6 +142,8 @@ class Router:
     load: LoadReport | None = None
     fabric: FabricReport | None = None
     num_fabrics: int = 0
+    late_uses: dict[str, EngineUse] = field(default_factory=dict)
+    """Each at most once, and only after the last delta."""
     names: set[str] = field(default_factory=set)
     """For the test: requests it submitted here."""
     _reader: asyncio.Task[None] | None = None
@@ -160,6 +172,9 @@ class Router:
         deltas = [delta_from_wire(delta) for delta in step.deltas]
         for delta in deltas:
             self.deltas.setdefault(delta.request_id, []).append(delta)
+        for late in step.late_uses:
+            assert self.ends(late.request_id) and late.request_id not in self.late_uses
+            self.late_uses[late.request_id] = engine_use_from_wire(late.use)
         if step.HasField("load"):
             self.load = load_from_wire(step.load)
         events = [

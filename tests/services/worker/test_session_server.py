@@ -11,6 +11,7 @@ from baton.core.worker_info import PROTOCOL_VERSION, Role
 from baton.rpc.convert import request_to_wire, worker_info_from_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.config import SessionConfig
+from services.worker.session_server import MAX_SNAPSHOT_BLOCKS
 
 PROMPT = tuple(range(1, 23))
 
@@ -60,6 +61,41 @@ async def test_welcome_tells_how_blocks_are_named_and_what_the_tiers_hold(worker
     assert hashing.fingerprint == layout.fingerprint
     tokens = range(layout.block_size)
     assert hashing.first_hash == next_hash(root_hash(layout.fingerprint), tokens)
+
+
+async def _holds_on_disk(worker, num_blocks):
+    loop = worker.server.parts.engine
+    snapshot = await loop.snapshot()
+    told = dataclasses.replace(snapshot, disk_hashes=[BlockHash(bytes(16))] * num_blocks)
+
+    async def answer():
+        return told
+
+    loop.snapshot = answer
+
+
+@pytest.mark.slow
+async def test_largest_snapshot_fits_into_a_message(workers):
+    worker = await workers.start()
+    await _holds_on_disk(worker, MAX_SNAPSHOT_BLOCKS)
+    welcome = (await worker.router()).welcome
+    assert welcome.num_left_out == 0
+    assert len(welcome.disk_hashes) == 16 * MAX_SNAPSHOT_BLOCKS
+
+
+async def test_snapshot_that_no_message_holds_is_left_out_and_the_session_serves(
+    workers, make_request, expected
+):
+    worker = await workers.start()
+    await _holds_on_disk(worker, MAX_SNAPSHOT_BLOCKS + 1)
+    router = await worker.router()
+    assert router.welcome.num_left_out == MAX_SNAPSHOT_BLOCKS + 1
+    assert not router.welcome.disk_hashes
+    answer_of_info = await worker.stub.GetInfo(pb.GetInfoRequest(), timeout=30)
+    assert answer_of_info.num_left_out == MAX_SNAPSHOT_BLOCKS + 1
+    await router.submit(make_request("a", PROMPT, max_tokens=9))
+    await router.ended("a")
+    assert router.tokens("a") == expected(PROMPT, 9)
 
 
 async def test_every_router_hears_all_events_but_only_its_own_tokens(

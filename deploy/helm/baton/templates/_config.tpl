@@ -26,6 +26,14 @@ name: {{ .Values.tls.name | quote }}
 {{- if .Values.apiKeys.require -}}
 {{- $_ := set $tenants "require_key" true -}}
 {{- end -}}
+{{- $edge := dict -}}
+{{- if .Values.frontDoorTls.enabled -}}
+{{- $tls := dict "cert_file" "/etc/baton-door-tls/tls.crt" "key_file" "/etc/baton-door-tls/tls.key" -}}
+{{- if .Values.frontDoorTls.requireClientCertificate -}}
+{{- $_ := set $tls "client_ca_file" "/etc/baton-door-tls/ca.crt" -}}
+{{- end -}}
+{{- $_ := set $edge "tls" $tls -}}
+{{- end -}}
 {{- $place := "redis" -}}
 {{- if not (include "baton.hasRedis" .) -}}{{- $place = "ray" -}}{{- end -}}
 {{- $own := dict
@@ -37,6 +45,7 @@ name: {{ .Values.tls.name | quote }}
   "copy" (dict "own_port" (int .Values.router.metricsPort))
   "shared" (dict "place" $place "deployment" (include "baton.fullname" .))
   "tenants" $tenants
+  "edge" $edge
   "tls" (include "baton.tlsConfig" . | fromYaml)
 -}}
 {{- mustMergeOverwrite (deepCopy .Values.config.router) $own | toYaml -}}

@@ -105,6 +105,9 @@ checksum/secret: {{ printf "%s %s" .root.Values.secrets.clusterSecret (include "
 {{- if and (eq .component "router") .root.Values.apiKeys.existingSecret }}
 - {name: api-keys, mountPath: /etc/baton-keys, readOnly: true}
 {{- end }}
+{{- if and (eq .component "router") .root.Values.frontDoorTls.enabled }}
+- {name: door-tls, mountPath: /etc/baton-door-tls, readOnly: true}
+{{- end }}
 {{- end -}}
 
 {{/* (root, component) */}}
@@ -139,6 +142,12 @@ checksum/secret: {{ printf "%s %s" .root.Values.secrets.clusterSecret (include "
 - name: api-keys
   secret:
     secretName: {{ .root.Values.apiKeys.existingSecret }}
+    defaultMode: 0440
+{{- end }}
+{{- if and (eq .component "router") .root.Values.frontDoorTls.enabled }}
+- name: door-tls
+  secret:
+    secretName: {{ .root.Values.frontDoorTls.existingSecret }}
     defaultMode: 0440
 {{- end }}
 {{- end -}}
@@ -386,6 +395,10 @@ spec:
       env:
         {{- include "baton.env" . | nindent 8 }}
       {{- if eq .component "router" }}
+      {{- with .root.Values.router.envFromSecret }}
+      envFrom:
+        - secretRef: {name: {{ . }}}
+      {{- end }}
       ports:
         {{- include "baton.routerPorts" .root | nindent 8 }}
       {{- else if eq .component "head" }}

@@ -24,7 +24,7 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- end -}}
 {{- include "baton.validatePool" (dict "root" $ "pool" $name) -}}
 {{- end -}}
-{{- range $key, $default := dict "device" "cpu" "block_size" "" "kv_cache_dtype" "auto" "load_format" "auto" "dtype" "bfloat16" -}}
+{{- range $key, $default := dict "device" "cpu" "block_size" "" "kv_cache_dtype" "auto" "load_format" "auto" "dtype" "bfloat16" "revision" "" -}}
 {{- $prefill := dig "engine" $key $default $v.config.prefill | toString -}}
 {{- $decode := dig "engine" $key $default $v.config.decode | toString -}}
 {{- if ne $prefill $decode -}}
@@ -39,6 +39,10 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- fail (printf "fabric.sharedMemory.rayObjectStoreBytes %d does not fit into fabric.sharedMemory.sizeLimit %s" (int64 $v.fabric.sharedMemory.rayObjectStoreBytes) $v.fabric.sharedMemory.sizeLimit) -}}
 {{- end -}}
 {{- include "baton.validateModel" . -}}
+{{- include "baton.validateMemory" . -}}
+{{- if and $v.monitoring.serviceMonitor.enabled $v.monitoring.podMonitor.enabled -}}
+{{- fail "monitoring.serviceMonitor.enabled and monitoring.podMonitor.enabled are both set: every router would be counted twice" -}}
+{{- end -}}
 {{- if and $v.gateway.enabled (not $v.gateway.parentRefs) -}}
 {{- fail "gateway.enabled needs gateway.parentRefs: the gateways to attach to" -}}
 {{- end -}}
@@ -51,6 +55,20 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- end -}}
 {{- if and $v.tls.enabled (not $v.tls.existingSecret) -}}
 {{- fail "tls.enabled needs tls.existingSecret, with ca.crt, tls.crt and tls.key" -}}
+{{- end -}}
+{{- if and $v.frontDoorTls.enabled (not $v.frontDoorTls.existingSecret) -}}
+{{- fail "frontDoorTls.enabled needs frontDoorTls.existingSecret, with tls.crt and tls.key" -}}
+{{- end -}}
+{{- if and $v.frontDoorTls.enabled (ne $v.runtime "kubernetes") -}}
+{{- fail "frontDoorTls.enabled needs runtime kubernetes: with ray the proxies of Ray Serve take HTTP on every node; let an ingress or gateway end TLS" -}}
+{{- end -}}
+{{- if and $v.frontDoorTls.requireClientCertificate (not $v.frontDoorTls.enabled) -}}
+{{- fail "frontDoorTls.requireClientCertificate needs frontDoorTls.enabled" -}}
+{{- end -}}
+{{- with dig "tracing" "otlp_endpoint" "" $v.config.router -}}
+{{- if and $v.networkPolicy.enabled (not (regexMatch ":[0-9]+$" (urlParse .).host)) -}}
+{{- fail (printf "config.router.tracing.otlp_endpoint %s names no port, which networkPolicy opens; write it like http://collector.monitoring:4317" .) -}}
+{{- end -}}
 {{- end -}}
 {{- if and $v.redis.enabled $v.redis.externalUrl -}}
 {{- fail "redis.enabled and redis.externalUrl are both set; there is one Redis" -}}
@@ -74,6 +92,27 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- end -}}
 {{- end -}}
 
+{{/* What lies in memory fits into it. */}}
+{{- define "baton.validateMemory" -}}
+{{- $v := .Values -}}
+{{- $shm := $v.fabric.sharedMemory.sizeLimit -}}
+{{- range $name := ternary (list "paired") (list "prefill" "decode") (eq $v.pools.layout "paired") -}}
+{{- $limit := (index $v.pools $name).resources.limits.memory -}}
+{{- if ge (include "baton.bytes" $shm | int64) (include "baton.bytes" $limit | int64) -}}
+{{- fail (printf "fabric.sharedMemory.sizeLimit %s does not fit into pools.%s.resources.limits.memory %s, of which it is a part" $shm $name (toString $limit)) -}}
+{{- end -}}
+{{- end -}}
+{{- range $pool := list "prefill" "decode" -}}
+{{- $kv := dig "engine" "kv_cache_bytes" 0 (index $v.config $pool) | int64 -}}
+{{- $section := ternary "paired" $pool (eq $v.pools.layout "paired") -}}
+{{- $limit := (index $v.pools $section).resources.limits.memory -}}
+{{- $isCpu := eq (include "baton.device" (dict "root" $ "pool" $pool)) "cpu" -}}
+{{- if and $isCpu (ge $kv (include "baton.bytes" $limit | int64)) -}}
+{{- fail (printf "config.%s.engine.kv_cache_bytes %d does not fit into pools.%s.resources.limits.memory %s" $pool $kv $section (toString $limit)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "baton.validateModel" -}}
 {{- $model := .Values.model -}}
 {{- if and (eq $model.source "image") (not $model.image.reference) -}}
@@ -84,10 +123,17 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- end -}}
 {{- end -}}
 
-{{/* A quantity such as 2Gi or 500M as a number. */}}
+{{/* A quantity such as 2Gi, 1.5G or 500000000 as a number. */}}
 {{- define "baton.bytes" -}}
-{{- $text := toString . -}}
-{{- $units := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "K" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "" 1 -}}
-{{- $number := regexFind "^[0-9]+" $text -}}
-{{- mul ($number | int64) (index $units (trimPrefix $number $text) | int64) -}}
+{{- if kindIs "string" . -}}
+{{- $units := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 "k" 1000 "K" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 "P" 1000000000000000 "" 1 -}}
+{{- $number := regexFind "^[0-9]+([.][0-9]+)?" . -}}
+{{- $unit := trimPrefix $number . -}}
+{{- if or (not $number) (not (hasKey $units $unit)) -}}
+{{- fail (printf "%q is no amount of memory; write it like 16Gi" .) -}}
+{{- end -}}
+{{- mulf ($number | float64) (index $units $unit) | int64 -}}
+{{- else -}}
+{{- . | int64 -}}
+{{- end -}}
 {{- end -}}

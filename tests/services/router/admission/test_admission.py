@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from baton.core.worker_info import WorkerId
 from services.router.admission.admission import MAX_PASSED_S, Lane
 from services.router.admission.admission_config import AdmissionConfig
 from services.router.admission.slo import NO_TARGETS, SloTargets
@@ -230,8 +231,91 @@ def test_cached_prefix_costs_its_tenant_nothing():
 
 def test_long_context_costs_more_for_each_token_generated():
     lane = lane_of(residency_tokens=1000)
-    assert lane.cost_tokens(0, 0, 100) == pytest.approx(2 * 100 * 1.05)
-    assert lane.cost_tokens(0, 2000, 100) == pytest.approx(2 * 100 * 3.05)
+    assert lane.cost.tokens(0, 0, 100) == pytest.approx(2 * 100 * 1.05)
+    assert lane.cost.tokens(0, 2000, 100) == pytest.approx(2 * 100 * 3.05)
+
+
+def full(places_per_s: float, num_over: int = 1) -> Prospect:
+    """The decode batches are as slow as they may be."""
+    itl_s = 0.05 + 0.001 * (num_over - 0.5)
+    return Prospect(
+        Prediction(0.1, itl_s),
+        1000,
+        decode=WorkerId("d"),
+        itl_relief_s=0.001,
+        places_per_s=places_per_s,
+        num_decoding=2,
+    )
+
+
+def lane_with_full_batch() -> tuple[Lane, SloTargets]:
+    lane, targets = lane_of(), SloTargets(1.0, 0.05)
+    running = ticket_of()
+    running.targets = targets
+    lane.arrive(running, full(9.0, num_over=0), 0.0)
+    assert running.state is TicketState.ADMITTED
+    return lane, targets
+
+
+@pytest.mark.parametrize(
+    ("places_per_s", "num_over", "state"),
+    [
+        (9.0, 1, TicketState.WAITING),
+        (1.0, 1, TicketState.REFUSED),  # A mean of a second is no promise for one within a second.
+        (9.0, 5, TicketState.REFUSED),
+        (0.0, 1, TicketState.WAITING),  # Others' sequences: nothing is known.
+    ],
+)
+def test_waits_for_a_place_only_where_one_comes_in_time_as_good_as_certainly(
+    places_per_s, num_over, state
+):
+    lane, targets = lane_with_full_batch()
+    ticket = ticket_of()
+    ticket.targets = targets
+    lane.arrive(ticket, full(places_per_s, num_over), 0.0)
+    assert ticket.state is state
+    assert ticket.refusal is (Refusal.ITL if state is TicketState.REFUSED else None)
+
+
+def test_queue_is_judged_anew_when_places_come_free_more_slowly_than_expected():
+    lane, targets = lane_with_full_batch()
+    waiting = [ticket_of() for _ in range(20)]
+    for ticket in waiting:
+        ticket.targets = targets
+        lane.arrive(ticket, full(100.0), 0.0)
+        assert ticket.state is TicketState.WAITING
+    still = lane.pump(0.01, lambda t: full(100.0), lambda t: None)
+    assert not still.refused
+    pumped = lane.pump(0.02, lambda t: full(10.0), lambda t: None, news_at_s=0.015)
+    # A few can hope on; the others are told now, and not at the end of their second.
+    assert 8 <= len(pumped.refused) <= 14
+    assert all(t.refusal is Refusal.ITL and t.retry_after_s > 0 for t in pumped.refused)
+    assert {t.unreachable_at_s for t in pumped.refused} == {0.015}
+    assert {t.state for t in waiting[:5]} == {TicketState.WAITING}
+    lane.check_integrity()
+
+
+def test_queue_is_judged_anew_when_prompts_leave_more_slowly_than_expected():
+    lane = lane_of()
+    slow = Prediction(1.7, 0.01, 0.7)
+    fast = Prediction(0.71, 0.01, 0.7)
+    waiting = [ticket_of(ttft_s=3.0) for _ in range(20)]
+    for ticket in waiting:
+        arrive(lane, ticket, fast)
+        assert ticket.state is TicketState.WAITING
+    assert not lane.pump(0.01, lambda t: prospect(fast), lambda t: None).refused
+    refused = lane.pump(0.02, lambda t: prospect(slow), lambda t: None).refused
+    assert refused and all(t.refusal is Refusal.LATE for t in refused)
+    assert waiting[0].state is TicketState.WAITING
+
+
+def test_requests_without_a_target_are_never_given_up():
+    lane, _ = lane_with_full_batch()
+    patient = [ticket_of() for _ in range(50)]
+    for ticket in patient:
+        lane.arrive(ticket, full(1.0), 0.0)
+    assert not lane.pump(5.0, lambda t: full(0.1), lambda t: None).refused
+    assert {t.state for t in patient} == {TicketState.WAITING}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -249,7 +333,14 @@ def test_random_walk(seed):
     def prospect_of(ticket: Ticket) -> Prospect | None:
         if not has_worker:
             return None
-        return Prospect(predicted() if rng.random() < 0.97 else None, rng.randrange(1, 1000), 2)
+        return Prospect(
+            predicted() if rng.random() < 0.97 else None,
+            rng.randrange(1, 1000),
+            2,
+            decode=WorkerId(f"d{rng.randrange(3)}"),
+            itl_relief_s=0.001,
+            places_per_s=rng.choice([0.0, 1.0, 50.0]),
+        )
 
     def launch(ticket: Ticket) -> None:
         nonlocal ahead_s

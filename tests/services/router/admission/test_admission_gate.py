@@ -34,7 +34,7 @@ async def assert_nothing_left():
         await cluster.settled()
         gate = cluster.core.gate
         gate.check_integrity()
-        assert not gate.num_waiting and not gate._entrants and not len(gate._forecast)
+        assert not gate.num_waiting and not gate._entrants and not gate._foresight.num_running
         for lane in gate._lanes.values():
             assert not lane.queue and not lane.num_admitted
 
@@ -100,7 +100,8 @@ async def test_too_late_is_refused_before_any_work_and_admitted_when_told_to_com
     await assert_nothing_left(cluster)
     text = await cluster.rendered('result="ttft",slo_class="interactive"} 1.0')
     assert 'baton_slo_requests_total{objective="ttft",result="met",slo_class="interactive"}' in text
-    assert 'finish_reason="error"' not in text, "a refused request has not ended: it never began"
+    none = 'baton_requests_total{finish_reason="error",model="fake"} 0.0'
+    assert none in text, "a refused request has not ended: it never began"
 
 
 async def test_pace_that_no_worker_keeps_holds_nobody_up(cluster, assert_nothing_left):
@@ -124,6 +125,9 @@ async def test_waiting_request_is_refused_in_time_for_its_target(cluster, assert
     with pytest.raises(Overloaded, match=r"can no longer come within the 0\.9 s"):
         await asyncio.wait_for(waits, 2)
     await assert_nothing_left(cluster)
+    text = await cluster.rendered("baton_admission_refusal_seconds_count")
+    for since in ("arrival", "unreachable"):
+        assert f'baton_admission_refusal_seconds_count{{since="{since}"}} 1.0' in text
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "stop"])
@@ -226,7 +230,7 @@ async def test_replay_after_a_failure_does_not_queue_again(make_cluster, assert_
     await assert_nothing_left(cluster)
     text = await cluster.rendered("baton_admissions_total")
     assert 'result="at_once",slo_class="standard"} 1.0' in text
-    assert 'result="waited"' not in text
+    assert 'baton_admissions_total{result="waited",slo_class="standard"} 0.0' in text
 
 
 async def test_worker_that_comes_wakes_those_who_wait(make_cluster, assert_nothing_left):

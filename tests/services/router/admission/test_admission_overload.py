@@ -186,7 +186,7 @@ def test_heavy_tenant_gets_its_share_and_no_more_through_both_pools(weight):
     for job in pools.ended:
         ticket = job.ticket
         if job.ended_at_s is not None and job.ended_at_s > 10:
-            served[ticket.tenant] += lane.cost_tokens(
+            served[ticket.tenant] += lane.cost.tokens(
                 ticket.num_prompt_tokens, ticket.num_prompt_tokens, job.num_output
             )
     assert lane.queue.num_waiting("heavy") and lane.queue.num_waiting("light")

@@ -28,6 +28,8 @@ from services.router.requests.generation import (
     ModelCard,
     Usage,
 )
+from services.router.shared.state import QuotaLimits
+from services.router.tenants.quota_hold import QuotaHold
 
 MODEL = "tiny"
 CONTEXT = 256
@@ -78,6 +80,9 @@ class ScriptedGenerator:
 
     async def health(self) -> Health:
         return Health(self.is_ready, "scripted")
+
+    async def hold_quota(self, tenant: str, limits: QuotaLimits) -> QuotaHold | None:
+        return None
 
     async def generate(self, request: GenerationInput) -> AsyncIterator[Sequence[GenerationDelta]]:
         self.started.append(request)

@@ -316,7 +316,9 @@ async def test_client_that_left_is_no_rejection(edge):
         await asyncio.sleep(0.005)
     writer.transport.abort()
     await edge.generator.until_idle(1)
-    assert f"{REJECTED.name}{{" not in edge.metrics.render().decode()
+    lines = edge.metrics.render().decode().splitlines()
+    counts = [line for line in lines if line.startswith(f"{REJECTED.name}{{")]
+    assert all(line.endswith(" 0.0") for line in counts)
 
 
 async def test_service_lives_on_after_bad_input(client):

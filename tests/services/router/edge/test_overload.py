@@ -27,7 +27,8 @@ BUSY_TOKENS = 30_000
 async def overloaded(make_cluster, config, edge_config):
     """A cluster whose workers are busy, and clients of both doors."""
     tenants = TenantsConfig(
-        trust_tenant_header=True, named={"limited": TenantConfig(requests_per_minute=2)}
+        trust_tenant_header=True,
+        named={"limited": TenantConfig(requests_per_minute=2, tokens_per_minute=10_000)},
     )
     config = dataclasses.replace(
         config, tenants=tenants, admission=AdmissionConfig(max_queued_requests=3)
@@ -134,6 +135,7 @@ async def test_quota_of_a_tenant_over_http(overloaded):
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     assert 20 < int(refused.headers["retry-after"]) <= 30
     assert (await ask(client, {"X-Tenant-Id": "other"})).status_code == 200
+    assert [a.headers["x-ratelimit-remaining-requests"] for a in answers[:2]] == ["1", "0"]
     # Every prompt and every choice counts.
     both = await ask(client, {"X-Tenant-Id": "limited-too"}, n=2)
     assert both.status_code == 200
@@ -154,3 +156,36 @@ async def test_metrics_name_classes_results_and_tenants(overloaded):
         'baton_requests_rejected_total{status="429"} 1.0',
     )
     assert "baton_requests_running 0.0" in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_say_where_a_tenant_with_quotas_stands(overloaded, stream):
+    cluster, client, _ = overloaded
+    await set_queues(cluster, 0)
+    answer = await ask(client, {"X-Tenant-Id": "limited"}, stream=stream, n=2)
+    assert answer.status_code == 200
+    headers = answer.headers
+    assert headers["x-ratelimit-limit-requests"] == "2"
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    assert 55 < float(headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    assert headers["x-ratelimit-limit-tokens"] == "10000"
+    # Both choices, each with its prompt, as they were counted at the door.
+    assert 9_790 <= int(headers["x-ratelimit-remaining-tokens"]) <= 9_810
+    assert 0 < float(headers["x-ratelimit-reset-tokens"].removesuffix("s")) < 5
+    unlimited = await ask(client, {"X-Tenant-Id": "other"}, stream=stream)
+    assert not [name for name in unlimited.headers if name.startswith("x-ratelimit")]
+    await cluster.settled()
+
+
+async def test_trailing_metadata_says_where_a_tenant_with_quotas_stands(overloaded):
+    cluster, _, stub = overloaded
+    await set_queues(cluster, 0)
+    request = pb.CompletionRequest(
+        model="fake", token_ids=pb.TokenIds(ids=BODY["prompt"]), sampling={"max_tokens": 4}
+    )
+    call = stub.Generate(request, metadata=[("x-tenant-id", "limited")])
+    assert [delta async for delta in call]
+    trailing = dict(await call.trailing_metadata())
+    assert trailing["x-ratelimit-remaining-requests"] == "1"
+    assert trailing["x-ratelimit-limit-tokens"] == "10000"
+    await cluster.settled()

@@ -198,6 +198,8 @@ async def test_client_that_never_reads_is_cut(generator, serve_edge):
         try:
             while True:
                 yield [GenerationDelta("y" * 100, (1,))]
+                # As a generation that waits for its workers: others get their turn.
+                await asyncio.sleep(0)
         finally:
             generator.closed_early.append(request.request_id)
 

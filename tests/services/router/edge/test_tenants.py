@@ -8,7 +8,9 @@ import grpc
 import httpx
 import pytest
 
+from baton.core.block import root_hash
 from baton.core.errors import Overloaded, QuotaExceeded, RateLimit
+from baton.engine.tokenizer import Tokenizer
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc
 from baton.telemetry.metrics import Metrics
@@ -20,6 +22,7 @@ from services.router.placement.affinity import MAX_KEY_LENGTH
 from services.router.shared.process_state import ProcessState
 from services.router.shared.state import QuotaLimits, TenantRecord, hash_key
 from services.router.tenants.api_keys import new_key, write_keys
+from services.router.tenants.quota import QuotaDesk
 from services.router.tenants.tenants import open_tenants
 from services.router.tenants.tenants_config import TenantConfig, TenantsConfig
 
@@ -206,14 +209,32 @@ async def test_conversation_is_known_by_header_or_user_and_kept_apart_by_tenant(
     assert keys[1].endswith("\0s") and max(map(len, keys)) <= MAX_KEY_LENGTH
 
 
-async def test_caches_are_isolated_where_asked_for(serve, generator):
-    for isolate in (False, True):
+async def test_tenants_that_are_told_apart_share_no_cache_unless_allowed_to(
+    serve, generator, keys_file
+):
+    for isolate in (False, None, True):
         config = TenantsConfig(trust_tenant_header=True, isolate_caches=isolate)
         async with serve(config) as client:
             await ask(client, {"X-Tenant-Id": "a"}, cache_salt="x")
             await ask(client, {"X-Tenant-Id": "b"}, cache_salt="x")
-    shared, also, a, b = (r.cache_salt for r in generator.started)
-    assert shared == also == "x" and a != b
+    salts = [r.cache_salt for r in generator.started]
+    assert salts[0] == salts[1] == "x" and salts[2] != salts[3] and salts[4] != salts[5]
+    assert TenantsConfig(keys_file=keys_file).isolates_caches
+    assert not TenantsConfig().isolates_caches
+
+
+async def test_a_salt_of_the_client_narrows_its_own_cache_alone(serve, generator):
+    """No tenant reaches another's blocks, or those of its own other salt, whatever it sends."""
+    tenants = ("a", "b", "ab", "anonymous", "a b")
+    salts = ("", "x", "b", "\0", "b\0", "b\0x", "\0b", "anonymous\0")
+    async with serve(TenantsConfig(trust_tenant_header=True)) as client:
+        for tenant in tenants:
+            for salt in salts:
+                answer = await ask(client, {"X-Tenant-Id": tenant}, cache_salt=salt)
+                assert answer.status_code == 200
+            await ask(client, {"X-Tenant-Id": tenant})
+    roots = [root_hash("fingerprint", r.cache_salt) for r in generator.started]
+    assert len(set(roots)) == len(tenants) * len(salts)
 
 
 async def test_answer_429_says_when_to_come_back(serve, generator):
@@ -227,6 +248,45 @@ async def test_answer_429_says_when_to_come_back(serve, generator):
         assert reply.json()["error"]["code"] == "rate_limit_exceeded"
         assert reply.json()["error"]["type"] == "rate_limit_error"
         assert "x-ratelimit-limit-requests" not in reply.headers
+
+
+def with_quota(generator, monkeypatch):
+    """A desk of one process behind the generator; counts what is made into tokens."""
+    desk = QuotaDesk(ProcessState(), expected_output_tokens=16)
+    texts = []
+
+    def encode(text, **options):
+        texts.append(text)
+        return Tokenizer.encode(generator.tokenizer, text, **options)
+
+    monkeypatch.setattr(generator, "hold_quota", desk.hold, raising=False)
+    monkeypatch.setattr(generator.tokenizer, "encode", encode)
+    return desk, texts
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+async def test_quota_is_asked_before_a_long_prompt_is_made_into_tokens(
+    serve, generator, monkeypatch, route
+):
+    desk, texts = with_quota(generator, monkeypatch)
+    config = TenantsConfig(
+        default=TenantConfig(requests_per_minute=1, tokens_per_minute=10**6, max_concurrent=1)
+    )
+    oversized = "a" * 50_000
+    body = {"messages": [{"role": "user", "content": oversized}]}
+    body = {"prompt": oversized} if route == "completions" else body
+    async with serve(config) as client:
+        too_long = await client.post(f"/v1/{route}", json=body)
+        assert too_long.status_code == 400 and len(texts) == 1
+        assert "context" in too_long.json()["error"]["message"]
+        # What was held of the quota is free again.
+        hold = await desk.hold("anonymous", config.default.record("anonymous").limits)
+        refused = await client.post(f"/v1/{route}", json=body)
+        assert refused.status_code == 429 and len(texts) == 1
+        assert "is used up; try again in" in refused.json()["error"]["message"]
+        hold.release()
+        assert (await client.post(f"/v1/{route}", json=body)).status_code == 400
+    assert len(texts) == 2 and not generator.started
 
 
 async def test_quota_429_shows_the_limits(serve, generator):

@@ -301,6 +301,50 @@ def test_tag_found_across_two_neighbours_is_not_taken_for_a_match():
             assert lengths(index, [stranger]) == {}
 
 
+def test_change_is_looked_for_where_it_was_last():
+    """Prompts with one beginning mostly part at its end, and a conversation ends where it did."""
+    index = PrefixIndex(2000)
+    table, num_rows = index._table, 0
+    row_of = table.row
+
+    def counted(block_hash):
+        nonlocal num_rows
+        num_rows += 1
+        return row_of(block_hash)
+
+    table.row = counted
+    chains = [CHAIN[:70] + [block(1000 * n + i) for i in range(300)] for n in range(1, 3)]
+    for worker in "abc":
+        index.store(worker, CHAIN[:70])
+    index.store("a", chains[0][:200])
+    index.store("b", chains[1][:250])
+
+    def rows_read(chain, expected):
+        nonlocal num_rows
+        num_rows = 0
+        assert lengths(index, chain) == expected
+        return num_rows
+
+    first = rows_read(chains[0], {"a": 200, "b": 70, "c": 70})
+    assert rows_read(chains[1], {"a": 70, "b": 250, "c": 70}) < first
+    assert rows_read(chains[0], {"a": 200, "b": 70, "c": 70}) == 6
+    # Where it has moved, it is found as well.
+    index.store("a", chains[0][200:230])
+    index.remove("c", CHAIN[33:70])
+    assert rows_read(chains[0], {"a": 230, "b": 70, "c": 33}) > 6
+    assert rows_read(chains[0], {"a": 230, "b": 70, "c": 33}) == 8
+
+
+def test_places_of_changes_are_remembered_of_a_bounded_number(monkeypatch):
+    monkeypatch.setattr(prefix_index_module, "MAX_RUN_ENDS", 8)
+    index = PrefixIndex(2000)
+    for number in range(50):
+        chain = [block(1000 * number + i) for i in range(4)]
+        index.store("a", chain[:3])
+        assert lengths(index, chain) == {"a": 3}
+        assert len(index._run_ends) <= 9
+
+
 @pytest.mark.parametrize("num_changes", [1, 5, 39, 120])
 def test_many_different_lengths_are_all_found(num_changes):
     index = PrefixIndex(5000)

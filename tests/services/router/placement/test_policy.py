@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -373,6 +374,16 @@ def test_terms_are_those_of_the_chosen_and_the_best_others():
     assert placement.terms[-1] == list(placement.terms)[-1] and len(placement.terms[1:3]) == 2
     with pytest.raises(IndexError):
         placement.terms[6]
+
+
+def test_settled_placement_keeps_its_terms_and_nothing_else():
+    made = cluster_of("p0", "p1", "d0")
+    settled, lazy = made.place(cached={"p0": 9}), made.place(cached={"p0": 9})
+    sheet = weakref.ref(settled.terms._sheet.whole_s)
+    assert sheet() is not None
+    assert settled.terms_of("p0") == lazy.terms_of("p0") and sheet() is not None
+    settled.settle()
+    assert sheet() is None and settled.terms == lazy.terms
 
 
 def test_swept_laws():

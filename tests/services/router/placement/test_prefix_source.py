@@ -7,7 +7,6 @@ import pytest
 
 from baton.core.fabric import FabricReport, LinkReport
 from baton.core.worker_info import Epoch, WorkerId
-from services.router.placement.load_book import Column
 from services.router.placement.prefix_source import MAX_SOURCES, offer_for, ways_to_prefix
 from services.router.placement.scoring import lengths_in_pool
 from tests.services.router.placement.test_worker_table import OTHER
@@ -18,12 +17,16 @@ def ways_of(cluster, cached, num_tokens=1000, held=None):
     pool = next(p for p in cluster.table.pools("m") if p.layout == LAYOUT)
     lengths = lengths_in_pool(cluster.match(cached), pool)
     known = lengths if held is None else lengths_in_pool(cluster.match(held), pool)
-    leases = pool.loads()[Column.LEASES]
-    return pool, ways_to_prefix(pool, lengths, known, leases, num_tokens, cluster.config)
+    return pool, ways_to_prefix(pool, lengths, known, num_tokens, cluster.config)
 
 
-def tokens(ways, pool, name):
-    return ways.tokens[:, pool.position[WorkerId(name)]].tolist()
+def blocks(ways, pool, name):
+    return [way.blocks[pool.position[WorkerId(name)]] for way in ways.ways]
+
+
+def moves_s(ways, pool, name):
+    position = pool.position[WorkerId(name)]
+    return [0.0 if way.move_s is None else way.move_s[position] for way in ways.ways]
 
 
 def test_nothing_cached_is_no_way():
@@ -33,22 +36,22 @@ def test_nothing_cached_is_no_way():
 def test_own_blocks_and_those_of_either_pool_are_ways():
     pool, ways = ways_of(cluster_of("p0", "p1", "d0"), {"d0": 9, "p0": 5})
     assert ways.first_fetch == 1
-    assert tokens(ways, pool, "p0") == [80, 144, 80]
-    assert tokens(ways, pool, "p1") == [0, 144, 80]
-    assert tokens(ways, pool, "d0") == [144, 144, 144]
-    assert not ways.move_s[0].any() and (ways.move_s[1:] > 0).all()
+    assert blocks(ways, pool, "p0") == [5, 9, 5]
+    assert blocks(ways, pool, "p1") == [0, 9, 5]
+    assert blocks(ways, pool, "d0") == [9, 9, 9]
+    assert ways.ways[0].move_s is None and all((way.move_s > 0).all() for way in ways.ways[1:])
 
 
 def test_tiers_are_ways_at_the_price_of_a_restore():
     cluster = cluster_of("p0", "d0", host_tier_bytes_per_second=1e8, disk_tier_bytes_per_second=1e6)
     pool, ways = ways_of(cluster, {"p0": (3, 7, 9)})
     assert ways.first_fetch == 3
-    assert tokens(ways, pool, "p0")[:3] == [48, 112, 144]
+    assert blocks(ways, pool, "p0")[:3] == [3, 7, 9]
     host_s = 0.002 + 4 * LAYOUT.block_bytes / 1e8
     disk_s = host_s + 0.002 + 2 * LAYOUT.block_bytes / 1e6
-    assert ways.move_s[:3, 0].tolist() == pytest.approx([0.0, host_s, disk_s])
+    assert moves_s(ways, pool, "p0")[:3] == pytest.approx([0.0, host_s, disk_s])
     # A peer can lease what is in a pool only.
-    assert tokens(ways, pool, "d0") == [0, 0, 0, 48]
+    assert blocks(ways, pool, "d0") == [0, 0, 0, 3]
 
 
 @pytest.mark.parametrize(("own", "is_named"), [(7, True), (8, True), (9, False), (12, False)])
@@ -62,9 +65,8 @@ def test_hint_that_does_not_pay_here_must_be_worth_mentioning(own, is_named):
 def test_block_of_the_last_prompt_token_is_worth_nothing():
     cluster = cluster_of("p0", "d0")
     for num_tokens, usable in ((64, 3), (65, 4), (63, 3)):
-        blocks = num_tokens // 16
-        pool, ways = ways_of(cluster, {"d0": blocks}, num_tokens)
-        assert max(tokens(ways, pool, "p0")) == 16 * usable < num_tokens
+        pool, ways = ways_of(cluster, {"d0": num_tokens // 16}, num_tokens)
+        assert max(blocks(ways, pool, "p0")) == usable and 16 * usable < num_tokens
         assert offer_for(ways, pool, 0, 1, 2) == ("d0", usable, 0)
 
 
@@ -81,7 +83,7 @@ def test_workers_that_cannot_be_read_are_no_source(unfit):
 
 def test_what_a_worker_was_only_sent_cannot_be_read():
     pool, ways = ways_of(cluster_of("p0", "p1", "d0"), {"p0": 10}, held={})
-    assert tokens(ways, pool, "p0") == [160] and tokens(ways, pool, "p1") == [0]
+    assert blocks(ways, pool, "p0") == [10] and blocks(ways, pool, "p1") == [0]
     assert offer_for(ways, pool, 1, 0, 2) is None
 
 
@@ -98,7 +100,15 @@ def test_among_equals_the_one_read_least_comes_first():
 def test_sources_are_few_and_the_longest():
     names = [f"p{i}" for i in range(12)]
     _, ways = ways_of(cluster_of(*names), {name: 5 + i for i, name in enumerate(names)})
-    assert ways.source_blocks.tolist() == [16, 15, 14, 13] and len(ways.sources) == MAX_SOURCES
+    assert ways.source_blocks == [16, 15, 14, 13] and len(ways.sources) == MAX_SOURCES
+
+
+def test_peer_that_has_more_than_nobody_is_no_source():
+    names = [f"p{i}" for i in range(6)]
+    _, ways = ways_of(cluster_of(*names), {name: 9 if name == "p3" else 4 for name in names})
+    assert ways.source_blocks == [9]
+    _, ways = ways_of(cluster_of(*names), dict.fromkeys(names, 4))
+    assert ways.sources == []
 
 
 def test_bytes_go_at_the_rate_of_the_readers_own_link():
@@ -106,7 +116,7 @@ def test_bytes_go_at_the_rate_of_the_readers_own_link():
     link = LinkReport(WorkerId("d0"), Epoch("1"), "fake", "", 1e6, 0.5)
     cluster.table.report_links(WorkerId("p1"), FabricReport((link,)))
     _, ways = ways_of(cluster, {"d0": 10})
-    assert ways.move_s[1, :2].tolist() == pytest.approx(
+    assert ways.ways[1].move_s[:2].tolist() == pytest.approx(
         [0.003 + 10 * LAYOUT.block_bytes / 1e9, 0.502 + 10 * LAYOUT.block_bytes / 1e6]
     )
 
@@ -124,11 +134,10 @@ def test_swept_laws():
         pool, ways = ways_of(cluster, cached, 160)
         if ways is None:
             continue
-        assert (ways.tokens < 160).all() and (
-            np.diff(ways.tokens[: ways.first_fetch], axis=0) >= 0
-        ).all()
+        reached = np.array([way.blocks for way in ways.ways])
+        assert (reached < 10).all() and (np.diff(reached[: ways.first_fetch], axis=0) >= 0).all()
         position = rng.randrange(pool.num_candidates)
-        way = rng.randrange(len(ways.tokens))
+        way = rng.randrange(len(ways.ways))
         own = min(cached[pool.worker_id(position)], 9)
         found = offer_for(ways, pool, position, way, 2)
         if found is None:
@@ -141,5 +150,5 @@ def test_swept_laws():
             others = [min(cached[pool.worker_id(i)], 9) for i in range(pool.num_candidates)]
             assert found.num_blocks == max(others)
         else:
-            assert 16 * found.num_blocks == ways.tokens[way, position]
+            assert found.num_blocks == reached[way, position]
     assert num_offers > 100

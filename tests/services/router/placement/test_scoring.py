@@ -36,8 +36,12 @@ def clusters(draw):
         host_tier_bytes_per_second=rng.choice((1e6, 1e9)),
     )
     cluster = Cluster(config, _learned(rng))
-    names = [f"p{i}" for i in range(rng.randrange(1, 5))]
-    names += [f"d{i}" for i in range(rng.randrange(1, 5))]
+    most = rng.choice((4, 4, 4, 12))
+    names = [f"p{i}" for i in range(rng.randrange(1, most + 1))]
+    names += [f"d{i}" for i in range(rng.randrange(1, most + 1))]
+    if len(names) % 7 == 0:
+        # Leases below would be equal.
+        names.append("d99")
     for number, name in enumerate(names):
         free = rng.choice((0, 30, 10_000))
         cluster.add(

@@ -171,13 +171,12 @@ class Following:
         if self.is_over:
             return
         items, self.attempt.mailbox._items = self.attempt.mailbox._items, []
-        for arrival in items:
-            delta = self.dispatcher._advance(self.flight, arrival)
-            if delta is not None:
-                self.tokens += delta.token_ids
-                self.is_finished = delta.finish_reason is not None
-            if self.is_over:
-                return
+        deltas, error = self.dispatcher._follower.follow(self.flight, items)
+        for delta in deltas:
+            self.tokens += delta.token_ids
+            self.is_finished = delta.finish_reason is not None
+        if error is not None:
+            raise error
 
     def close(self):
         self.dispatcher._close(self.flight)

@@ -189,7 +189,7 @@ async def test_one_log_line_and_histograms_per_request(cluster, caplog):
         'baton_requests_total{finish_reason="length",model="fake"} 1.0',
         'baton_prompt_tokens_total{model="fake"} 100.0',
         'baton_generation_tokens_total{model="fake"} 5.0',
-        'baton_prefix_cache_hit_tokens_total{role="prefill"} 16.0',
+        'baton_prefix_cache_hit_tokens_total{model="fake",role="prefill"} 16.0',
         'baton_workers{role="decode"} 1.0',
         "baton_requests_running 0.0",
     ):

@@ -186,7 +186,7 @@ async def test_retryable_decode_error_before_its_first_token_avoids_the_hand_off
     cluster["d0"].faults.hold_kv = True
     task = asyncio.create_task(run(cluster, LONG))
     # The two workers' messages come in any order; here the end of the prefill comes first.
-    while cluster.core.dispatcher._last_token_at_s is None:
+    while cluster.core.dispatcher._follower.last_token_at_s is None:
         await asyncio.sleep(0.002)
     cluster["d0"].faults.hold_kv = False
     cluster.assert_right(await task, LONG, 10)
@@ -332,8 +332,10 @@ async def test_worker_that_leaves_the_membership_finishes_its_requests(make_clus
 
 
 @pytest.mark.parametrize("state", ["placing", "prefill", "hand-off", "decode", "local"])
-async def test_cancel_reaches_both_workers_in_every_state(make_cluster, state):
-    cluster = await make_cluster(1, 1)
+async def test_cancel_reaches_both_workers_in_every_state(make_cluster, config, state):
+    # A session that is lost meanwhile has nobody to tell.
+    session = dataclasses.replace(config.session, idle_timeout_s=30.0)
+    cluster = await make_cluster(1, 1, config=dataclasses.replace(config, session=session))
     p, d = cluster["p0"], cluster["d0"]
     prompt = SHORT if state == "local" else LONG
     if state == "placing":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import warnings
@@ -140,6 +141,26 @@ async def test_a_dead_actor_loses_nothing_that_matters(
     assert not (await two.take_quota("a", limits=limits, num_tokens=1)).is_granted
     assert await one.list_keys() == {hash_key("k"): TenantRecord("acme")}
     assert await one.remove_key(hash_key("k"))
+
+
+async def test_a_key_revoked_as_the_actor_dies_does_not_return(start_copy: StartCopy) -> None:
+    import ray
+
+    one, two = await start_copy("one"), await start_copy("two")
+    await one.put_key(hash_key("k"), TenantRecord("acme"))
+    await one.put_key(hash_key("kept"), TenantRecord("acme"))
+    # A sign of life has brought them to the other copy's mirror.
+    await asyncio.sleep(1.0)
+    assert await one.remove_key(hash_key("k"))
+    ray.kill(actor(), no_restart=False)
+    for copy in (two, one):
+        with contextlib.suppress(Unavailable):
+            await copy.list_keys()
+    await until(lambda: one.status().is_up and two.status().is_up)
+    # One sign of life of each.
+    await asyncio.sleep(2.0)
+    for copy in (one, two):
+        assert await copy.list_keys() == {hash_key("kept"): TenantRecord("acme")}
 
 
 async def test_without_the_actor_a_key_cannot_be_stored(start_copy: StartCopy) -> None:

@@ -113,6 +113,21 @@ async def test_a_slot_given_back_on_one_copy_is_free_on_the_other(start_copy: St
     assert not (await one.take(limits)).is_granted
 
 
+async def test_request_that_never_was_is_not_counted(start_copy: StartCopy) -> None:
+    one, two = await start_copy("one"), await start_copy("two")
+    limits = QuotaLimits(requests_per_minute=1, tokens_per_minute=1000, max_concurrent=1)
+    held = await one.take(limits, 1)
+    assert held.is_granted and not (await two.take(limits, 1)).is_granted
+    rates = QuotaLimits(requests_per_minute=1, tokens_per_minute=1000)
+    more = await one.state.take_quota("acme", limits=rates, num_tokens=600, num_requests=0)
+    assert more.is_granted and more.remaining_tokens is not None and more.remaining_tokens < 500
+    one.state.return_quota(more.grant, num_unused_tokens=600)
+    one.state.return_quota(held.grant, num_unused_tokens=1, num_unused_requests=1)
+    async with asyncio.timeout(DEADLINE_S):
+        while not (await two.take(limits, 900)).is_granted:
+            await asyncio.sleep(0.01)
+
+
 async def test_unused_tokens_come_back_once(start_copy: StartCopy) -> None:
     one, two = await start_copy("one"), await start_copy("two")
     limits = QuotaLimits(tokens_per_minute=1000)

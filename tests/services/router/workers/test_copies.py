@@ -36,7 +36,7 @@ async def start_two(make_cluster, config, redis) -> AsyncIterator[StartTwo]:
         cluster = await make_cluster(3, 1, config=settings)
         other = RouterCore(
             settings,
-            tokenizers=cluster.core.dispatcher._tokenizers,
+            tokenizers=cluster.core.dispatcher._catalogue._tokenizers,
             membership=cluster.membership,
             rng=random.Random(2),
         )

@@ -45,7 +45,7 @@ def test_links_tiers_and_counters_are_shown():
     at = 'role="decode",'
     for sample in (
         f'baton_kv_link_info{{lane="cma",peer="p0",{at}transport="nixl",worker="d0"}} 1.0',
-        f'baton_kv_link_bytes_per_second{{peer="p0",{at}worker="d0"}} 2e+09',
+        f'baton_kv_link_bytes_per_second{{peer="p0",{at}worker="d0"}} 2000000000.0',
         f'baton_kv_link_latency_seconds{{peer="p0",{at}worker="d0"}} 0.0001',
         f'baton_kv_tier_blocks{{{at}tier="host",worker="d0"}} 3.0',
         f'baton_kv_tier_bytes{{{at}tier="host",worker="d0"}} 300.0',

@@ -29,8 +29,9 @@ def stored(*numbers):
     return pb.KvEvent(stored=blocks(*numbers))
 
 
-def welcome(sequence=0, cached=b"", host=b"", disk=b"", hashing=None):
+def welcome(sequence=0, cached=b"", host=b"", disk=b"", hashing=None, left_out=0):
     return pb.Welcome(
+        num_left_out=left_out,
         kv_sequence=sequence,
         cached_hashes=cached,
         host_hashes=host,
@@ -137,6 +138,40 @@ async def test_no_snapshot_gives_the_session_up():
     await settle()
     await known.answer(grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, metadata, metadata))
     assert known.given_up == ["gap in KV events and no snapshot: DEADLINE_EXCEEDED"]
+
+
+async def test_snapshot_that_no_message_holds_is_refused_and_the_session_kept():
+    known = Known()
+    known.start(welcome(7, left_out=5_000_000))
+    assert known.faults == [KvFault.TOO_LARGE] and "5000000 blocks" in known.feed.refusal
+    known.feed.push(9, [stored(9)])
+    assert known.numbers() == [] and not known.num_fetched and not known.given_up
+    known.start(welcome(7, blocks(1)))
+    assert known.numbers() == [1] and not known.feed.refusal
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        welcome(7, left_out=5_000_000),
+        grpc.aio.AioRpcError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(),
+            "received message larger than max",
+        ),
+    ],
+)
+async def test_snapshot_grown_too_large_by_the_time_of_a_gap_is_refused(answer):
+    known = Known()
+    known.start(welcome())
+    known.feed.push(2, [stored(2)])
+    await settle()
+    await known.answer(answer)
+    assert known.faults == [KvFault.GAP, KvFault.TOO_LARGE]
+    assert len(known.refusals) == 1 and known.feed.refusal
+    known.feed.push(3, [stored(3)])
+    assert known.numbers() == [] and not known.given_up
 
 
 async def test_snapshot_asked_for_by_an_ended_session_changes_nothing_of_the_next():

@@ -116,6 +116,21 @@ async def test_snapshot_above_the_bound_leaves_the_others_known(make_cluster, co
     cluster.assert_right(await cluster.generate(LONG, 4), LONG, 4)
 
 
+async def test_worker_whose_snapshot_no_message_holds_is_placed_by_load(make_cluster, config):
+    cluster = await make_cluster(1, 1, config=config)
+    worker, hashes = cluster["p0"], hashes_of(cluster, LONG)
+    await worker.kill()
+    await worker.revive()
+    worker.num_left_out = 5_000_000
+    await cluster.connected()
+    text = await cluster.rendered('baton_router_kv_unmatched{worker="p0"} 1.0')
+    assert 'baton_router_kv_event_faults_total{reason="too_large"} 1.0' in text
+    worker.store(hashes)
+    cluster.assert_right(await cluster.generate(LONG, 4), LONG, 4)
+    await held(cluster, hashes, "p0", [0, 0, 0])
+    assert worker.submitted and not worker.num_get_info
+
+
 async def test_malformed_and_replayed_events_are_counted_and_requests_go_on(cluster):
     worker, hashes = cluster["d0"], hashes_of(cluster, LONG)
     worker.store(hashes[:2])

@@ -20,10 +20,24 @@ from services.router.index.prefix_index import PrefixIndex
 from services.router.placement.policy_config import PolicyConfig
 from services.router.requests.mailbox import Arrival, Mailbox
 from services.router.workers.membership import PushMembership, StaticMembership
-from services.router.workers.session_client import SessionState, WorkerSession
+from services.router.workers.session_client import WorkerSession
+from services.router.workers.session_listener import SessionState
 from services.router.workers.worker_pool import WorkerPool
 
 LONG = list(range(1, 101))
+IDLE_TIMEOUT_S = 30.0
+"""Longer than a busy machine keeps these processes waiting: nothing here falls silent by itself."""
+
+
+@pytest.fixture
+def config(config):
+    session = dataclasses.replace(config.session, idle_timeout_s=IDLE_TIMEOUT_S)
+    return dataclasses.replace(config, session=session)
+
+
+@pytest.fixture
+async def cluster(make_cluster, config):
+    return await make_cluster(config=config)
 
 
 def hashes_of(cluster, prompt):
@@ -31,7 +45,7 @@ def hashes_of(cluster, prompt):
 
 
 async def matched(cluster, hashes, expected):
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         while cluster.core.pool.index.match(hashes).by_worker() != expected:
             await asyncio.sleep(0.005)
     cluster.core.pool.index.check_integrity()
@@ -75,14 +89,14 @@ async def test_worker_is_told_who_caches_more_of_its_prompt(cluster):
     assert 'baton_prefix_offers_total{role="prefill"} 1.0' in await cluster.rendered()
 
 
-async def test_worker_that_generates_alone_is_told_as_well(make_cluster):
-    cluster = await make_cluster(1, 1)
+async def test_worker_that_generates_alone_is_told_as_well(make_cluster, config):
+    cluster = await make_cluster(1, 1, config=config)
     hashes = hashes_of(cluster, LONG)
     cluster["p0"].store(hashes[:5])
     await matched(cluster, hashes, {"p0": 5})
     cluster["p0"].load = dataclasses.replace(cluster["p0"].load, is_draining=True)
     cluster["p0"].report()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         while len(cluster.core.pool.view().eligible(model="fake")) != 1:
             await asyncio.sleep(0.005)
     await cluster.generate(LONG, 4)
@@ -98,7 +112,7 @@ async def test_nothing_is_offered_where_it_cannot_pay(cluster, caplog):
     await cluster.generate(LONG, 4)
     (prefill,) = cluster["p0"].submitted
     assert prefill.kv_source is None
-    assert "baton_prefix_offers_total{" not in await cluster.rendered()
+    assert 'baton_prefix_offers_total{role="prefill"} 0.0' in await cluster.rendered()
 
 
 async def test_gap_in_kv_events_is_repaired_without_losing_requests(cluster):
@@ -215,7 +229,7 @@ async def pool_of(worker, session_config):
 
 
 async def shown(metrics, line):
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(10):
         while line not in metrics.render().decode():
             await asyncio.sleep(0.01)
 
@@ -254,20 +268,19 @@ async def test_worker_whose_snapshot_is_garbage_is_placed_by_load_alone(cluster,
     event = pb.StepBatch(first_kv_sequence=5, kv_events=[pb.KvEvent(stored=bytes(16))])
     messages = (welcome_of(cluster), pb.WorkerMessage(step=event))
     worker = RawWorker(*(m.SerializeToString() for m in messages), snapshot=GARBAGE)
-    session_config = dataclasses.replace(config.session, idle_timeout_s=30.0)
-    async with pool_of(worker, session_config) as (pool, metrics):
+    async with pool_of(worker, config.session) as (pool, metrics):
         await shown(metrics, 'baton_router_kv_unmatched{worker="d0"} 1.0')
         assert 'faults_total{reason="malformed"} 1.0' in metrics.render().decode()
         assert pool.session(WorkerId("d0")).is_ready and worker.num_sessions == 1
     assert not [r for r in caplog.records if r.name.startswith("services") and r.exc_info]
 
 
-async def test_unhealthy_worker_gets_no_work_and_does_not_count_as_answering(make_cluster):
-    cluster = await make_cluster(1, 2)
+async def test_unhealthy_worker_gets_no_work_and_does_not_count_as_answering(make_cluster, config):
+    cluster = await make_cluster(1, 2, config=config)
     for name in ("d0", "p0"):
         cluster[name].load = dataclasses.replace(cluster[name].load, is_unhealthy=True)
         cluster[name].report()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         while len(cluster.core.pool.view().eligible(model="fake")) != 1:
             await asyncio.sleep(0.005)
     for _ in range(3):
@@ -292,7 +305,7 @@ async def test_lost_worker_leaves_the_index_and_comes_back_with_its_own_past(clu
 async def test_view_carries_load_and_what_was_just_sent(cluster):
     cluster["d0"].load = dataclasses.replace(cluster["d0"].load, num_running=7, free_blocks=9)
     cluster["d0"].report()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         while cluster.core.pool.view().get(WorkerId("d0")).load.num_running != 7:
             await asyncio.sleep(0.005)
     session = cluster.core.pool.session(WorkerId("d0"))
@@ -305,6 +318,15 @@ async def test_view_carries_load_and_what_was_just_sent(cluster):
     session.cancel(RequestId("x"), "test")
     state = cluster.core.pool.view().get(WorkerId("d0"))
     assert (state.unreported_prefill_tokens, state.num_in_flight) == (0, 0)
+
+
+async def test_worker_that_falls_silent_is_broken_off_at_the_limit(cluster):
+    session = cluster.core.pool.session(WorkerId("d0"))
+    session.check_idle(session.last_message_at_s + IDLE_TIMEOUT_S)
+    assert session.is_ready
+    session.check_idle(session.last_message_at_s + IDLE_TIMEOUT_S + 0.1)
+    assert session.state is SessionState.LOST and session.lost_reason == "no message for 30.1 s"
+    await cluster.connected()
 
 
 async def test_submit_to_a_lost_worker_is_an_error_at_once(cluster):
@@ -326,15 +348,15 @@ async def test_another_worker_at_the_same_address_is_recognised(cluster):
     assert len(cluster.core.pool.sessions()) == 2
 
 
-async def test_workers_join_and_leave_by_membership(make_cluster):
-    cluster = await make_cluster(1, 2)
+async def test_workers_join_and_leave_by_membership(make_cluster, config):
+    cluster = await make_cluster(1, 2, config=config)
     everyone = {w.worker_id: w.address for w in cluster.workers.values()}
     cluster.membership.update({k: v for k, v in everyone.items() if k != "d1"})
     await cluster.connected("p0", "d0")
     cluster.membership.update(everyone)
     await cluster.connected("p0", "d0", "d1")
     cluster.membership.update({})
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         while cluster.core.pool.view().workers:
             await asyncio.sleep(0.01)
 

@@ -38,3 +38,33 @@ def test_a_worker_that_is_lost_takes_its_series_along() -> None:
     gauges.update(ClusterView((state(is_quarantined=True),)))
     text = metrics.render().decode()
     assert 'worker="d0"' not in text and 'baton_workers{role="decode"} 0.0' in text
+
+
+def test_time_in_steps_counts_on_over_restarts_and_blocks_are_told_by_state() -> None:
+    metrics = Metrics()
+    gauges = WorkerGauges(metrics)
+    for epoch, busy_s in (("1", 2.0), ("1", 3.5), ("2", 0.5)):
+        load = LoadReport(busy_seconds=busy_s, num_steps=4, total_blocks=8, free_blocks=5,
+                          cached_blocks=1)  # fmt: skip
+        gauges.update(ClusterView((dataclasses.replace(state(epoch=epoch), load=load),)))
+    text = metrics.render().decode()
+    assert 'baton_worker_busy_seconds_total{role="decode",worker="d0"} 4.0' in text
+    assert 'baton_worker_steps_total{role="decode",worker="d0"} 8.0' in text
+    for name, count in (("free", 5), ("cached", 1), ("held", 2)):
+        sample = f'baton_worker_kv_blocks{{role="decode",state="{name}",worker="d0"}} {count}.0'
+        assert sample in text
+
+
+def test_worker_that_comes_back_as_another_has_one_info_series() -> None:
+    metrics = Metrics()
+    gauges = WorkerGauges(metrics)
+    for num_blocks in (8, 16):
+        info = dataclasses.replace(INFO, num_blocks=num_blocks, epoch=Epoch(str(num_blocks)))
+        gauges.update(ClusterView((dataclasses.replace(state(), info=info),)))
+    lines = [
+        line
+        for line in metrics.render().decode().splitlines()
+        if line.startswith("baton_worker_info{")
+    ]
+    assert len(lines) == 1 and 'num_blocks="16"' in lines[0] and 'model="m"' in lines[0]
+    assert f'fingerprint="{LAYOUT.fingerprint}"' in lines[0]

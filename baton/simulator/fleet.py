@@ -1,0 +1,75 @@
+"""The workers of a simulation and the links between them.
+
+Does not know: what they are given to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton.core.fabric import FabricReport, LinkReport
+from baton.core.kv_layout import KvLayout
+from baton.core.worker_info import Role
+from baton.simulator.cluster_config import ClusterConfig
+from baton.simulator.events import EventQueue
+from baton.simulator.hardware import Hardware
+from baton.simulator.worker import SimWorker, WorkerListener
+
+
+def build_workers(
+    config: ClusterConfig, events: EventQueue, *, listener: WorkerListener
+) -> list[SimWorker]:
+    """Prefill workers first, all of one KV layout."""
+    layout = KvLayout(
+        "simulated", config.num_layers, config.num_kv_heads, config.head_dim, config.block_size,
+        "bfloat16",
+    )  # fmt: skip
+    names = [(f"p{i}", Role.PREFILL) for i in range(config.num_prefill)]
+    names += [(f"d{i}", Role.DECODE) for i in range(config.num_decode)]
+    return [_worker(name, role, layout, config, events, listener) for name, role in names]
+
+
+def links_of(reader: SimWorker, workers: Sequence[SimWorker], hardware: Hardware) -> FabricReport:
+    """What `reader` would measure of its links to the others."""
+    return FabricReport(
+        links=tuple(
+            LinkReport(
+                info.worker_id,
+                info.epoch,
+                "simulated",
+                bytes_per_second=hardware.link_bytes_per_second,
+                latency_s=hardware.link_latency_s,
+            )
+            for info in (worker.info for worker in workers)
+            if info.worker_id != reader.worker_id
+        )
+    )
+
+
+def _worker(
+    name: str,
+    role: Role,
+    layout: KvLayout,
+    config: ClusterConfig,
+    events: EventQueue,
+    listener: WorkerListener,
+) -> SimWorker:
+    is_prefill = role is Role.PREFILL
+    return SimWorker(
+        name,
+        role,
+        layout=layout,
+        num_blocks=(
+            config.num_blocks if is_prefill else config.num_decode_blocks or config.num_blocks
+        ),
+        max_num_seqs=config.prefill_max_num_seqs if is_prefill else config.decode_max_num_seqs,
+        max_num_batched_tokens=(
+            config.prefill_max_num_batched_tokens
+            if is_prefill
+            else config.decode_max_num_batched_tokens
+        ),
+        max_model_len=config.max_model_len,
+        hardware=(config.hardware if is_prefill else config.decode_hardware or config.hardware),
+        events=events,
+        listener=listener,
+    )
