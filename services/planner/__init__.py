@@ -1,0 +1,1 @@
+"""How many workers of which size: what a deployment needs, before it runs and while it does."""

@@ -1,0 +1,52 @@
+"""What is wanted of a deployment: two targets and the share of requests that must meet each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton.core.errors import ConfigError
+from baton.simulator.outcome import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """TTFT and mean ITL of a request, each met by at least `share` of all requests."""
+
+    ttft_s: float
+    itl_s: float
+    share: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "itl_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0 seconds, got {getattr(self, name):g}")
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share must be between 0 and 1, got {self.share:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Attainment:
+    """Shares of requests, 0 to 1. One that never ended, or was refused, met nothing."""
+
+    ttft: float
+    itl: float
+    both: float
+
+    def meets(self, objective: Objective) -> bool:
+        return min(self.ttft, self.itl) >= objective.share
+
+
+def attainment(outcomes: Sequence[Outcome], objective: Objective) -> Attainment:
+    """An answer of one token meets any ITL."""
+    num_ttft = num_itl = num_both = 0
+    for outcome in outcomes:
+        if not outcome.last_token_s:
+            continue
+        is_ttft = outcome.ttft_s <= objective.ttft_s
+        is_itl = outcome.itl_s is None or outcome.itl_s <= objective.itl_s
+        num_ttft += is_ttft
+        num_itl += is_itl
+        num_both += is_ttft and is_itl
+    total = max(1, len(outcomes))
+    return Attainment(num_ttft / total, num_itl / total, num_both / total)

@@ -1,0 +1,233 @@
+"""The autoscaler as a state machine: bounds, pace, corrections, a day with two bursts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+
+import pytest
+
+from baton.core.errors import ConfigError
+from services.planner.autoscale import Autoscaler, Decision, Observation, PoolState
+from services.planner.autoscale_config import AutoscaleConfig, PoolLimits
+from services.planner.demand import Load
+from tests.services.planner.test_demand import LOAD, MODEL
+
+LIMITS = PoolLimits(min_workers=1, max_workers=12)
+CONFIG = AutoscaleConfig(
+    ttft_s=0.4, itl_s=0.04, max_devices=24, prefill=LIMITS, decode=LIMITS, window_s=300
+)
+
+
+class Cluster:
+    """Gives the autoscaler what it asks for, `start_s` later; shrinks at once."""
+
+    def __init__(self, config: AutoscaleConfig = CONFIG, *, start_s: float = 30.0) -> None:
+        self.scaler = Autoscaler(config, MODEL, MODEL)
+        self.start_s, self.now_s = start_s, 0.0
+        self.ready = {"prefill": 1, "decode": 1}
+        self.coming: dict[str, list[float]] = {"prefill": [], "decode": []}
+        self.joined = dict.fromkeys(self.ready, -math.inf)
+
+    def tick(
+        self,
+        rate: float,
+        *,
+        ttft: float | None = 1.0,
+        itl: float | None = 1.0,
+        kv_usage: float = 0.1,
+        load: Load = LOAD,
+        gap_s: float = 10.0,
+    ) -> Decision:
+        self.now_s += gap_s
+        for name, times in self.coming.items():
+            arrived = [t for t in times if t <= self.now_s]
+            if arrived:
+                self.joined[name] = self.now_s
+            self.ready[name] += len(arrived)
+            self.coming[name] = [t for t in times if t > self.now_s]
+        seen = Observation(
+            self.now_s, dataclasses.replace(load, rate_per_s=rate), int(rate * gap_s), ttft, itl,
+            self.state("prefill"), dataclasses.replace(self.state("decode"), kv_usage=kv_usage),
+        )  # fmt: skip
+        decision = self.scaler.decide(seen)
+        self.follow("prefill", decision.prefill.desired)
+        self.follow("decode", decision.decode.desired)
+        return decision
+
+    def state(self, name: str) -> PoolState:
+        return PoolState(self.ready[name], len(self.coming[name]), last_joined_s=self.joined[name])
+
+    def follow(self, name: str, desired: int) -> None:
+        have = self.ready[name] + len(self.coming[name])
+        self.coming[name] += [self.now_s + self.start_s] * max(0, desired - have)
+        if desired < have:
+            fewer = have - desired
+            del self.coming[name][:fewer]
+            self.ready[name] = min(self.ready[name], desired)
+
+
+def reversals(values: list[int]) -> int:
+    """Changes of direction."""
+    moves = [b - a for a, b in itertools.pairwise(values) if b != a]
+    return sum((a > 0) != (b > 0) for a, b in itertools.pairwise(moves))
+
+
+def test_a_step_is_followed_at_once_and_given_back_after_the_window() -> None:
+    cluster = Cluster()
+    for _ in range(60):
+        quiet = cluster.tick(2)
+    up = cluster.tick(40)
+    assert up.prefill.desired > quiet.prefill.desired
+    assert up.decode.desired > quiet.decode.desired
+    assert "needed now" in up.prefill.reason or "by the time" in up.prefill.reason
+    for _ in range(30):
+        high = cluster.tick(40)
+    falling = [cluster.tick(2).prefill.desired for _ in range(29)]
+    assert min(falling) >= high.prefill.needed_now
+    assert all(
+        reversals([a, b, c]) == 0
+        for a, b, c in zip(falling, falling[1:], falling[2:], strict=False)
+    )
+    assert "within the window" in cluster.tick(2).prefill.reason
+    for _ in range(60):
+        end = cluster.tick(2)
+    assert end.prefill.desired == quiet.prefill.desired
+    assert end.decode.desired == quiet.decode.desired
+
+
+def test_a_day_with_two_bursts_turns_once_in_each() -> None:
+    cluster = Cluster(dataclasses.replace(CONFIG, window_s=900))
+    decided: list[tuple[int, int]] = []
+    rng = random.Random(4)
+    for i in range(1440):
+        at = i / 1440
+        rate = 12 - 8 * math.cos(2 * math.pi * at)
+        if 0.30 < at < 0.34 or 0.70 < at < 0.74:
+            rate *= 4
+        decision = cluster.tick(rng.gauss(rate, 0.05 * rate), gap_s=60)
+        decided.append((decision.prefill.desired, decision.decode.desired))
+    for pool in (0, 1):
+        values = [pair[pool] for pair in decided]
+        assert max(values[430:500]) > 2 * values[425]
+        for start, end in ((432, 525), (1008, 1102)):
+            assert reversals(values[start:end]) <= 1
+
+
+def test_misses_that_were_not_planned_for_raise_a_margin_that_fades() -> None:
+    cluster = Cluster()
+    for _ in range(40):
+        before = cluster.tick(20)
+    for _ in range(8):
+        missed = cluster.tick(20, ttft=0.5)
+    assert missed.prefill.margin > before.prefill.margin == 1.0
+    assert missed.prefill.desired > before.prefill.desired
+    assert missed.decode.margin == 1.0
+    for _ in range(1000):
+        after = cluster.tick(20)
+    assert after.prefill.margin == pytest.approx(1.0, abs=1e-3)
+    assert after.prefill.desired == before.prefill.desired
+
+
+def test_cold_workers_small_samples_and_missing_workers_correct_nothing() -> None:
+    cluster = Cluster()
+    for _ in range(10):
+        cluster.tick(1.0, ttft=0.0)
+    assert cluster.tick(1.0, ttft=0.0).prefill.margin == 1.0
+    cluster = Cluster(start_s=35)
+    cluster.tick(40, ttft=0.0)
+    for _ in range(5):
+        # They start, and then they are cold.
+        decision = cluster.tick(40, ttft=0.0)
+    assert decision.prefill.margin == 1.0
+
+
+def test_full_memory_grows_the_decode_pool() -> None:
+    cluster = Cluster()
+    for _ in range(40):
+        cluster.tick(4)
+    ready = cluster.ready["decode"]
+    assert cluster.tick(4, kv_usage=0.95).decode.desired == ready + 1
+
+
+def test_devices_are_shared_out_when_they_do_not_suffice() -> None:
+    config = dataclasses.replace(CONFIG, max_devices=6)
+    cluster = Cluster(config)
+    for _ in range(20):
+        decision = cluster.tick(100)
+    assert decision.is_at_budget
+    assert decision.prefill.desired + decision.decode.desired == 6
+    assert min(decision.prefill.desired, decision.decode.desired) >= 1
+    assert "6 devices allow" in decision.prefill.reason + decision.decode.reason
+
+
+def test_a_pool_with_too_many_lends_to_one_with_too_few() -> None:
+    cluster = Cluster()
+    long_prompts = dataclasses.replace(LOAD, uncached_tokens=2000, pairs=2e6, output_tokens=2)
+    long_answers = dataclasses.replace(LOAD, uncached_tokens=16, pairs=128, output_tokens=600)
+    for _ in range(40):
+        cluster.tick(8, load=long_prompts)
+    had = cluster.ready["prefill"]
+    decision = cluster.tick(8, load=long_answers)
+    assert 0 < decision.num_role_changes < had
+    assert decision.prefill.desired == had - decision.num_role_changes
+    assert "go over to decode" in decision.prefill.reason
+    assert cluster.tick(8, load=long_answers).prefill.desired <= had - decision.num_role_changes
+    unlike = Autoscaler(CONFIG, MODEL, dataclasses.replace(MODEL, tensor_parallel=2))
+    many, few = PoolState(8), PoolState(1)
+    load = dataclasses.replace(long_answers, rate_per_s=8)
+    seen = Observation(0.0, load, 80, 1.0, 1.0, many, few)
+    assert unlike.decide(seen).num_role_changes == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_walks_stay_within_all_bounds_and_say_why(seed: int) -> None:
+    rng = random.Random(seed)
+    config = AutoscaleConfig(
+        ttft_s=rng.choice([0.1, 0.4, 3]),
+        itl_s=rng.choice([0.021, 0.04, 0.2]),
+        max_devices=rng.choice([5, 12, 40]),
+        prefill=PoolLimits(rng.randrange(2), 10, rng.choice([1, 2])),
+        decode=PoolLimits(1, rng.choice([3, 10]), 1),
+        window_s=rng.choice([30, 300]),
+    )
+    cluster = Cluster(config, start_s=rng.choice([5, 60]))
+    for _ in range(400):
+        rate = rng.choice([0.0, 1.0, 10.0, 80.0, 1000.0]) * rng.random()
+        decision = cluster.tick(
+            rate,
+            ttft=rng.choice([None, 0.0, 0.95, 1.0]),
+            itl=rng.choice([None, 0.5, 1.0]),
+            kv_usage=rng.random(),
+            gap_s=rng.choice([0.0, 1.0, 10.0, 120.0]),
+        )
+        pairs = ((decision.prefill, config.prefill), (decision.decode, config.decode))
+        for pool, limits in pairs:
+            assert limits.min_workers <= pool.desired <= limits.max_workers
+            assert 1.0 <= pool.margin <= 4.0
+            assert pool.reason
+        used = sum(pool.desired * limits.devices_per_worker for pool, limits in pairs)
+        assert used <= config.max_devices
+        assert (
+            not decision.is_at_budget
+            or used + max(limits.devices_per_worker for _, limits in pairs) > config.max_devices
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"ttft_s": 0}, "autoscale.ttft_s must be above 0"),
+        ({"share": 1}, "autoscale.share"),
+        ({"headroom": 0.5}, "autoscale.headroom must be from 1 to 10, got 0.5"),
+        ({"burst_share": 2}, "autoscale.burst_share"),
+        ({"max_devices": 1}, "min_workers of both pools need 2"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, float], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="min_workers 3 must be from 0 to max_workers 2"):
+        PoolLimits(3, 2)
