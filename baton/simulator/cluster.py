@@ -26,13 +26,13 @@ from baton.core.request import (
     TokenDelta,
     Work,
 )
-from baton.core.worker_info import WorkerId
+from baton.core.worker_info import Role, WorkerId
 from baton.engine.handoff import ChunkDone
 from baton.engine.step_output import StepOutput
 from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.door import Door, Visitor
 from baton.simulator.events import EventQueue
-from baton.simulator.fleet import build_workers, links_of
+from baton.simulator.fleet import build_worker, build_workers, links_of
 from baton.simulator.outcome import Outcome
 from baton.simulator.router import SimRouter
 from baton.simulator.worker import SimWorker
@@ -88,20 +88,53 @@ class SimCluster:
         self._progress: Callable[[int], None] | None = None
 
     def run(
-        self, arrivals: Sequence[Arrival], *, progress: Callable[[int], None] | None = None
+        self,
+        arrivals: Sequence[Arrival],
+        *,
+        progress: Callable[[int], None] | None = None,
+        on_outcomes: Callable[[Sequence[Outcome]], None] | None = None,
     ) -> list[Outcome]:
         """All requests to their end; `progress` is called with the number that have ended.
 
-        Raises AssertionError when something is left over on a worker.
+        `on_outcomes` gets the outcomes at the start, one for each arrival, to look at while they
+        are filled in. Raises AssertionError when something is left over on a worker.
         """
         outcomes = [Outcome(a.number, a.at_s, a.num_prompt_tokens) for a in arrivals]
         for arrival, outcome in zip(arrivals, outcomes, strict=True):
             self.events.at(arrival.at_s, lambda a=arrival, o=outcome: self._arrive(a, o))  # type: ignore[misc]
         self._progress = progress
+        if on_outcomes is not None:
+            on_outcomes(outcomes)
         while self.events.step():
             pass
         self.check_idle()
         return outcomes
+
+    def add_worker(self, name: str, role: Role) -> SimWorker:
+        """It takes requests from now on. Raises ValueError for a name that was used before."""
+        if WorkerId(name) in self.workers:
+            raise ValueError(f"worker {name} was there before")
+        worker = build_worker(name, role, self._config, self.events, listener=self)
+        self.workers[worker.worker_id] = worker
+        everybody = list(self.workers.values())
+        for router in self.routers:
+            router.join(worker.info, worker.engine.load())
+            for reader in everybody:
+                links = links_of(reader, everybody, self._config.hardware)
+                router.report_links(reader.worker_id, links)
+        return worker
+
+    def drain_worker(self, worker_id: WorkerId) -> None:
+        """It gets nothing new and ends what it has; `engine.is_empty` says when that is done."""
+        for router in self.routers:
+            router.drain(worker_id)
+
+    def remove_worker(self, worker_id: WorkerId) -> None:
+        """Raises ValueError while it holds something. Its figures stay in `workers`."""
+        if not self.workers[worker_id].engine.is_empty:
+            raise ValueError(f"worker {worker_id} still has requests: drain it first")
+        for router in self.routers:
+            router.leave(worker_id)
 
     def check_idle(self) -> None:
         """Raises AssertionError when a request, lease or reservation is left."""

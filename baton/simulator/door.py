@@ -79,7 +79,7 @@ class Door:
             self._foresight = Foresight(
                 router.perf,
                 decoding=lambda worker_id: router.decoding(worker_id, events.now()),
-                num_computing=lambda model: config.num_prefill,
+                num_computing=lambda model: router.num_computing(),
                 expected_output_tokens=config.admission.expected_output_tokens,
             )
         self._visitors: dict[Ticket, Visitor] = {}

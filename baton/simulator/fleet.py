@@ -20,13 +20,9 @@ def build_workers(
     config: ClusterConfig, events: EventQueue, *, listener: WorkerListener
 ) -> list[SimWorker]:
     """Prefill workers first, all of one KV layout."""
-    layout = KvLayout(
-        "simulated", config.num_layers, config.num_kv_heads, config.head_dim, config.block_size,
-        "bfloat16",
-    )  # fmt: skip
     names = [(f"p{i}", Role.PREFILL) for i in range(config.num_prefill)]
     names += [(f"d{i}", Role.DECODE) for i in range(config.num_decode)]
-    return [_worker(name, role, layout, config, events, listener) for name, role in names]
+    return [build_worker(name, role, config, events, listener=listener) for name, role in names]
 
 
 def links_of(reader: SimWorker, workers: Sequence[SimWorker], hardware: Hardware) -> FabricReport:
@@ -46,14 +42,18 @@ def links_of(reader: SimWorker, workers: Sequence[SimWorker], hardware: Hardware
     )
 
 
-def _worker(
+def build_worker(
     name: str,
     role: Role,
-    layout: KvLayout,
     config: ClusterConfig,
     events: EventQueue,
+    *,
     listener: WorkerListener,
 ) -> SimWorker:
+    layout = KvLayout(
+        "simulated", config.num_layers, config.num_kv_heads, config.head_dim, config.block_size,
+        "bfloat16",
+    )  # fmt: skip
     is_prefill = role is Role.PREFILL
     return SimWorker(
         name,

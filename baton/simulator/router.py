@@ -16,7 +16,7 @@ from baton.core.fabric import FabricReport
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import Timeline
 from baton.core.request import RequestId
-from baton.core.worker_info import LoadReport, WorkerId, WorkerInfo
+from baton.core.worker_info import LoadReport, Role, WorkerId, WorkerInfo
 from baton.telemetry.metrics import Metrics
 from services.router.index.predicted import PredictedPrefixes
 from services.router.index.prefix_index import PrefixIndex
@@ -56,6 +56,20 @@ class SimRouter:
         self._gaps[info.worker_id] = StepGap()
         book.report(load, 0.0)
         self._table.join(info, book, slot=self._index.slot_of(info.worker_id))
+
+    def drain(self, worker_id: WorkerId) -> None:
+        """Nothing more is placed there; what runs there goes on, what it caches can be read."""
+        self._table.set_leaving(worker_id, True)
+
+    def leave(self, worker_id: WorkerId) -> None:
+        """It has ended."""
+        self._table.leave(worker_id)
+        self._index.remove_worker(worker_id)
+
+    def num_computing(self) -> int:
+        """Workers that new prompts can go to."""
+        taking = [row.info.role for row in self._table.rows() if not row.is_leaving]
+        return taking.count(Role.PREFILL) or len(taking)
 
     def report_links(self, worker_id: WorkerId, report: FabricReport) -> None:
         """What the worker has measured of its links to others that have joined."""
