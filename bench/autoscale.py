@@ -166,11 +166,11 @@ class _RayPool:
 def fixed_pools(devices: float, arrivals: Sequence[Arrival], day_s: float) -> list[dict[str, Any]]:
     """Of as many devices as ours took on average, rounded up: every split, the best one told."""
     total = math.ceil(devices)
-    splits = [(p, total - p) for p in range(max(1, total // 3), min(total, total * 3 // 4) + 1)]
+    # Prompts take most of the time here; with fewer prefill workers the queue only grows.
+    splits = [(p, total - p) for p in range(max(1, total // 2), total)]
     rows = [
         run(f"fixed {p}:{d}", lambda seen, ongoing, p=p, d=d: (p, d), arrivals, day_s, start=(p, d))  # type: ignore[misc]
         for p, d in splits
-        if d > 0
     ]
     return [max(rows, key=lambda row: row["both"])]
 

@@ -160,6 +160,9 @@ class FetchMachine:
         first, remote = layers.first_block_index * units, expanded(layers.block_ids, units)
         if first != len(self._remote) or not 0 < layers.num_layers <= self.expected.num_layers:
             return []
+        if layers.fill_id < 1:
+            # A last chunk's 0 confirms nothing.
+            return []
         if self._filling is None or not self._filling.is_same(layers.fill_id, remote):
             num_layers = self.expected.num_layers
             self._filling = Filling(layers.fill_id, first, remote, num_layers, 0)

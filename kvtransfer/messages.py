@@ -70,7 +70,8 @@ class Complete:
 class LayersRead:
     """Reader: I have read all that is announced, and all layers of what LayersReady called so.
 
-    Once the owner has confirmed these blocks it need not be asked by Complete.
+    Completed then comes with the chunk that confirms these blocks. Complete follows all the same:
+    the lease ends with it.
     """
 
     request_id: RequestId

@@ -161,6 +161,8 @@ class Owned:
     claimant: ReaderId | None = None
     """The only reader that may have it, stream or not; None when the first that asks may."""
     lease_id: LeaseId | None = None
+    lease_reader: ReaderId | None = None
+    """Who was told `lease_id`."""
     block_ids: list[BlockId] = field(default_factory=list)
     first_token: TokenDelta | None = None
     fill_id: int = 0

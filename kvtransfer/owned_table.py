@@ -104,12 +104,20 @@ class OwnedTable:
         owned.reader, owned.orphaned_at_s = reader, None
         if owned.lease_id is None:
             return []
-        self.leases.renew(owned.lease_id)
+        if owned.lease_reader in (None, reader):
+            self.leases.renew(owned.lease_id)
+        else:
+            # What this reader completes must not vouch for what the one before may still read.
+            self.leases.revoke(owned.lease_id)
+            owned.lease_id = self.leases.grant(owned.request_id, owned.block_ids).lease_id
+        owned.lease_reader = reader
         return [self._chunk_message(owned, reader, 0)]
 
     def orphan(self, owned: Owned) -> None:
         """The stream of its reader is gone; `ask_again` says that there is another."""
         owned.reader, owned.orphaned_at_s = None, self._clock.now()
+        # Another reader may come, which has read nothing.
+        owned.read_fill_id = 0
         self._check_by(owned.deadline(self._limits)[0])
 
     def announce(
@@ -134,7 +142,10 @@ class OwnedTable:
             owned.filled_at_s = self._clock.now()
             owned.engine_is_done = owned.kind is not OwnedKind.TAKEOVER
         self._check_by(min(lease.expires_at_s, owned.deadline(self._limits)[0]))
-        return [self._chunk_message(owned, owned.reader, first)] if owned.reader else []
+        if owned.reader is None:
+            return []
+        owned.lease_reader = owned.reader
+        return [self._chunk_message(owned, owned.reader, first)]
 
     def refuse(self, owned: Owned, reason: str) -> Effects:
         """End a live request and say so to its reader."""

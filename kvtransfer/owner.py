@@ -10,9 +10,9 @@ Life cycle of one request here (the reader's side is `fetch_state`, the values a
              A prompt comes here without a reader too: its watch gets all chunks at once
  3. FILLED   everything is announced, the reader has what is left of the lease. A takeover comes
              here by Freeze -> FreezeRequest; its sequence stands still from now on
- 4. the reader completes: the lease was valid until now. One that has read by layers may have
-    said so before 3; then it is answered at once. The blocks go back to the engine, a
-    sequence that was taken over ends there (FinishHandover), gone
+ 4. the reader completes: the lease was valid until now. The blocks go back to the engine, a
+    sequence that was taken over ends there (FinishHandover), gone. A reader that has read by
+    layers may have said so before 3: it is answered at 3, and completes all the same
  x. ENDED    the lease is over in any other way (given up, expired, refused, too late, failed): a
              takeover makes the engine go on (ReleaseLease, then ResumeRequest, once). Remembered
              while the engine may still announce: what comes late is given back at once
@@ -351,12 +351,17 @@ class LeaseOwner:
         return effects + self._complete_early(owned)
 
     def _complete_early(self, owned: Owned) -> Effects:
-        """Answer the Complete that is under way, or would be, when nothing is left to read."""
+        """Answer the Complete that is under way, or will be, when nothing is left to read.
+
+        The lease lives until that comes: should the answer be lost, or somebody else ask, the
+        blocks are still what was announced.
+        """
         is_read = owned.fill_id and owned.fill_id == owned.read_fill_id
         if owned.state is not OwnedState.FILLED or not is_read or owned.reader is None:
             return []
         assert owned.lease_id is not None
-        return self.complete(owned.reader, owned.lease_id, self._epoch)
+        owned.read_fill_id = 0
+        return [Send(owned.reader, Completed(owned.lease_id, True))]
 
     def give_up(self, reader: ReaderId, request_id: RequestId, reason: str) -> Effects:
         """The reader will not read this request; its blocks go back now."""

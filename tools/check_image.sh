@@ -110,6 +110,7 @@ grep "^ready in" "$work/log" || { cat "$work/log" >&2; exit 1; }
 inside baton probe router live --url "http://127.0.0.1:$PORT"
 inside baton probe router ready --url "http://127.0.0.1:$PORT"
 inside bash -lc 'command -v ray > /dev/null && command -v baton > /dev/null'
+inside python -c 'import baton.telemetry.otlp' || { echo "the image cannot send traces" >&2; exit 1; }
 ! inside touch /etc/x /opt/baton/x 2> /dev/null || { echo "the root file system can be written" >&2; exit 1; }
 inside python - "$PORT" << 'END'
 import json, sys, urllib.request

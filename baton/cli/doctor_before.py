@@ -28,7 +28,7 @@ from baton.cli.doctor_versions import check_versions
 from baton.core.block import HASH_SCHEME
 from baton.core.errors import ConfigError
 from baton.core.tls import load_material
-from baton.engine.config import Device
+from baton.engine.config import Device, LoadFormat
 from baton.engine.model_config import load_model_config
 from baton.engine.tensor_parallel.limits import check_tp_size
 from baton.rpc.channel import is_loopback
@@ -40,6 +40,8 @@ from services.launch.readiness import check_model_folder
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig, load_router_config
 from services.router.edge.door_tls import load_door_material
+from services.router.requests.tracer import open_exporter
+from services.router.telemetry_config import TracingConfig
 from services.router.tenants.api_keys import read_keys
 from services.worker.config import WorkerConfig, load_worker_config
 
@@ -74,6 +76,7 @@ def check_before(folder: Path, environ: Mapping[str, str]) -> list[Check]:
     checks += _of_models(settings)
     checks += _of_secrets(settings)
     checks += _of_certificates(settings)
+    checks += _of_tracing(settings)
     checks += _of_ports(settings)
     for url in settings.urls():
         checks += check_store(url)
@@ -136,7 +139,12 @@ def _of_models(settings: Settings) -> Iterator[Check]:
     of_workers = (c.engine.model_path for c in settings.workers.values())
     for folder in dict.fromkeys([*of_routers, *of_workers]):
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        check = functools.partial(check_model_folder, folder)
+        # Routers read the tokenizer alone.
+        has_weights = any(
+            engine.model_path == folder and engine.load_format is not LoadFormat.DUMMY
+            for engine in (c.engine for c in settings.workers.values())
+        )
+        check = functools.partial(check_model_folder, folder, has_weights=has_weights)
         yield _attempt("model files", check, f"{folder}: {size / 1e9:.1f} GB of weights")
     for name, config in settings.workers.items():
         check = functools.partial(_check_model, config)
@@ -197,6 +205,19 @@ def _of_certificates(settings: Settings) -> Iterator[Check]:
             ERROR,
             "give all of them TLS, or none: they could not talk to each other",
         )
+
+
+def _of_tracing(settings: Settings) -> Iterator[Check]:
+    for name, router in settings.routers.items():
+        if router.tracing.otlp_endpoint is not None:
+            check = functools.partial(_try_exporter, router.tracing)
+            yield _attempt("tracing", check, f"{name}: what sends spans is installed")
+
+
+def _try_exporter(config: TracingConfig) -> None:
+    exporter = open_exporter(config)
+    if exporter is not None:
+        exporter.close()
 
 
 def _of_ports(settings: Settings) -> Iterator[Check]:

@@ -27,6 +27,8 @@ CONCURRENCIES = (1, 16, 64)
 STREAM_CONCURRENCIES = (1, 128)
 STREAM_TOKENS = 128
 LONG_PROMPT_BYTES = 32 << 10
+LONG_PROMPT_CONCURRENCY = 64
+"""What requests leave behind shows with many at a time: a collector then finds them in use."""
 CALL_TIMEOUT_S = 10.0
 Row = TypeVar("Row", "Answers", "Streams")
 
@@ -105,7 +107,7 @@ async def memory(
         seen = await run_load(
             contender.address,
             _long_prompts(contender.model, seed),
-            concurrency=4,
+            concurrency=LONG_PROMPT_CONCURRENCY,
             seconds=seconds,
             max_requests=num_prompts,
         )

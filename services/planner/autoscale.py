@@ -181,7 +181,8 @@ class Autoscaler:
         A worker that changes its role is back within seconds, so what a pool can spare now is
         enough: its window guards against giving workers up, not against lending them.
         """
-        if self._models[Role.PREFILL].tensor_parallel != self._models[Role.DECODE].tensor_parallel:
+        sizes = {model.tensor_parallel for model in self._models.values()}
+        if len(sizes) > 1 or not self._config.can_change_roles:
             return 0
         for lender, borrower, sign in (
             (Role.PREFILL, Role.DECODE, 1),

@@ -50,6 +50,8 @@ class AutoscaleConfig:
     make it go up and down."""
     burst_share: float = 0.5
     """Of the highest rate in the window, kept ready for it to come back."""
+    can_change_roles: bool = False
+    """Workers may go from one pool to the other without a start, where their sizes are equal."""
     cold_s: float = 30.0
     """After a worker has joined: its first requests say nothing of how many are needed."""
 

@@ -50,6 +50,11 @@ class TracingConfig:
             )
         if self.otlp_endpoint is None:
             return
+        if "@" in self.otlp_endpoint:
+            raise ConfigError(
+                "tracing.otlp_endpoint holds a user or password, which settings and logs would "
+                "show; give them by OTEL_EXPORTER_OTLP_HEADERS"
+            )
         try:
             url = urlsplit(self.otlp_endpoint)
             is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0

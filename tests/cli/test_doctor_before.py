@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,7 @@ def change(folder: Path, process: str, values: Mapping[str, Any]) -> None:
 def bad(checks: list[Check]) -> list[Check]:
     """Those of settings, not of this machine's own transports and limits."""
     mine = ("settings", "pools", "model", "secrets", "certificates", "ports", "Redis", "clock")
+    mine += ("tracing",)
     mine += ("GPUs", "memory", "shared memory", "versions")
     return [c for c in checks if c.severity is ERROR and c.name.startswith(mine)]
 
@@ -139,6 +142,31 @@ def test_certificates_are_tried(folder: Path, tmp_path: Path) -> None:
     inside, door = bad(check_before(folder, SECRET))
     assert "would be refused by peers: it has expired" in inside.found
     assert "would be refused by clients: certificate has expired" in door.found
+
+
+def test_weights_are_asked_for_where_somebody_reads_them(
+    folder: Path, model: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    for process, section in (("router", None), ("prefill", "engine"), ("decode", "engine")):
+        path = {"model_path": str(bare)}
+        change(folder, process, path if section is None else {section: path})
+    (found,) = bad(check_before(folder, SECRET))
+    assert found.name == "model files" and "*.safetensors" in found.found
+    for pool in ("prefill", "decode"):
+        change(folder, pool, {"engine": {"load_format": "dummy"}})
+    assert bad(check_before(folder, SECRET)) == []
+
+
+def test_tracing_without_its_packages_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(folder, "router", {"tracing": {"otlp_endpoint": "http://127.0.0.1:4317"}})
+    assert bad(check_before(folder, SECRET)) == []
+    monkeypatch.setitem(sys.modules, "baton.telemetry.otlp", None)
+    (found,) = bad(check_before(folder, SECRET))
+    assert found.name == "tracing" and "extra `tracing`" in found.found
 
 
 def test_taken_ports_are_named(folder: Path) -> None:

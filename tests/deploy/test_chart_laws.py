@@ -348,7 +348,9 @@ def test_workers_hear_routers_and_workers_only(rendered: Callable[[str], Objects
 def test_routers_alone_reach_a_collector_and_only_where_there_is_one(
     rendered: Callable[[str], Objects],
 ) -> None:
-    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    monitoring = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+    }
     found = {}
     for name in ("values-cpu.yaml", "values-all-kubernetes.yaml"):
         found[name] = [

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
 from baton.cli.certs import tls_config, write_certificates
 from baton.core.tls import TlsFiles
+from baton.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from running_system import RunningSystem
 from tiny_llama import write_checkpoint, write_pair_tokenizer
 
@@ -120,6 +122,25 @@ def test_nobody_gets_in_without_a_key(
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
     assert client(keys["acme"]).ask().status_code == 200
+
+
+def test_the_grpc_door_asks_for_the_same(
+    guarded: RunningSystem, folder: Path, keys: dict[str, str]
+) -> None:
+    trusted = grpc.ssl_channel_credentials((folder / "doors" / "ca.pem").read_bytes())
+    request = inference_pb2.CompletionRequest(
+        model="tiny",
+        token_ids=inference_pb2.TokenIds(ids=PROMPT),
+        sampling=worker_pb2.SamplingParams(max_tokens=3, ignore_eos=True),
+    )
+    with grpc.secure_channel(f"localhost:{guarded.grpc_port}", trusted) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(request, timeout=60))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        key = [("authorization", f"Bearer {keys['acme']}")]
+        *_, last = stub.Generate(request, timeout=60, metadata=key)
+    assert last.finish_reason
 
 
 def test_too_much_at_once_is_413_and_too_often_429(

@@ -14,6 +14,7 @@ import tiny_llama
 from baton.core.errors import ConfigError
 from baton.core.request import Work
 from baton.engine.batch import Batch, LayerMarks, ScheduledSequence
+from baton.engine.communicator import SingleCommunicator
 from baton.engine.config import EngineConfig
 from baton.engine.engine import LayersDone
 from baton.engine.layer_notices import layer_groups
@@ -150,3 +151,32 @@ def test_layers_are_complete_when_they_are_passed(tmp_path: Path, num_cached: in
         assert torch.equal(then[:, :, :num_layers], final[:, :, :num_layers])
         for later in range(num_layers, 3):
             assert not torch.equal(then[:, :, later], final[:, :, later])
+
+
+class TwoRanks(SingleCommunicator):
+    """Rank 0 of two, as the order of its calls goes; the other one adds nothing."""
+
+    def __init__(self) -> None:
+        self.num_sums = 0
+
+    @property
+    def size(self) -> int:
+        return 2
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_sums += 1
+        return x
+
+
+def test_with_several_ranks_a_layer_is_passed_behind_its_sums(tmp_path: Path) -> None:
+    """Only they say that the other ranks have written theirs."""
+    folder = tiny_llama.write_checkpoint(tmp_path / "m", num_hidden_layers=3)
+    h = model_harness.ModelHarness(folder, block_size=4, num_blocks=40)
+    communicator = h.runner._model._communicator = TwoRanks()
+    sequence = h.sequence(list(range(21)), room=4)
+    seen: list[tuple[int, int]] = []
+    marks = LayerMarks((1, 2, 3), lambda n: seen.append((n, communicator.num_sums)))
+    h.runner.launch(Batch((ScheduledSequence(sequence, 21),), marks)).wait()
+    # Two a layer, the first of which is behind the KV of all ranks.
+    assert [n for n, _ in seen] == [1, 2, 3]
+    assert all(num_sums > 2 * (n - 1) for n, num_sums in seen)

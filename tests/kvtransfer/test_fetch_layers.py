@@ -10,7 +10,7 @@ import pytest
 from baton.core.block import BlockId
 from baton.core.kv_layout import KvLayout
 from fetch_harness import FIRST, NUM_BLOCKS, PEER, Harness, R
-from kvtransfer.messages import Complete, LayersRead, LayersReady, Watch
+from kvtransfer.messages import Complete, GiveUp, LayersRead, LayersReady, Watch
 from kvtransfer.transport import PoolRegion
 
 LAYERS = 4
@@ -120,6 +120,25 @@ async def test_a_reader_with_all_layers_says_so_and_needs_no_read_at_the_end(h):
     h.check_arrived(3)
 
 
+async def test_an_answer_that_comes_before_all_is_read_ends_nothing(h):
+    """The owner has heard of all layers from somebody else; ours are on their way."""
+    h.compute(range(3), range(LAYERS))
+    h.expect(3)
+    h.told(0, 3, 2)
+    await h.settle()
+    h.chunk(0, 3, last=True, fill_id=FILL)
+    h.complete()
+    await h.land()
+    assert h.layers == [range(2, 4)]
+    h.complete()
+    assert not h.recorder.results
+    await h.land()
+    assert isinstance(h.recorder.take_sent()[-1], Complete)
+    h.complete()
+    assert len(h.recorder.results) == 1
+    h.check_arrived(3)
+
+
 async def test_layers_wait_for_our_blocks_and_for_whole_ones(h):
     h.compute(range(4), range(LAYERS))
     h.watch()
@@ -193,6 +212,37 @@ async def test_hints_that_do_not_fit_are_of_no_consequence(h, first, num_layers)
     await h.land()
     h.complete()
     h.check_arrived(2)
+
+
+async def test_a_hint_of_no_computation_vouches_for_nothing(h):
+    """The last chunk's 0 says that nothing was told by layers."""
+    h.compute(range(2), range(LAYERS), value=-5.0)
+    h.expect(2)
+    h.told(0, 2, LAYERS, fill_id=0)
+    await h.settle()
+    assert not h.transport.open_reads
+    h.compute(range(2), range(LAYERS))
+    h.chunk(0, 2, last=True)
+    await h.land()
+    h.complete()
+    h.check_arrived(2)
+
+
+@pytest.mark.parametrize("base", [NUM_BLOCKS, 2**32 - 2], ids=["just outside", "far outside"])
+async def test_a_hint_of_blocks_that_are_not_there_ends_the_fetch_before_memory_is_touched(h, base):
+    h.expect(2)
+    h.told(0, 2, 2, base=base)
+    await h.settle()
+    assert f"outside {PEER}'s pool of {NUM_BLOCKS} blocks" in str(h.failure.error)
+    assert not h.failure.unsettled
+    assert isinstance(h.recorder.take_sent()[-1], GiveUp)
+    h.check_arrived(0)
+
+
+async def test_layers_of_a_request_that_nobody_fetches_are_dropped(h):
+    h.told(0, 2, 2)
+    await h.settle()
+    assert not h.transport.open_reads and not h.recorder.sent
 
 
 async def test_a_transport_that_reads_whole_blocks_alone_ignores_layers(h, monkeypatch):

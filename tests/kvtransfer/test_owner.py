@@ -368,11 +368,11 @@ def test_a_reader_that_has_all_layers_is_answered_with_the_last_chunk(num_first)
     assert h.owner.receive(READER, LayersRead(R, FILL)) == []
     effects = h.chunk(num_first, 2, is_last=True, fill_id=FILL)
     (chunk,) = chunks(effects)
-    assert chunk.fill_id == FILL and verdicts(effects) == [True] and releases(effects) == [R]
-    assert h.owner.num_leases == 0
-    # Its own question was under way.
+    assert chunk.fill_id == FILL and verdicts(effects) == [True]
+    # Its own question is under way; until then nothing is let go of.
+    assert releases(effects) == [] and h.owner.num_leases == 1
     late = h.owner.receive(READER, Complete(chunk.lease_id, EPOCH))
-    assert verdicts(late) == [True] and releases(late) == []
+    assert verdicts(late) == [True] and releases(late) == [R]
     h.finish()
 
 
@@ -380,8 +380,8 @@ def test_a_reader_that_is_done_after_the_last_chunk_is_answered_at_once():
     h = Harness()
     h.owner.watch(R, READER)
     assert verdicts(h.chunk(0, 2, is_last=True, fill_id=FILL)) == []
-    effects = h.owner.receive(READER, LayersRead(R, FILL))
-    assert verdicts(effects) == [True] and releases(effects) == [R]
+    assert verdicts(h.owner.receive(READER, LayersRead(R, FILL))) == [True]
+    assert releases(h.owner.receive(READER, Complete(h.lease_id(), EPOCH))) == [R]
     h.finish()
 
 
@@ -410,4 +410,53 @@ def test_layers_read_by_a_reader_whose_stream_broke_wait_for_its_return():
     assert verdicts(h.chunk(1, 1, is_last=True, fill_id=FILL)) == []
     assert h.owner.num_leases == 1
     assert verdicts(h.owner.receive(READER, Complete(h.lease_id(), EPOCH))) == [True]
+    h.finish()
+
+
+def test_what_one_reader_has_read_says_nothing_of_the_next():
+    """The second one reads after the announcement, and must find the blocks as announced."""
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.chunk(0, 1)
+    h.owner.receive(READER, LayersRead(R, FILL))
+    h.owner.reader_gone(READER)
+    h.owner.watch(R, OTHER)
+    effects = h.chunk(1, 1, is_last=True, fill_id=FILL)
+    assert verdicts(effects) == releases(effects) == []
+    assert h.owner.num_leases == 1
+    (chunk,) = chunks(effects)
+    complete = h.owner.receive(OTHER, Complete(chunk.lease_id, EPOCH))
+    assert verdicts(complete) == [True] and releases(complete) == [R]
+    h.finish()
+
+
+def test_an_early_answer_that_is_lost_with_its_chunk_costs_nothing():
+    """Both were on a stream that broke; on the next one the reader asks for all of it again."""
+    h = Harness()
+    h.owner.watch(R, READER)
+    h.chunk(0, 1)
+    h.owner.receive(READER, LayersRead(R, FILL))
+    assert verdicts(h.chunk(1, 1, is_last=True, fill_id=FILL)) == [True]
+    h.owner.reader_gone(READER)
+    (chunk,) = chunks(h.owner.watch(R, READER))
+    assert chunk.is_last and chunk.fill_id == FILL and len(chunk.block_ids) == 2
+    assert verdicts(h.owner.receive(READER, Complete(chunk.lease_id, EPOCH))) == [True]
+    h.finish()
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_reader_that_comes_back_learns_nothing_from_what_another_has_completed(is_last):
+    """What it reads from then on is of blocks that may be filled anew."""
+    h = Harness()
+    h.owner.watch(R, READER)
+    (first,) = chunks(h.chunk(0, 2, is_last=is_last))
+    h.owner.reader_gone(READER)
+    (second,) = chunks(h.owner.watch(R, OTHER))
+    assert second.lease_id != first.lease_id and second.block_ids == first.block_ids
+    assert h.owner.num_leases == 1
+    if not is_last:
+        h.chunk(2, 1, is_last=True)
+    assert verdicts(h.owner.receive(OTHER, Complete(second.lease_id, EPOCH))) == [True]
+    assert verdicts(h.owner.receive(READER, Complete(first.lease_id, EPOCH))) == [False]
+    assert verdicts(h.owner.receive(OTHER, Complete(second.lease_id, EPOCH))) == [True]
     h.finish()

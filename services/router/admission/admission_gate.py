@@ -142,6 +142,8 @@ class AdmissionGate:
             return
         if entrant.running is not None:
             self._foresight.ended(entrant.running)
+            # It names the entrant, and would keep the request until the next collection.
+            entrant.running = None
         if ticket.state is TicketState.ADMITTED:
             self._end(ticket, flight, entrant.lane)
         else:
@@ -216,8 +218,10 @@ class AdmissionGate:
         try:
             pumped = lane.pump(now_s, self._prospect, self._start, news_at_s=self._news_at_s)
         except Exception as error:
-            # One request that cannot even be looked at must not hold up all others.
+            # One request that cannot even be looked at must not hold up all others, nor keep from
+            # those refused in the same look that they are.
             self._give_up_on_asked(error, now_s)
+            self._tell_refused(self._untold(), now_s)
             return now_s + MIN_PUMP_GAP_S
         self._tell_refused(pumped.refused, now_s)
         return now_s if pumped.has_more else lane.next_check_at_s or math.inf
@@ -258,6 +262,16 @@ class AdmissionGate:
             waiter = self._entrants[ticket].waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
+
+    def _untold(self) -> list[Ticket]:
+        """Refused, and still waiting to hear of it."""
+        return [
+            ticket
+            for ticket, entrant in self._entrants.items()
+            if ticket.state is TicketState.REFUSED
+            and entrant.waiter is not None
+            and not entrant.waiter.done()
+        ]
 
     def _refusal(self, ticket: Ticket, entrant: _Entrant) -> BatonError:
         if ticket.refusal is Refusal.NO_WORKER and entrant.no_worker is not None:

@@ -61,11 +61,4 @@ def outcome_of(record: RequestRecord) -> Outcome:
     is_whole = record.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
     has_failed = record.finish_reason is FinishReason.ERROR
     is_to_be_judged = is_whole or ttft_s is not None or has_failed
-    return Outcome(ttft_s, _mean_itl_s(record), is_whole, is_to_be_judged)
-
-
-def _mean_itl_s(record: RequestRecord) -> float | None:
-    first_at_s = record.timeline.points.get(LifecycleEvent.FIRST_TOKEN)
-    if first_at_s is None or record.num_output_tokens < 2:
-        return None
-    return max(0.0, record.last_token_at_s - first_at_s) / (record.num_output_tokens - 1)
+    return Outcome(ttft_s, record.mean_itl_s, is_whole, is_to_be_judged)

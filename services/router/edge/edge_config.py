@@ -17,8 +17,8 @@ class EdgeConfig:
     """Longer HTTP bodies and gRPC messages are refused unread. A context of 128k tokens is well
     below 1 MiB of text."""
     max_head_bytes: int = 64 << 10
-    """Longer heads of HTTP requests (request line and headers) are refused. Keys, cookies and trace
-    context of a gateway take a few KiB."""
+    """Longer heads of HTTP requests (request line and headers) are refused, and longer trailers.
+    Keys, cookies and trace context of a gateway take a few KiB."""
     head_timeout_s: float = 20.0
     """From a connection, or a request's first byte, to the end of its head."""
     body_timeout_s: float = 60.0

@@ -23,7 +23,7 @@ from baton.core.logging import log_fields
 from baton.core.metrics import REJECTED
 from baton.core.request import FinishReason, RequestId
 from baton.core.trace import parse_traceparent
-from baton.rpc.channel import abort
+from baton.rpc.channel import grpc_status
 from baton.rpc.convert import finish_to_wire, logprobs_to_wire, sampling_from_wire
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc
@@ -107,7 +107,8 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
             await self._tenants.caller(_metadata_of(context))
             _refuse_unknown_fields(request)
         except BatonError as error:
-            await self._refuse(context, error)
+            self._refuse(context, error)
+            return pb.ListModelsResponse()
         return pb.ListModelsResponse(
             models=[
                 pb.Model(id=card.name, max_model_len=card.max_model_len)
@@ -126,7 +127,7 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
             try:
                 job = await self._job(request, context, prompt, default_max_tokens, at_end)
             except Exception as error:
-                await self._refuse(context, error)
+                self._refuse(context, error)
                 return
             async with contextlib.aclosing(self._run(job, context)) as deltas:
                 async for delta in deltas:
@@ -195,16 +196,16 @@ class InferenceApi(inference_pb2_grpc.InferenceServicer):
                     for delta in ready:
                         yield _delta_to_wire(job, delta)
         except Exception as error:
-            await _end_with(context, error, job.request_id)
+            _end_with(context, error, job.request_id)
 
-    async def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
+    def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
         status = wire_status(error)
         self._metrics.add(REJECTED, 1, str(status.http))
         log_fields(logger, "request rejected", status=status.grpc, error=str(error)[:500])
-        await _end_with(context, error, "")
+        _end_with(context, error, "")
 
 
-async def _end_with(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> None:
+def _end_with(context: grpc.aio.ServicerContext, error: Exception, request_id: str) -> None:
     if not isinstance(error, BatonError):
         logger.error("gRPC request %s failed", request_id, exc_info=error)
     metadata = retry_headers(error)
@@ -213,7 +214,10 @@ async def _end_with(context: grpc.aio.ServicerContext, error: Exception, request
         metadata.append(("grpc-retry-pushback-ms", dict(metadata)["retry-after-ms"]))
     if metadata:
         context.set_trailing_metadata(tuple(metadata))
-    await abort(context, error)
+    # Not `abort`: the call and what that raises would keep each other, and so the prompt.
+    code, message = grpc_status(error)
+    context.set_code(code)
+    context.set_details(message)
 
 
 def _metadata_of(context: grpc.aio.ServicerContext) -> HeaderOf:

@@ -109,6 +109,8 @@ class SoloFeed:
             return
         closing = self._closing or asyncio.get_running_loop().create_task(self._close())
         await asyncio.wait({closing}, timeout=CLEANUP_TIMEOUT_S)
+        # Its traceback leads back here.
+        self._error = None
 
     async def drain(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -158,6 +160,8 @@ class DeltaFeed:
     async def aclose(self) -> None:
         self._cancel()
         await self.drain(CLEANUP_TIMEOUT_S)
+        # Its traceback leads back here.
+        self._error = None
 
     async def drain(self, timeout_s: float) -> None:
         if self._pumps:

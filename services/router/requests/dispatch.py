@@ -239,6 +239,8 @@ class Dispatcher:
         num_prompt = record.num_prompt_tokens if record.placements else 0
         self._quotas.settle(flight.grant, num_prompt + record.num_output_tokens)
         self._recorder.ended(record, flight.ticket)
+        # Their tracebacks lead back here, and would keep a prompt until the next collection.
+        record.error = flight.abort = None
 
     # Placement.
 

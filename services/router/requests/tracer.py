@@ -11,7 +11,7 @@ from baton.core import metrics as series
 from baton.core.errors import ConfigError
 from baton.core.trace import TraceContext
 from baton.telemetry.metrics import Metrics
-from baton.telemetry.spans import SpanCounts, SpanQueue
+from baton.telemetry.spans import SpanCounts, SpanExporter, SpanQueue
 from services.router.requests.request_record import RequestRecord
 from services.router.requests.request_spans import spans_of
 from services.router.telemetry_config import OtlpProtocol, TracingConfig
@@ -71,22 +71,8 @@ class Tracer:
 
 def open_tracer(config: TracingConfig, router_id: str, metrics: Metrics) -> Tracer:
     """Raises ConfigError when tracing is on and its packages are not installed."""
-    queue = None
-    if config.otlp_endpoint is not None:
-        try:
-            from baton.telemetry.otlp import OtlpExporter
-
-            exporter = OtlpExporter(
-                config.otlp_endpoint,
-                over_http=config.protocol is OtlpProtocol.HTTP,
-                timeout_s=config.timeout_s,
-            )
-        except ImportError as error:
-            raise ConfigError(
-                f"tracing.otlp_endpoint is set and {error.name or error} is not installed; "
-                "install this package with its extra `tracing`, or leave the setting out"
-            ) from error
-        queue = SpanQueue(exporter, max_pending=config.max_pending_spans)
+    exporter = open_exporter(config)
+    queue = None if exporter is None else SpanQueue(exporter, max_pending=config.max_pending_spans)
     return Tracer(
         queue,
         metrics,
@@ -94,3 +80,22 @@ def open_tracer(config: TracingConfig, router_id: str, metrics: Metrics) -> Trac
         sample_ratio=config.sample_ratio,
         rng=random.Random(),
     )
+
+
+def open_exporter(config: TracingConfig) -> SpanExporter | None:
+    """None where tracing is off. Raises ConfigError when its packages are not installed."""
+    if config.otlp_endpoint is None:
+        return None
+    try:
+        from baton.telemetry.otlp import OtlpExporter
+
+        return OtlpExporter(
+            config.otlp_endpoint,
+            over_http=config.protocol is OtlpProtocol.HTTP,
+            timeout_s=config.timeout_s,
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f"tracing.otlp_endpoint is set and {error.name or error} is not installed; "
+            "install this package with its extra `tracing`, or leave the setting out"
+        ) from error

@@ -9,6 +9,7 @@ Pure. Bounded by `MAX_KEYS` and `MAX_REVOKED`. Does not know: who holds books, w
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -70,10 +71,12 @@ class KeyBook:
             known = self._keys.get(key_hash) or self._revoked.get(key_hash)
             if known is None or _rank(state) > _rank(known):
                 self._set(key_hash, state)
+        self._forget_oldest()
 
     def _change(self, key_hash: str, record: TenantRecord | None) -> KeyState:
         state = KeyState(max(self._serial + 1, self._now_ns()), record)
         self._set(key_hash, state)
+        self._forget_oldest()
         return state
 
     def _set(self, key_hash: str, state: KeyState) -> None:
@@ -83,10 +86,17 @@ class KeyBook:
             self._revoked[key_hash] = state
         elif len(self._keys) < MAX_KEYS:
             self._keys[key_hash] = state
-        if len(self._revoked) > MAX_REVOKED:
-            del self._revoked[min(self._revoked, key=lambda k: self._revoked[k].serial)]
         self._serial = max(self._serial, state.serial)
         self.version += 1
+
+    def _forget_oldest(self) -> None:
+        """Once for all of a merge: each time is a look at all revocations."""
+        num_over = len(self._revoked) - MAX_REVOKED
+        if num_over > 0:
+            for key_hash in heapq.nsmallest(
+                num_over, self._revoked, key=lambda k: self._revoked[k].serial
+            ):
+                del self._revoked[key_hash]
 
 
 def _rank(state: KeyState) -> tuple[int, bool]:

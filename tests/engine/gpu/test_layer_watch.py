@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny_llama
+from baton.core.block import BlockId
 from baton.core.clock import WallClock
 from baton.core.request import GenerateRequest, RequestId, SamplingParams, Work
-from baton.engine.batch import LayerMarks
+from baton.engine.batch import Batch, LayerMarks, ScheduledSequence
 from baton.engine.communicator import SingleCommunicator
 from baton.engine.config import EngineConfig
 from baton.engine.engine import ChunkDone, Engine, LayersDone
-from baton.engine.gpu.build import build_gpu_rank
+from baton.engine.gpu.build import BuiltRank, build_gpu_rank
 from baton.engine.gpu.device import ComputeDevice
 from baton.engine.gpu.layer_watch import LayerWatch
+from baton.engine.sequence import Sequence
 
 PROMPT = tuple((7 + i * i) % 48 for i in range(21))
 WAIT_S = 10.0
@@ -67,9 +70,7 @@ def test_marks_are_told_when_their_points_have_passed(caplog: pytest.LogCaptureF
     assert "the device is gone" in caplog.text
 
 
-def test_a_last_chunk_is_told_by_layers_and_a_decode_step_is_not(
-    tmp_path: Path, compute_device: ComputeDevice
-) -> None:
+def built_rank(tmp_path: Path, compute_device: ComputeDevice) -> tuple[EngineConfig, BuiltRank]:
     folder = tiny_llama.write_checkpoint(
         tmp_path / "m",
         vocab_size=48,
@@ -91,7 +92,13 @@ def test_a_last_chunk_is_told_by_layers_and_a_decode_step_is_not(
         kv_cache_bytes=1 << 18,
         layer_notice_min_tokens=1,
     )
-    rank = build_gpu_rank(config, communicator=SingleCommunicator(), device=compute_device)
+    return config, build_gpu_rank(config, communicator=SingleCommunicator(), device=compute_device)
+
+
+def test_a_last_chunk_is_told_by_layers_and_a_decode_step_is_not(
+    tmp_path: Path, compute_device: ComputeDevice
+) -> None:
+    config, rank = built_rank(tmp_path, compute_device)
     engine = Engine(
         config=config,
         layout=rank.layout,
@@ -117,3 +124,41 @@ def test_a_last_chunk_is_told_by_layers_and_a_decode_step_is_not(
     }
     engine.release_lease(RequestId("p"))
     engine.check_integrity()
+
+
+class TwoRanks(SingleCommunicator):
+    """Rank 0 of two, as the order of its calls goes; the other one adds nothing."""
+
+    def __init__(self) -> None:
+        self.num_sums = 0
+
+    @property
+    def size(self) -> int:
+        return 2
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_sums += 1
+        return x
+
+
+def test_with_several_ranks_a_layer_is_marked_behind_its_sums(
+    tmp_path: Path, compute_device: ComputeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only they say that the other ranks have written theirs."""
+    _, rank = built_rank(tmp_path, compute_device)
+    communicator = TwoRanks()
+    monkeypatch.setattr(rank.runner._rank._model, "_communicator", communicator)
+    marked: list[tuple[int, int]] = []
+
+    def mark(_: LayerWatch, marks: LayerMarks | None, num_layers: int) -> None:
+        marked.append((num_layers, communicator.num_sums))
+
+    monkeypatch.setattr(LayerWatch, "pass_layers", mark)
+    request = GenerateRequest(RequestId("p"), Work.PREFILL, PROMPT[:9], SamplingParams())
+    sequence = Sequence(request)
+    sequence.block_table = [BlockId(0)]
+    marks = LayerMarks((1, 2), lambda num_layers: None)
+    rank.runner.launch(Batch((ScheduledSequence(sequence, 9),), marks)).wait()
+    # Two a layer, the first of which is behind the KV of all ranks.
+    assert [num_layers for num_layers, _ in marked] == [1, 2]
+    assert all(num_sums > 2 * (num_layers - 1) for num_layers, num_sums in marked)

@@ -164,7 +164,8 @@ def test_devices_are_shared_out_when_they_do_not_suffice() -> None:
 
 
 def test_a_pool_with_too_many_lends_to_one_with_too_few() -> None:
-    cluster = Cluster()
+    config = dataclasses.replace(CONFIG, can_change_roles=True)
+    cluster = Cluster(config)
     long_prompts = dataclasses.replace(LOAD, uncached_tokens=2000, pairs=2e6, output_tokens=2)
     long_answers = dataclasses.replace(LOAD, uncached_tokens=16, pairs=128, output_tokens=600)
     for _ in range(40):
@@ -175,7 +176,7 @@ def test_a_pool_with_too_many_lends_to_one_with_too_few() -> None:
     assert decision.prefill.desired == had - decision.num_role_changes
     assert "go over to decode" in decision.prefill.reason
     assert cluster.tick(8, load=long_answers).prefill.desired <= had - decision.num_role_changes
-    unlike = Autoscaler(CONFIG, MODEL, dataclasses.replace(MODEL, tensor_parallel=2))
+    unlike = Autoscaler(config, MODEL, dataclasses.replace(MODEL, tensor_parallel=2))
     many, few = PoolState(8), PoolState(1)
     load = dataclasses.replace(long_answers, rate_per_s=8)
     seen = Observation(0.0, load, 80, 1.0, 1.0, many, few)
@@ -192,6 +193,7 @@ def test_random_walks_stay_within_all_bounds_and_say_why(seed: int) -> None:
         prefill=PoolLimits(rng.randrange(2), 10, rng.choice([1, 2])),
         decode=PoolLimits(1, rng.choice([3, 10]), 1),
         window_s=rng.choice([30, 300]),
+        can_change_roles=rng.random() < 0.5,
     )
     cluster = Cluster(config, start_s=rng.choice([5, 60]))
     for _ in range(400):

@@ -16,8 +16,10 @@ from baton.core.errors import (
     Unavailable,
     WorkerLost,
 )
+from services.router.admission.admission import Pumped
 from services.router.admission.admission_config import AdmissionConfig
 from services.router.admission.slo import SloTargets
+from services.router.admission.ticket import Refusal
 from services.router.shared.state import QuotaLimits
 
 LONG = list(range(1, 101))
@@ -352,6 +354,27 @@ async def test_request_that_cannot_be_looked_at_does_not_hold_up_the_others(
     assert isinstance(first, RuntimeError)
     for outcome in others:
         cluster.assert_right(outcome, LONG, 4)
+    await assert_nothing_left(cluster)
+
+
+async def test_those_refused_in_the_look_that_breaks_off_hear_of_it(cluster, assert_nothing_left):
+    await queued(cluster, HOUR)
+    tasks = [asyncio.create_task(cluster.run(asks(cluster))) for _ in range(2)]
+    await waiting(cluster, 2)
+    gate = cluster.core.gate
+
+    def pump(now_s, prospect_of, launch, *, news_at_s=None):
+        lane = next(iter(gate._lanes.values()))
+        first, second = list(lane.queue)
+        gate._asked = second
+        lane._give_up(first, Refusal.LATE, 0.0, now_s, now_s)
+        lane.pump = lambda *_, **__: Pumped([], has_more=False)
+        raise RuntimeError("scripted")
+
+    next(iter(gate._lanes.values())).pump = pump
+    gate.poke()
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert {type(r) for r in results} == {Overloaded, RuntimeError}
     await assert_nothing_left(cluster)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 
 import pytest
 
@@ -179,3 +181,28 @@ async def test_drain_lets_a_single_generation_come_to_its_own_end():
     assert script.num_yielded == 3 and script.is_closed
     await feed.aclose()
     assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_feed_that_failed_is_let_go_of_without_a_collection(count):
+    async def read() -> None:
+        feed = open_feed([Script(1, waits=True).run() for _ in range(count)])
+        try:
+            while True:
+                await feed.take()
+                asyncio.get_running_loop().call_later(0.01, feed.fail, RequestCancelled("gone"))
+        finally:
+            await feed.aclose()
+
+    def num_feeds() -> int:
+        return sum(isinstance(o, SoloFeed | DeltaFeed) for o in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    num_before = num_feeds()
+    try:
+        with contextlib.suppress(RequestCancelled):
+            await read()
+        assert num_feeds() <= num_before
+    finally:
+        gc.enable()

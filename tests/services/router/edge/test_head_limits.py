@@ -10,6 +10,7 @@ import json
 import pytest
 
 GET = b"GET /health HTTP/1.1\r\nHost: edge\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: edge\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture
@@ -58,6 +59,36 @@ async def test_a_flood_of_headers_is_cut_early(tight) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize("sent", [b"X-Trailer: y\r\n" * 1000, b"y" * 10_000], ids=["many", "one"])
+async def test_trailers_of_a_body_are_bounded_too(tight, sent) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", tight.port)
+    writer.write(POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n")
+    await asyncio.sleep(0.05)
+    writer.write(b"0\r\nX-First: ")
+    num_sent = 0
+    with contextlib.suppress(ConnectionError):
+        while num_sent < 20_000_000:
+            writer.write(sent)
+            await writer.drain()
+            num_sent += len(sent)
+    assert num_sent < 20_000_000 and rejected(tight, 431) == 1
+    writer.close()
+
+
+async def test_a_body_in_the_smallest_pieces_is_read(tight) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "x" * 3000, "max_tokens": 1}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", tight.port)
+    writer.write(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+    for byte in body:
+        writer.write(b"1\r\n%c\r\n" % byte)
+        await writer.drain()
+        await asyncio.sleep(0)
+    writer.write(b"0\r\n\r\n")
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert head.startswith(b"HTTP/1.1 400")
+    writer.close()
+
+
 async def test_a_head_that_does_not_come_is_given_up(tight) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", tight.port)
     writer.write(GET)
@@ -96,14 +127,47 @@ async def test_requests_within_bounds_are_served_one_after_the_other(tight) -> N
 async def test_a_long_body_is_no_head(tight) -> None:
     body = json.dumps({"model": "tiny", "prompt": "x" * 20_000, "max_tokens": 1}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", tight.port)
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: edge\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body)
-    )
+    writer.write(POST + b"Content-Length: %d\r\n\r\n" % len(body))
     for start in range(0, len(body), 1000):
         writer.write(body[start : start + 1000])
         await asyncio.sleep(0.02)
     head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
     # Longer than the context, but read.
     assert head.startswith(b"HTTP/1.1 400")
+    writer.close()
+
+
+@pytest.mark.parametrize("step_s", [0.05, 0.5], ids=["amid the answer", "before it"])
+async def test_a_stray_line_end_does_not_cut_the_answer(tight, generator, step_s) -> None:
+    generator.step_s = step_s
+    max_tokens = round(0.6 / step_s)
+    body = json.dumps(
+        {"model": "tiny", "prompt": "x", "stream": True, "max_tokens": max_tokens}
+    ).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", tight.port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: edge\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    await asyncio.sleep(0.1)
+    # As some clients send it behind a body; the rest of the answer takes longer than a head may.
+    writer.write(b"\r\n")
+    rest = await asyncio.wait_for(reader.read(), 10)
+    end = rest.index(b"data: [DONE]")
+    assert rest.startswith(b"HTTP/1.1 200") and b"408" not in rest[:end]
+    writer.close()
+
+
+async def test_a_head_too_long_is_no_part_of_the_answer_before_it(tight, generator) -> None:
+    generator.step_s = 0.05
+    body = json.dumps({"model": "tiny", "prompt": "x" * 20, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", tight.port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: edge\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    writer.write(GET + b"X-One: " + b"y" * 5000)
+    rest = await asyncio.wait_for(reader.read(), 10)
+    assert b"431" not in rest and rejected(tight, 431) == 1
     writer.close()

@@ -195,6 +195,7 @@ async def test_missing_packages_are_named(monkeypatch, protocol):
         ({"otlp_endpoint": "http://"}, "URL such as"),
         ({"otlp_endpoint": "http://c:99999"}, "URL such as"),
         ({"otlp_endpoint": ""}, "URL such as"),
+        ({"otlp_endpoint": "http://me:secret@c:4317"}, "^[^:]*holds a user or password"),
         ({"sample_ratio": 1.5}, "between 0 and 1, got 1.5"),
         ({"sample_ratio": float("nan")}, "between 0 and 1"),
         ({"max_pending_spans": 0}, "max_pending_spans must be positive"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -58,6 +59,26 @@ def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in "abc":
         book.revoke(key)
     assert set(book.states()) == {"b", "c"}
+
+
+def test_a_merge_keeps_the_last_revocations_and_looks_for_them_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = []
+
+    class Counting(dict[str, key_book.KeyState]):
+        def __iter__(self) -> Iterator[str]:
+            looks.append(None)
+            return super().__iter__()
+
+    monkeypatch.setattr(key_book, "MAX_REVOKED", 50)
+    book = KeyBook()
+    book._revoked = Counting()
+    states = [(f"k{serial}", key_book.KeyState(serial, None)) for serial in range(1, 201)]
+    random.Random(1).shuffle(states)
+    book.merge(dict(states))
+    assert set(book.states()) == {f"k{serial}" for serial in range(151, 201)}
+    assert len(looks) < 10
 
 
 @pytest.mark.parametrize("seed", range(3))
