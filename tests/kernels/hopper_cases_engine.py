@@ -81,10 +81,11 @@ def run_steps(config: EngineConfig) -> None:
         is_pdl=True,
     )
     rank = GpuRank(llama, InterpretedDevice(), RankLimits(MAX_NUM_SEQS, 1024, 32, BLOCK_SIZE))
-    rank.prepare_decode([1, 8, 64], is_graphed=False, on_progress=lambda done, total: None)
+    rank.prepare_steps([1, 8, 64], [100], is_graphed=False, on_progress=lambda done, total: None)
     for count in (1, 8, 40):
         rank.run(single_tokens(count))
     rank.run([*single_tokens(3), warm_up_slice(1000, BLOCK_SIZE)])
+    rank.run([warm_up_slice(90, BLOCK_SIZE)])
     sampler = GpuSampler(SHAPE.vocab_size, MAX_NUM_SEQS, CPU)
     logits = torch.zeros(MAX_NUM_SEQS, SHAPE.vocab_size, dtype=torch.bfloat16)
     sampler.warm_up(logits, rank.last_tokens)

@@ -21,6 +21,7 @@ from baton.engine.communicator import SingleCommunicator
 from baton.engine.config import EngineConfig
 from baton.engine.gpu.build import RankBuilder
 from baton.engine.gpu.device import InterpretedDevice
+from baton.engine.gpu.measure import warm_up_slice
 from hopper_compiler import recording_compilations
 
 NUM_STEPS = 80
@@ -77,11 +78,18 @@ def main() -> None:
         builder = RankBuilder(config, SingleCommunicator(), PretendedGpu())
         model = builder.load()
         rank = builder.rank(model, builder.pool(model, NUM_BLOCKS), NUM_BLOCKS)
-        rank.prepare_decode(builder.buckets, is_graphed=False, on_progress=lambda done, total: None)
-        for bucket in builder.buckets:
-            # What capturing a graph compiles.
-            rank.run(decode_step(bucket))
         builder.warm_up(rank, None, model.model_config.vocab_size, NUM_BLOCKS * BLOCK_SIZE)
+        rank.prepare_steps(
+            builder.decode_buckets,
+            builder.chunk_buckets,
+            is_graphed=False,
+            on_progress=lambda done, total: None,
+        )
+        # What capturing graphs compiles.
+        for bucket in builder.decode_buckets:
+            rank.run(decode_step(bucket))
+        for bucket in builder.chunk_buckets:
+            rank.run([warm_up_slice(bucket, BLOCK_SIZE)])
         num_of_start = len(names)
         rng = random.Random(0)
         for _ in range(NUM_STEPS):

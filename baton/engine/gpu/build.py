@@ -1,6 +1,6 @@
-"""Builds one rank of the GPU engine: weights, measured memory, KV pool, captured decode steps.
+"""Builds one rank of the GPU engine: weights, measured memory, KV pool, captured steps.
 
-    weights ─► run the largest step ─► plan the KV pool ─► allocate it ─► capture decode graphs
+    weights ─► run the largest step ─► plan the KV pool ─► allocate it ─► compile ─► capture graphs
 
 Ranks of a group agree on the number of blocks, since the scheduler hands out the same block ids to
 all. Not known here: scheduling, processes.
@@ -19,7 +19,7 @@ from baton.engine.checkpoint import LoadProgress
 from baton.engine.communicator import Communicator
 from baton.engine.config import EngineConfig
 from baton.engine.gpu.device import ComputeDevice, CudaDevice
-from baton.engine.gpu.graphs import Progress, decode_buckets
+from baton.engine.gpu.graphs import Progress, chunk_buckets, decode_buckets
 from baton.engine.gpu.kv_pool import GpuKvPool
 from baton.engine.gpu.limits import check_gpu_limits
 from baton.engine.gpu.linear import GpuLinear, GpuLinears, LaunchOptions
@@ -92,14 +92,16 @@ class RankBuilder:
         num_blocks = self._plan(model, used_before, weight_bytes)
         pool = self.pool(model, num_blocks + self.num_scratch_blocks)
         rank = self.rank(model, pool, num_blocks)
-        rank.prepare_decode(
-            self.buckets,
-            is_graphed=device.is_gpu,
-            on_progress=_log_progress("captured decode graphs"),
-        )
         if device.is_gpu:
+            # Before there are graphs, which would be replayed instead.
             longest = min(model.max_model_len, num_blocks * config.block_size)
             self.warm_up(rank, sampler, vocab_size, longest)
+        rank.prepare_steps(
+            self.decode_buckets,
+            self.chunk_buckets,
+            is_graphed=device.is_gpu,
+            on_progress=_log_progress("captured graphs"),
+        )
         runner = GpuRunner(
             rank,
             sampler,
@@ -122,9 +124,17 @@ class RankBuilder:
         )
 
     @property
-    def buckets(self) -> list[int]:
+    def decode_buckets(self) -> list[int]:
         """Batch sizes of captured decode steps."""
         return decode_buckets(min(self.config.max_graph_batch_size, self.config.max_num_seqs))
+
+    @property
+    def chunk_buckets(self) -> list[int]:
+        """Tokens of captured chunks. With several ranks none: rank 0 alone knows which chunks are
+        told by layers, and those are not padded."""
+        if self.communicator.size > 1 or not self.decode_buckets:
+            return []
+        return chunk_buckets(self.config.max_num_batched_tokens)
 
     def warm_up(
         self, rank: GpuRank, sampler: GpuSampler | None, vocab_size: int, longest: int
@@ -184,7 +194,8 @@ class RankBuilder:
             graphs=expected_graph_bytes(
                 activations,
                 config.max_num_batched_tokens,
-                self.buckets,
+                self.decode_buckets,
+                self.chunk_buckets,
                 model.shard.vocab_rows * model.weights.embedding.element_size(),
             ),
         )

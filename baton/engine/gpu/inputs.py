@@ -3,7 +3,8 @@
 Rows are the step's tokens: first sequences that compute a single token, then chunks. What a
 captured graph reads lies at fixed addresses: `[5, max_num_seqs]` row arrays and the block tables.
 Host buffers alternate, since the copy of one step may still wait on the device while the next
-step is packed. Block tables stay on the device; only rows that changed are sent.
+step is packed. Block tables stay on the device; only rows that changed are sent. A step that is one
+chunk alone can be padded too; arrays of the same sizes always lie at the same addresses.
 
 Not known here: models, kernels, sampling.
 """
@@ -29,6 +30,7 @@ ALIGNED_ITEMS = 4
 """Arrays start at multiples of 16 bytes: kernels are compiled anew for pointers that do not."""
 _ROW_ARRAYS = 5
 _PENDING_ROW, _SLOT_ROW = 1, 3
+_CHUNK_ROW_ARRAYS = 4
 
 IntArray = npt.NDArray[np.int32]
 
@@ -105,6 +107,7 @@ class InputStaging:
             max_num_seqs * (max_num_blocks + 1), dtype=torch.int32, device=where
         )
         self._no_seqs = torch.zeros(0, dtype=torch.int64, device=where)
+        self._first_seq = torch.zeros(1, dtype=torch.int64, device=where)
         self._table_rows: list[tuple[BlockId, ...]] = [()] * max_num_seqs
 
     def decode_inputs(self, num_rows: int) -> StepInputs:
@@ -154,6 +157,48 @@ class InputStaging:
         self._rows.copy_(host, non_blocking=True)
         self._send_tables(slices)
         return list(range(count))
+
+    def chunk_inputs(self, num_rows: int) -> StepInputs:
+        """As `decode_inputs`, of one chunk that samples, padded to `num_rows`.
+
+        Valid after `pack_chunk` or `reset_chunks`, until any other packing.
+        """
+        sizes = [num_rows] * _CHUNK_ROW_ARRAYS + [1, 2, 1]
+        token_ids, pending, positions, mapping, seq_len, cu_lens, row = self._views(sizes)
+        return StepInputs(
+            token_ids=token_ids,
+            pending_index=pending,
+            positions=positions,
+            slot_mapping=mapping,
+            seq_lens=seq_len,
+            chunk_seq_lens=seq_len,
+            block_tables=self._tables[:1],
+            num_decode_rows=0,
+            cu_query_lens=cu_lens,
+            max_query_len=num_rows,
+            sampled_rows=row.long(),
+            sampled_seqs=self._first_seq,
+            num_sampled=1,
+        )
+
+    def pack_chunk(self, entry: SequenceSlice, slot: int, num_rows: int) -> list[int]:
+        """Fill `chunk_inputs(num_rows)`; returns as `pack_decode`."""
+        count = len(entry.token_ids)
+        ends = np.array([count], dtype=np.int32)
+        rows = np.array([0, NO_SLOT, 0, NO_SLOT], dtype=np.int32)[:, None].repeat(num_rows, axis=1)
+        rows[:, :count] = self._row_arrays([entry], [slot], ends)
+        seq_len = np.array([entry.first_position + count], dtype=np.int32)
+        cu_lens = np.array([0, count], dtype=np.int32)
+        self._send([*rows, seq_len, cu_lens, ends - 1])
+        self._send_tables([entry])
+        return [0]
+
+    def reset_chunks(self) -> None:
+        """Until the next packing a chunk has padding alone, over which a graph is captured.
+
+        Its rows write to the pool's first slot.
+        """
+        self._mixed.zero_()
 
     def pack(self, slices: SequenceOf[SequenceSlice], slots: SequenceOf[int]) -> PackedStep:
         """Any step: single tokens first, then chunks."""
@@ -222,15 +267,19 @@ class InputStaging:
     def _send(self, arrays: list[IntArray]) -> list[Tensor]:
         """Copy arrays to the device in one piece; returns a view of it for each."""
         self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
-        ends = np.cumsum([-(-a.size // ALIGNED_ITEMS) * ALIGNED_ITEMS for a in arrays]).tolist()
-        host = self._host[self._turn][: ends[-1]]
+        sizes = [array.size for array in arrays]
+        starts = _starts(sizes)
+        host = self._host[self._turn][: starts[-1]]
         packed: IntArray = host.numpy()
-        views: list[Tensor] = []
-        for array, start in zip(arrays, [0, *ends], strict=False):
+        for array, start in zip(arrays, starts, strict=False):
             packed[start : start + array.size] = array
-            views.append(self._mixed[start : start + array.size])
-        self._mixed[: ends[-1]].copy_(host, non_blocking=True)
-        return views
+        self._mixed[: starts[-1]].copy_(host, non_blocking=True)
+        return self._views(sizes)
+
+    def _views(self, sizes: list[int]) -> list[Tensor]:
+        """Where `_send` puts arrays of these sizes."""
+        starts = _starts(sizes)
+        return [self._mixed[s : s + size] for s, size in zip(starts, sizes, strict=False)]
 
     def _send_tables(self, entries: SequenceOf[SequenceSlice]) -> None:
         """Bring the device's first len(entries) block tables up to date."""
@@ -252,3 +301,11 @@ class InputStaging:
         sent.copy_(host, non_blocking=True)
         rows = sent[: len(changed)].long()
         self._tables[:, :width].index_copy_(0, rows, sent[len(changed) :].view(-1, width))
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    """Of arrays side by side, each aligned, and the end of the last."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // ALIGNED_ITEMS) * ALIGNED_ITEMS)
+    return starts

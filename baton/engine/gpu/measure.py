@@ -107,14 +107,20 @@ def give_back_memory(device: ComputeDevice) -> None:
 
 
 def expected_graph_bytes(
-    activation_bytes: int, max_num_tokens: int, buckets: list[int], logits_row_bytes: int
+    activation_bytes: int,
+    max_num_tokens: int,
+    decode_buckets: list[int],
+    chunk_buckets: list[int],
+    logits_row_bytes: int,
 ) -> int:
     """Graphs share one pool of the largest one's size and one buffer of logits; each also has
     nodes in the driver.
 
-    A decode step's activations are in proportion to its rows.
+    A step's activations are in proportion to its rows.
     """
+    buckets = [*decode_buckets, *chunk_buckets]
     if not buckets:
         return 0
-    shared = activation_bytes * buckets[-1] // max(max_num_tokens, 1)
-    return shared + buckets[-1] * logits_row_bytes + GRAPH_BYTES * len(buckets)
+    shared = activation_bytes * max(buckets) // max(max_num_tokens, 1)
+    num_logits = max(decode_buckets, default=0)
+    return shared + num_logits * logits_row_bytes + GRAPH_BYTES * len(buckets)

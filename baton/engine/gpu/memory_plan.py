@@ -14,7 +14,7 @@ from baton.core.errors import ConfigError
 
 GIB = 1 << 30
 GRAPH_BYTES = 3 << 20
-"""Driver memory of one captured decode graph, beyond the memory its kernels share: nodes and
+"""Driver memory of one captured graph, beyond the memory its kernels share: nodes and
 their parameters."""
 
 
@@ -29,7 +29,7 @@ class MemoryReadings:
     activations: int
     """Peak of a step of max_num_batched_tokens, and the buffers that stay for all steps."""
     graphs: int
-    """Expected of the captured decode graphs."""
+    """Expected of the captured graphs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class GpuLlama:
         """Logits [num_sampled, vocab_rows], None when the step samples nothing.
 
         `last_tokens` [num_slots] holds the samples that pending rows refer to. `logits`, if given,
-        receives those of a decode step. `on_layers` is called in other steps.
+        receives them. `on_layers` is called in steps with chunks.
         """
         hidden = embed(
             inputs.token_ids,
@@ -97,7 +97,7 @@ class GpuLlama:
         )
         if inputs.sampled_rows is None:
             return self._decode_step(hidden, inputs, logits)
-        return self._mixed_step(hidden, inputs, inputs.sampled_rows, on_layers)
+        return self._mixed_step(hidden, inputs, inputs.sampled_rows, logits, on_layers)
 
     def _decode_step(self, hidden: Tensor, inputs: StepInputs, logits: Tensor | None) -> Tensor:
         """Every row is a sequence's single new token, and is sampled."""
@@ -127,13 +127,17 @@ class GpuLlama:
         hidden: Tensor,
         inputs: StepInputs,
         sampled_rows: Tensor,
+        logits: Tensor | None,
         on_layers: OnLayers | None,
     ) -> Tensor | None:
         """Single tokens and chunks; the last layer goes on with the sampled rows alone."""
         last = len(self._layers) - 1
+        # Rows of padding are written by no layer: they stay zero.
+        attended = hidden.new_zeros(hidden.shape[0], self._num_heads, self._head_dim)
         for index in range(last):
             queries = self._project(index, hidden, inputs)
-            self._combine(index, hidden, self._attend(index, queries, inputs))
+            self._attend(index, queries, inputs, attended)
+            self._combine(index, hidden, attended)
             if on_layers is not None:
                 # Its sums come after every rank's KV.
                 on_layers(index + 1)
@@ -154,7 +158,7 @@ class GpuLlama:
         self._combine(last, hidden, attended)
         if on_layers is not None and self._communicator.size > 1:
             on_layers(last + 1)
-        return self._head.project(hidden, rms_eps=self._eps)
+        return self._head.project(hidden, rms_eps=self._eps, out=logits)
 
     def _project(self, index: int, hidden: Tensor, inputs: StepInputs) -> Tensor:
         """Write the rows' K and V; return rotated queries [num_rows, num_heads, head_dim]."""
@@ -174,11 +178,8 @@ class GpuLlama:
         )
         return qkv[:, : self._query_width].view(-1, self._num_heads, self._head_dim)
 
-    def _attend(self, index: int, queries: Tensor, inputs: StepInputs) -> Tensor:
+    def _attend(self, index: int, queries: Tensor, inputs: StepInputs, out: Tensor) -> None:
         count = inputs.num_decode_rows
-        if inputs.cu_query_lens is None:
-            return self._decode(index, queries, inputs.block_tables, inputs.seq_lens)
-        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         if count:
             self._decode(
                 index,
@@ -187,6 +188,8 @@ class GpuLlama:
                 inputs.seq_lens[:count],
                 out[:count],
             )
+        if inputs.cu_query_lens is None:
+            return
         k_scale, v_scale = self._pool.scales(index)
         prefill_attention(
             queries[count:],
@@ -200,7 +203,6 @@ class GpuLlama:
             v_scale=v_scale,
             out=out[count:],
         )
-        return out
 
     def _decode(
         self,

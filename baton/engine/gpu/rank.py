@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baton.engine.batch import LayerMarks, SequenceSlice
 from baton.engine.gpu.device import ComputeDevice
-from baton.engine.gpu.graphs import DecodeSteps, EagerDecode, GraphedDecode, Progress
+from baton.engine.gpu.graphs import EagerSteps, GraphedSteps, PaddedSteps, Progress
 from baton.engine.gpu.inputs import InputStaging
 from baton.engine.gpu.layer_watch import LayerWatch
 from baton.engine.gpu.model import GpuLlama
@@ -46,7 +46,7 @@ class RankStep:
 
 
 class GpuRank:
-    """The model of one rank, its buffers and its captured decode steps."""
+    """The model of one rank, its buffers and its captured steps."""
 
     def __init__(self, model: GpuLlama, device: ComputeDevice, limits: RankLimits) -> None:
         self._model = model
@@ -64,19 +64,42 @@ class GpuRank:
         """[max_num_seqs] the last sampled token of each place; written by the sampler of rank 0
         and, with several ranks, broadcast."""
         self._logits = model.logits_buffer(0)
-        self._decode: DecodeSteps = EagerDecode(())
+        self._decode: PaddedSteps = EagerSteps(())
+        self._chunks: PaddedSteps = EagerSteps(())
 
-    def prepare_decode(
-        self, buckets: Sequence[int], *, is_graphed: bool, on_progress: Progress
+    def prepare_steps(
+        self,
+        decode_buckets: Sequence[int],
+        chunk_buckets: Sequence[int],
+        *,
+        is_graphed: bool,
+        on_progress: Progress,
     ) -> None:
-        """Make decode steps of these batch sizes ready (see `graphs.decode_buckets`), in inference
-        mode."""
+        """Make decode steps and lone chunks of these sizes ready (see `graphs`), in inference mode,
+        before the pool holds anything of value."""
         # One for all sizes: logits of a graph's own would stay allocated beside all others'.
-        self._logits = self._model.logits_buffer(max(buckets, default=0))
-        if is_graphed:
-            self._decode = GraphedDecode(self._decode_step, buckets, self._device, on_progress)
-        else:
-            self._decode = EagerDecode(buckets)
+        self._logits = self._model.logits_buffer(max(decode_buckets, default=0))
+        if not is_graphed:
+            self._chunks = EagerSteps(chunk_buckets)
+            self._decode = EagerSteps(decode_buckets)
+            return
+        pool = torch.cuda.graph_pool_handle()
+        num_chunks, total = len(chunk_buckets), len(chunk_buckets) + len(decode_buckets)
+        self._staging.reset_chunks()
+        self._chunks = GraphedSteps(
+            self._chunk_step,
+            chunk_buckets,
+            self._device,
+            pool,
+            lambda done, _: on_progress(done, total),
+        )
+        self._decode = GraphedSteps(
+            self._decode_step,
+            decode_buckets,
+            self._device,
+            pool,
+            lambda done, _: on_progress(num_chunks + done, total),
+        )
 
     def run(self, slices: Sequence[SequenceSlice], marks: LayerMarks | None = None) -> RankStep:
         """Launch a non-empty step; called inside `ComputeDevice.stream()` and inference mode."""
@@ -87,10 +110,27 @@ class GpuRank:
             sampled = self._staging.pack_decode(slices, assignment.slots, bucket)
             logits = self._decode.run(bucket, self._decode_step)
             return RankStep(logits, sampled, assignment)
+        bucket = self._chunk_bucket(slices) if marks is None else None
+        if bucket is not None:
+            sampled = self._staging.pack_chunk(slices[0], assignment.slots[0], bucket)
+            return RankStep(self._chunks.run(bucket, self._chunk_step), sampled, assignment)
         packed = self._staging.pack(slices, assignment.slots)
         on_layers = None if marks is None else functools.partial(self._watch.pass_layers, marks)
         chosen = self._model.forward(packed.inputs, self.last_tokens, on_layers=on_layers)
         return RankStep(chosen, packed.sampled, assignment)
+
+    def _chunk_bucket(self, slices: Sequence[SequenceSlice]) -> int | None:
+        """The size to pad to when the step is one chunk that samples."""
+        if len(slices) > 1 or not slices[0].samples:
+            return None
+        return self._chunks.bucket_for(len(slices[0].token_ids))
+
+    def _chunk_step(self, num_rows: int) -> Tensor:
+        logits = self._model.forward(
+            self._staging.chunk_inputs(num_rows), self.last_tokens, self._logits[:1]
+        )
+        assert logits is not None
+        return logits
 
     def _decode_step(self, num_rows: int) -> Tensor:
         logits = self._model.forward(

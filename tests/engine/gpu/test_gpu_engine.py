@@ -95,3 +95,20 @@ def test_measured_memory_makes_a_pool_that_works(
     output.submit("a", [1, 2, 3], max_tokens=2)
     output.run()
     assert len(output.tokens["a"]) == 2
+
+
+def test_prompts_that_come_alone_equal_the_cpu_engines(
+    tmp_path: Path, compute_device: ComputeDevice
+) -> None:
+    """Whole prompts, padded to captured sizes; one of them behind a cached prefix."""
+    folder = tiny_llama.write_checkpoint(tmp_path / "m", **TINY)
+    config = tiny_config(folder, max_num_batched_tokens=48, block_size=16)
+    engines = (build_engine(config, clock=WallClock()).engine, gpu_engine(config, compute_device))
+    expected, actual = (Output(engine) for engine in engines)
+    rng = random.Random(12)
+    prompt = [rng.randrange(TINY["vocab_size"]) for _ in range(48)]
+    for length in (2, 19, 32, 48):
+        for output in (expected, actual):
+            output.submit(str(length), prompt[:length], max_tokens=3)
+            output.run()
+    assert actual.tokens == expected.tokens

@@ -11,7 +11,7 @@ from baton.core.block import BlockId
 from baton.core.request import RequestId
 from baton.engine.batch import SequenceSlice
 from baton.engine.gpu.device import InterpretedDevice
-from baton.engine.gpu.inputs import InputStaging
+from baton.engine.gpu.inputs import InputStaging, StepInputs
 
 BLOCK_SIZE = 4
 
@@ -120,6 +120,40 @@ def test_single_tokens_come_before_chunks() -> None:
     assert inputs.sampled_rows is not None
     assert inputs.sampled_rows.tolist() == [0, 12]
     assert inputs.sampled_seqs.tolist() == [0, 2]
+
+
+def test_a_lone_chunk_is_padded_and_lies_at_fixed_addresses() -> None:
+    rng = random.Random(5)
+    stage = staging()
+    stage.reset_chunks()
+    captured = stage.chunk_inputs(12)
+    assert captured.seq_lens.tolist() == [0]
+    for first, count in ((0, 12), (9, 5), (30, 1)):
+        # What other steps leave behind is overwritten.
+        stage.pack([make_slice("other", 0, 20, rng=rng), make_slice("b", 0, 9, rng=rng)], [3, 2])
+        entry = make_slice("a", first, count, rng=rng, is_pending=count == 1)
+        assert stage.pack_chunk(entry, 4, 12) == [0]
+        inputs = stage.chunk_inputs(12)
+        padding = 12 - count
+        assert inputs.token_ids.tolist()[:count] == list(entry.token_ids)
+        pending = [*[-1] * (count - 1), 4 if count == 1 else -1]
+        assert inputs.pending_index.tolist() == [*pending, *[-1] * padding]
+        assert inputs.positions.tolist()[:count] == list(range(first, first + count))
+        assert inputs.slot_mapping.tolist() == [*expected_slots(entry), *[-1] * padding]
+        assert inputs.seq_lens.tolist() == inputs.chunk_seq_lens.tolist() == [first + count]
+        assert inputs.cu_query_lens is not None
+        assert inputs.cu_query_lens.tolist() == [0, count]
+        assert inputs.sampled_rows is not None
+        assert inputs.sampled_rows.tolist() == [count - 1]
+        assert (inputs.sampled_seqs.tolist(), inputs.num_sampled) == ([0], 1)
+        assert table_of(inputs.block_tables, 0, entry) == list(entry.block_table)
+        assert addresses_of(inputs) == addresses_of(captured)
+
+
+def addresses_of(inputs: StepInputs) -> list[int]:
+    assert inputs.cu_query_lens is not None
+    rows = (inputs.token_ids, inputs.pending_index, inputs.positions, inputs.slot_mapping)
+    return [t.data_ptr() for t in (*rows, inputs.seq_lens, inputs.cu_query_lens)]
 
 
 def test_a_step_that_samples_nothing_says_so() -> None:

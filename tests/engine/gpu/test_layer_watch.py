@@ -95,8 +95,9 @@ def built_rank(tmp_path: Path, compute_device: ComputeDevice) -> tuple[EngineCon
     return config, build_gpu_rank(config, communicator=SingleCommunicator(), device=compute_device)
 
 
+@pytest.mark.parametrize("max_graph_batch_size", [0, 2])
 def test_a_last_chunk_is_told_by_layers_and_a_decode_step_is_not(
-    tmp_path: Path, compute_device: ComputeDevice
+    tmp_path: Path, compute_device: ComputeDevice, max_graph_batch_size: int
 ) -> None:
     config, rank = built_rank(tmp_path, compute_device)
     engine = Engine(

@@ -71,9 +71,11 @@ def test_the_measured_step_is_as_large_as_a_step_can_be(
 
 
 def test_graphs_share_the_memory_of_the_largest() -> None:
-    assert expected_graph_bytes(1 << 30, 8192, [], 1000) == 0
+    assert expected_graph_bytes(1 << 30, 8192, [], [], 1000) == 0
     expected = (1 << 30) * 256 // 8192 + 256 * 1000 + 3 * GRAPH_BYTES
-    assert expected_graph_bytes(1 << 30, 8192, [1, 64, 256], 1000) == expected
+    assert expected_graph_bytes(1 << 30, 8192, [1, 64, 256], [], 1000) == expected
+    expected = (1 << 30) * 512 // 8192 + 256 * 1000 + 5 * GRAPH_BYTES
+    assert expected_graph_bytes(1 << 30, 8192, [1, 64, 256], [16, 512], 1000) == expected
 
 
 @pytest.mark.parametrize(

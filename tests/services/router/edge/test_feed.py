@@ -195,7 +195,7 @@ async def test_feed_that_failed_is_let_go_of_without_a_collection(count):
             await feed.aclose()
 
     def num_feeds() -> int:
-        return sum(isinstance(o, SoloFeed | DeltaFeed) for o in gc.get_objects())
+        return sum(type(o) in (SoloFeed, DeltaFeed) for o in gc.get_objects())
 
     gc.collect()
     gc.disable()
