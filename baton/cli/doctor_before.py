@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ from kvtransfer.tiers.config import TierConfig
 from services.decode.config import DEFAULTS as DECODE_DEFAULTS
 from services.launch.compatibility import check_pools_match
 from services.launch.pools import gpu_demand, visible_gpus
-from services.launch.readiness import check_model_folder
+from services.launch.readiness import check_model_folder, listen_error
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig, load_router_config
 from services.router.edge.door_tls import load_door_material
@@ -250,14 +249,8 @@ def _of_ports(settings: Settings) -> Iterator[Check]:
 def _port_problem(host: str, port: int) -> str:
     if not port:
         return ""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return f"{port} on {host}: {os.strerror(error.errno or 0)}"
-    return ""
+    error = listen_error(host, port)
+    return "" if error is None else f"{port} on {host}: {os.strerror(error.errno or 0)}"
 
 
 def _of_devices(settings: Settings, environ: Mapping[str, str]) -> Iterator[Check]:

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from baton.core.errors import ConfigError
 from baton.simulator.run_report import RunReport
+from services.planner.plot import new_figure
 from services.router.admission.slo import SloTargets
 
 
@@ -72,13 +72,7 @@ def _workers(report: RunReport) -> Table:
 
 def draw_run(path: Path, report: RunReport) -> None:
     """Raises ConfigError when matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "plots need matplotlib: pip install 'baton[plots]', or leave --plot out"
-        ) from None
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure()
     load, kept = figure.subplots(2, 1, sharex=True)
     times = [window.start_s for window in report.windows]
     load.step(times, [window.rate_per_s for window in report.windows], where="post")

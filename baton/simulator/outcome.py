@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.router.admission.slo import SloResult, SloTargets, result
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -39,6 +41,11 @@ class Outcome:
         if self.num_output_tokens < 2:
             return None
         return (self.last_token_s - self.first_token_s) / (self.num_output_tokens - 1)
+
+    def against(self, targets: SloTargets) -> SloResult:
+        """As the router judges it. One that never ended has missed them."""
+        ttft_s = self.ttft_s if self.last_token_s else None
+        return result(targets, ttft_s=ttft_s, mean_itl_s=self.itl_s)
 
 
 @dataclass(frozen=True, slots=True)

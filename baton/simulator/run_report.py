@@ -73,11 +73,7 @@ def run_report(
 
 def keeps(outcome: Outcome, targets: SloTargets) -> bool:
     """Whether it ended within all targets; a single token has no ITL to miss."""
-    if not outcome.last_token_s:
-        return False
-    itl_s = outcome.itl_s
-    is_ttft = targets.ttft_s is None or outcome.ttft_s <= targets.ttft_s
-    return is_ttft and (targets.itl_s is None or itl_s is None or itl_s <= targets.itl_s)
+    return bool(outcome.last_token_s) and outcome.against(targets).is_met is not False
 
 
 def _use(name: str, busy_share: float, outcomes: Sequence[Outcome]) -> WorkerUse:

@@ -24,16 +24,24 @@ def check_ports_free(host: str, ports: dict[str, int]) -> None:
     Without this a server that already runs there would answer in our place.
     """
     for option, port in ports.items():
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot listen on {host}:{port} ({error.strerror}); choose another port "
-                    f"with {option}"
-                ) from error
+        error = listen_error(host, port)
+        if error is not None:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another port "
+                f"with {option}"
+            ) from error
+
+
+def listen_error(host: str, port: int) -> OSError | None:
+    """Why nobody can listen there now; None when one can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error
+    return None
 
 
 def check_model_folder(folder: Path, *, has_weights: bool = True) -> None:

@@ -20,7 +20,7 @@ from baton.simulator.outcome import Outcome
 from baton.simulator.workload import Arrival
 from services.planner.autoscale import Observation, PoolState
 from services.planner.demand import Load
-from services.planner.objective import Objective
+from services.planner.objective import Objective, attainment
 
 Scaler = Callable[[Observation, "Ongoing"], tuple[int, int]]
 """Desired prefill and decode workers."""
@@ -122,12 +122,13 @@ class ElasticRun:
         over = [o for o in self._open if _is_over(o, self._arrivals[o.number])]
         self._open = [o for o in self._open if not _is_over(o, self._arrivals[o.number])]
         ended = [o for o in over if o.refused_s is None]
+        reached = attainment(ended, self._objective)
         return Observation(
             now_s,
             _load(new, self._interval_s),
             len(ended),
-            _share([o.ttft_s <= self._objective.ttft_s for o in ended]),
-            _share([o.itl_s is None or o.itl_s <= self._objective.itl_s for o in ended]),
+            reached.ttft if ended else None,
+            reached.itl if ended else None,
             self._state(Role.PREFILL, now_s),
             self._state(Role.DECODE, now_s),
         )
@@ -214,7 +215,3 @@ def _load(arrivals: Sequence[Arrival], interval_s: float) -> Load:
         # Over the time of its decoding, so long outputs count for longer.
         held / sum(outputs),
     )
-
-
-def _share(kept: Sequence[bool]) -> float | None:
-    return sum(kept) / len(kept) if kept else None

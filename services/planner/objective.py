@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from baton.core.errors import ConfigError
 from baton.simulator.outcome import Outcome
+from services.router.admission.slo import SloTargets
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,10 @@ class Attainment:
 def attainment(outcomes: Sequence[Outcome], objective: Objective) -> Attainment:
     """An answer of one token meets any ITL."""
     num_ttft = num_itl = num_both = 0
+    targets = SloTargets(objective.ttft_s, objective.itl_s)
     for outcome in outcomes:
-        if not outcome.last_token_s:
-            continue
-        is_ttft = outcome.ttft_s <= objective.ttft_s
-        is_itl = outcome.itl_s is None or outcome.itl_s <= objective.itl_s
+        met = outcome.against(targets)
+        is_ttft, is_itl = met.is_ttft_met is not False, met.is_itl_met is not False
         num_ttft += is_ttft
         num_itl += is_itl
         num_both += is_ttft and is_itl

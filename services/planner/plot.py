@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from baton.core.errors import ConfigError
 from services.planner.objective import Objective
 from services.planner.search import Ranked
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAX_CURVES = 4
+
+
+def new_figure() -> Figure:
+    """Raises ConfigError when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "plots need matplotlib: pip install 'baton[plots]', or leave --plot out"
+        ) from None
+    return Figure(figsize=(7, 4.2), layout="constrained")
 
 
 def draw_goodput(path: Path, ranking: Sequence[Ranked], objective: Objective) -> None:
@@ -17,13 +32,7 @@ def draw_goodput(path: Path, ranking: Sequence[Ranked], objective: Objective) ->
 
     Raises ConfigError when matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "plots need matplotlib: pip install 'baton[plots]', or leave --plot out"
-        ) from None
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure()
     axes = figure.add_subplot()
     for ranked in ranking[:MAX_CURVES]:
         points = ranked.goodput.points

@@ -23,6 +23,8 @@ class LimitedHttpProtocol(JoinedHttpProtocol):
     """What `limited_protocol` binds to settings."""
 
     limits: EdgeConfig
+    count_refused: Callable[[int], None]
+    """Told the status of every head turned away."""
     _in_head = True
     _num_head_bytes = 0
     _num_idle_bytes = 0
@@ -114,9 +116,6 @@ class LimitedHttpProtocol(JoinedHttpProtocol):
         self.transport.write(head.encode() + body)
         self.transport.close()
 
-    def count_refused(self, status: int) -> None:
-        raise NotImplementedError
-
 
 def limited_protocol(
     config: EdgeConfig, on_refused: Callable[[int], None]
@@ -125,8 +124,6 @@ def limited_protocol(
 
     class BoundProtocol(LimitedHttpProtocol):
         limits = config
-
-        def count_refused(self, status: int) -> None:
-            on_refused(status)
+        count_refused = staticmethod(on_refused)
 
     return BoundProtocol

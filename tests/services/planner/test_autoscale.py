@@ -10,10 +10,11 @@ import random
 import pytest
 
 from baton.core.errors import ConfigError
+from made_up_worker import MODEL
 from services.planner.autoscale import Autoscaler, Decision, Observation, PoolState
 from services.planner.autoscale_config import AutoscaleConfig, PoolLimits
 from services.planner.demand import Load
-from tests.services.planner.test_demand import LOAD, MODEL
+from tests.services.planner.test_demand import LOAD
 
 LIMITS = PoolLimits(min_workers=1, max_workers=12)
 CONFIG = AutoscaleConfig(

@@ -8,7 +8,7 @@ import pytest
 
 from baton.simulator.arrivals import RequestLengths, sampled
 from baton.simulator.cluster import SimCluster
-from baton.simulator.hardware import Hardware
+from made_up_worker import MODEL
 from services.planner.candidate import Candidate, Layout, Pool, cluster_of
 from services.planner.demand import (
     Load,
@@ -19,18 +19,8 @@ from services.planner.demand import (
     ttft_miss_share,
 )
 from services.planner.objective import Objective, attainment
-from services.planner.pool_model import PoolModel
 from services.planner.search import NO_LOCAL_PREFILL
 
-HARDWARE = Hardware(
-    step_fixed_s=0.02,
-    prefill_token_s=150e-6,
-    prefill_pair_s=1e-9,
-    decode_sequence_s=0.4e-3,
-    decode_kv_token_s=5e-7,
-    link_bytes_per_second=2e11,
-)
-MODEL = PoolModel(1, HARDWARE, 50_000, 30.0, "made up")
 LOAD = Load(20.0, 512, 512 * 256, 32, 528)
 
 

@@ -10,11 +10,11 @@ from baton.core.worker_info import Role, WorkerId
 from baton.simulator.arrivals import RequestLengths, sampled
 from baton.simulator.cluster import SimCluster
 from baton.simulator.workload import Arrival
+from made_up_worker import MODEL
 from services.planner.autoscale import Observation
 from services.planner.candidate import Candidate, Layout, Pool, cluster_of
 from services.planner.elastic import ElasticRun, Ongoing
 from services.planner.objective import Objective
-from tests.services.planner.test_demand import MODEL
 
 CONFIG = cluster_of(
     Candidate(Pool(MODEL, 1), Pool(MODEL, 1), 2048), Layout(64, 800_000, 1024), seed=0

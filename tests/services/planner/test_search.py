@@ -8,25 +8,15 @@ import pytest
 
 from baton.core.errors import ConfigError
 from baton.simulator.arrivals import RequestLengths
-from baton.simulator.hardware import Hardware
 from baton.simulator.outcome import Outcome
+from made_up_worker import HARDWARE, MODEL
 from services.planner.candidate import Candidate, Layout, Pool, alone, cluster_of
 from services.planner.goodput import GoodputSearch
 from services.planner.objective import Objective, attainment
-from services.planner.pool_model import PoolModel
 from services.planner.search import NO_LOCAL_PREFILL, Question, num_searches, search
 from services.planner.values import chart_values
 from services.planner.workload import SampledLengths
 
-HARDWARE = Hardware(
-    step_fixed_s=0.02,
-    prefill_token_s=150e-6,
-    prefill_pair_s=1e-9,
-    decode_sequence_s=0.4e-3,
-    decode_kv_token_s=5e-7,
-    link_bytes_per_second=2e11,
-)
-MODEL = PoolModel(1, HARDWARE, 50_000, 30.0, "made up")
 LAYOUT = Layout(block_size=64, kv_bytes_per_token=800_000, max_model_len=1024)
 OBJECTIVE = Objective(ttft_s=0.4, itl_s=0.04)
 WORK = SampledLengths("512/16", (RequestLengths(512, 16),), 64)
