@@ -11,6 +11,7 @@ other side speaks (`explain_unreachable`), and the server counts connections tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import socket
@@ -18,7 +19,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -31,10 +32,12 @@ EXPLAIN_TIMEOUT_S = 1.0
 GREETING_WAIT_S = 0.3
 """After our part of the handshake the server still has to accept our certificate."""
 SILENT_AFTER_S = 3.0
+FIRST_MESSAGE_S = 2.0
+"""How long the refusal of a streaming call waits for the client's first message."""
 WARNING_PERIOD_S = 30.0
 MAX_WATCHED = 4096
 _SAN = "x509_subject_alternative_name"
-_Refusal = Callable[[grpc.aio.ServicerContext], Awaitable[None]]
+_Refusal = Callable[[grpc.aio.ServicerContext, AsyncIterator[Any] | None], Awaitable[None]]
 
 
 def channel_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
@@ -137,7 +140,10 @@ class CallCheck(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         return None if handler is None else _checked(handler, self._check)
 
-    async def _check(self, context: grpc.aio.ServicerContext) -> None:
+    async def _check(
+        self, context: grpc.aio.ServicerContext, messages: AsyncIterator[Any] | None
+    ) -> None:
+        """`messages`: what the client streams, if it does."""
         self._watch.call_arrived(context.peer())
         if self._name is None:
             return
@@ -148,7 +154,17 @@ class CallCheck(grpc.aio.ServerInterceptor):
                 "is it of another deployment under the same CA?"
             )
             logger.warning("a call was refused: %s", reason)
+            if messages is not None:
+                await _take_one(messages)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
+
+
+async def _take_one(messages: AsyncIterator[Any]) -> None:
+    """Waits for the client's first message: gRPC tells a client that still writes when its call
+    ends of an internal error, instead of the status."""
+    with contextlib.suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(FIRST_MESSAGE_S):
+            await anext(messages)
 
 
 def _checked(handler: grpc.RpcMethodHandler, check: _Refusal) -> grpc.RpcMethodHandler:
@@ -161,12 +177,15 @@ def _checked(handler: grpc.RpcMethodHandler, check: _Refusal) -> grpc.RpcMethodH
     }
     function, remake = kinds[handler.request_streaming, handler.response_streaming]
 
+    def streamed(request: Any) -> AsyncIterator[Any] | None:
+        return aiter(request) if handler.request_streaming else None
+
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        await check(context)
+        await check(context, streamed(request))
         return await function(request, context)
 
     async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        await check(context)
+        await check(context, streamed(request))
         async for message in function(request, context):
             yield message
 

@@ -79,8 +79,16 @@ async def call(address, tls=None, method="/echo/unary"):
         if method == "/echo/unary_stream":
             answers = channel.unary_stream(method)(b"x", timeout=CALL_TIMEOUT_S)
         else:
-            answers = channel.stream_stream(method)(iter([b"x"]), timeout=CALL_TIMEOUT_S)
+            return await _one_streamed(channel.stream_stream(method)(timeout=CALL_TIMEOUT_S))
         return b"".join([answer async for answer in answers])
+
+
+async def _one_streamed(stream):
+    """Says one message and reads the answer before it closes, as the project's own clients do."""
+    await stream.write(b"x")
+    answer = await stream.read()
+    await stream.done_writing()
+    return answer
 
 
 async def refusal(address, tls=None):
@@ -159,6 +167,39 @@ async def test_client_without_the_deployments_name_is_refused(certificates, tmp_
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert "does not carry the DNS name 'baton'" in caught.value.details()
     assert "a call was refused" in caplog.text
+
+
+@pytest.mark.parametrize("method", METHODS[2:])
+async def test_refused_client_that_writes_late_learns_why(certificates, tmp_path, method):
+    folder = shutil.copytree(certificates, tmp_path / "other")
+    reissue(folder, "router", "staging")
+    client = unchecked_tls_files(folder, "router")
+    async with (
+        serving(tls_files(certificates)) as address,
+        open_channel(address, client) as channel,
+    ):
+        stream = channel.stream_stream(method)(timeout=CALL_TIMEOUT_S)
+        await stream.wait_for_connection()
+        await asyncio.sleep(0.1)  # a server that refuses at once has done so
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.write(b"x")
+            await stream.read()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_refused_client_that_never_writes_is_let_go(certificates, tmp_path, monkeypatch):
+    monkeypatch.setattr(rpc_tls, "FIRST_MESSAGE_S", 0.05)
+    folder = shutil.copytree(certificates, tmp_path / "other")
+    reissue(folder, "router", "staging")
+    client = unchecked_tls_files(folder, "router")
+    async with (
+        serving(tls_files(certificates)) as address,
+        open_channel(address, client) as channel,
+    ):
+        stream = channel.stream_stream("/echo/stream")(timeout=CALL_TIMEOUT_S)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.read()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_plain_client_learns_that_the_server_speaks_tls(certificates):
