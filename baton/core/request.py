@@ -15,6 +15,7 @@ from typing import NewType
 from baton.core.block import BlockHash
 from baton.core.errors import InvalidRequest
 from baton.core.lifecycle import Timeline
+from baton.core.structured import StructuredSpec
 from baton.core.worker_info import Epoch, WorkerId
 
 RequestId = NewType("RequestId", str)
@@ -24,6 +25,10 @@ MIN_TEMPERATURE = 1e-5
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 256
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 64
+"""Of one of them."""
+MAX_ALLOWED_TOKEN_IDS = 65536
 
 
 class FinishReason(Enum):
@@ -77,8 +82,21 @@ class SamplingParams:
     logprobs: int | None = None
     """Alternatives to report per token; 0 reports the chosen token alone, None nothing."""
     stop_token_ids: tuple[int, ...] = ()
+    """End the output without being part of it, as the model's end-of-sequence tokens do."""
     ignore_eos: bool = False
     min_tokens: int = 0
+    """Stop and end-of-sequence tokens are impossible before so many outputs."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that the output never contains: the last token of each is impossible where
+    the output ends with the others. Where a `structured` output leaves no other token, it wins."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Every other token is impossible, ends of sequence included; empty: all are allowed."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report per prompt token, as `logprobs` for outputs."""
+    include_stop_token: bool = False
+    """The stop or end-of-sequence token that ends the output is its last token."""
+    structured: StructuredSpec | None = None
+    """What the output must look like; it ends when the model chooses to where it is complete."""
 
     def __post_init__(self) -> None:
         _check_range("max_tokens", self.max_tokens, 1, None)
@@ -98,10 +116,37 @@ class SamplingParams:
         check_num_entries("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS)
         for _, bias in self.logit_bias:
             _check_range("logit_bias", bias, -100.0, 100.0)
+        check_num_entries("bad_words", len(self.bad_words_ids), MAX_BAD_WORDS)
+        for word in self.bad_words_ids:
+            _check_range("tokens of a bad word", len(word), 1, MAX_BAD_WORD_TOKENS)
+        check_num_entries("allowed_token_ids", len(self.allowed_token_ids), MAX_ALLOWED_TOKEN_IDS)
+        if self.prompt_logprobs is not None:
+            _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.structured is not None:
+            self._check_structured()
+
+    def _check_structured(self) -> None:
+        """Raises InvalidRequest for what contradicts an output that ends where it is complete."""
+        for name, value in (
+            ("ignore_eos", self.ignore_eos),
+            ("min_tokens", self.min_tokens),
+            ("allowed_token_ids", self.allowed_token_ids),
+        ):
+            if value:
+                raise InvalidRequest(
+                    f"{name} cannot be combined with a structured output, whose shape decides "
+                    f"which tokens are possible and where it may end; send one of the two",
+                    param=name,
+                )
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Some tokens are impossible, for other reasons than `min_tokens`."""
+        return bool(self.bad_words_ids or self.allowed_token_ids) or self.structured is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -195,14 +240,19 @@ class TokenDelta:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
-    """The token that ended the sequence, when it was a stop token and not an output."""
+    """The token that ended the sequence, when it was a stop token. Not an output, or with
+    `include_stop_token` the last one."""
     error: str = ""
     """Set with FinishReason.ERROR: a message fit for the router's log."""
     is_retryable: bool = False
     """With an error: the same request may succeed on another worker."""
     is_overload: bool = False
     """With a retryable error: refused untouched, because the worker has no room for it."""
+    is_handed_back: bool = False
+    """With a retryable error: the worker leaves its pool; to be placed anew, nobody has failed."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was found in this worker's cache; set on the first and last delta."""
     timeline: Timeline | None = None
     """Set on the last delta of this worker."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of all prompt tokens but the first, in order; once, with output 0, if they were wanted."""

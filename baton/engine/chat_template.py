@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -45,24 +45,36 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`special_tokens` are template variables such as bos_token; `now` feeds strftime_now."""
+        self.source = source
         self._special_tokens = dict(special_tokens)
+        environment = _environment(now)
         try:
-            self._template = _environment(now).from_string(source)
+            self._template = environment.from_string(source)
+            self.uses_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+            """It writes tool definitions into the prompt."""
         except TemplateError as error:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt text. Raises InvalidRequest when the template refuses the messages."""
+        """The prompt text. `variables`: more of them, for templates that know them; those named
+        here win. Raises InvalidRequest when the template refuses the messages."""
+        values: dict[str, object] = {
+            "documents": None,
+            **(variables or {}),
+            **self._special_tokens,
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            return self._template.render(values)
         except _REFUSALS as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"

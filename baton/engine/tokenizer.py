@@ -107,11 +107,25 @@ class Tokenizer:
         return self._bytes(token_id).decode(errors="replace")
 
     @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that are marks, not text."""
+        return self._special_ids
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._chat_template
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """The prompt text of a conversation; encode it with add_special_tokens=False.
 
@@ -121,7 +135,12 @@ class Tokenizer:
             raise InvalidRequest(
                 "this model has no chat template; use the completions route", param="messages"
             )
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=variables,
+        )
 
 
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:

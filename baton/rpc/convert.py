@@ -14,6 +14,8 @@ from baton.core.fabric import FabricCounters, FabricReport, LinkReport, TierName
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import EngineUse, LifecycleEvent, Timeline, TransferStats
 from baton.core.request import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
     FinishReason,
@@ -26,6 +28,7 @@ from baton.core.request import (
     Work,
     check_num_entries,
 )
+from baton.core.structured import StructuredKind, StructuredSpec
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
 from baton.rpc.v1 import worker_pb2 as pb
 
@@ -45,6 +48,14 @@ _FINISH_TO_WIRE = {
 _FINISH_FROM_WIRE = {v: k for k, v in _FINISH_TO_WIRE.items()}
 _ROLE_TO_WIRE = {Role.PREFILL: pb.ROLE_PREFILL, Role.DECODE: pb.ROLE_DECODE}
 _ROLE_FROM_WIRE = {v: k for k, v in _ROLE_TO_WIRE.items()}
+_STRUCTURED_TO_WIRE = {
+    StructuredKind.JSON_SCHEMA: pb.STRUCTURED_KIND_JSON_SCHEMA,
+    StructuredKind.JSON_OBJECT: pb.STRUCTURED_KIND_JSON_OBJECT,
+    StructuredKind.REGEX: pb.STRUCTURED_KIND_REGEX,
+    StructuredKind.CHOICE: pb.STRUCTURED_KIND_CHOICE,
+    StructuredKind.GRAMMAR: pb.STRUCTURED_KIND_GRAMMAR,
+}
+_STRUCTURED_FROM_WIRE = {v: k for k, v in _STRUCTURED_TO_WIRE.items()}
 _SCALAR_SAMPLING = (
     "max_tokens",
     "temperature",
@@ -57,13 +68,21 @@ _SCALAR_SAMPLING = (
     "seed",
     "logprobs",
     "min_tokens",
+    "prompt_logprobs",
 )
 
 
 def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
     message = pb.SamplingParams(
-        stop_token_ids=sampling.stop_token_ids, ignore_eos=sampling.ignore_eos
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        bad_words=[pb.BadWord(token_ids=word) for word in sampling.bad_words_ids],
+        allowed_token_ids=sampling.allowed_token_ids,
+        include_stop_token=sampling.include_stop_token,
     )
+    if sampling.structured is not None:
+        message.structured.kind = _STRUCTURED_TO_WIRE[sampling.structured.kind]
+        message.structured.text = sampling.structured.text
     for name in _SCALAR_SAMPLING:
         value = getattr(sampling, name)
         if value is not None:
@@ -77,14 +96,32 @@ def sampling_from_wire(message: pb.SamplingParams, **defaults: Any) -> SamplingP
     """Fields the sender left out take `defaults`, then those of SamplingParams."""
     check_num_entries("stop_token_ids", len(message.stop_token_ids), MAX_STOP_TOKEN_IDS)
     check_num_entries("logit_bias", len(message.logit_bias), MAX_LOGIT_BIAS)
+    check_num_entries("bad_words", len(message.bad_words), MAX_BAD_WORDS)
+    check_num_entries("allowed_token_ids", len(message.allowed_token_ids), MAX_ALLOWED_TOKEN_IDS)
     values: dict[str, Any] = dict(defaults)
     values.update((n, getattr(message, n)) for n in _SCALAR_SAMPLING if message.HasField(n))
     return SamplingParams(
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logit_bias=tuple(sorted(message.logit_bias.items())),
+        bad_words_ids=tuple(tuple(word.token_ids) for word in message.bad_words),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        include_stop_token=message.include_stop_token,
+        structured=_structured_from_wire(message),
         **values,
     )
+
+
+def _structured_from_wire(message: pb.SamplingParams) -> StructuredSpec | None:
+    if not message.HasField("structured"):
+        return None
+    wire = message.structured
+    if wire.kind not in _STRUCTURED_FROM_WIRE:
+        raise InvalidRequest(
+            f"structured output of kind {wire.kind} is unknown; see StructuredKind",
+            param="structured",
+        )
+    return StructuredSpec(_STRUCTURED_FROM_WIRE[wire.kind], wire.text)
 
 
 def finish_to_wire(reason: FinishReason | None) -> pb.FinishReason:
@@ -195,7 +232,9 @@ def delta_to_wire(delta: TokenDelta) -> pb.Delta:
         error=delta.error,
         is_retryable=delta.is_retryable,
         is_overload=delta.is_overload,
+        is_handed_back=delta.is_handed_back,
         num_cached_tokens=delta.num_cached_tokens,
+        prompt_logprobs=[logprobs_to_wire(entry) for entry in delta.prompt_logprobs],
     )
     if delta.timeline is not None:
         message.timeline.CopyFrom(timeline_to_wire(delta.timeline))
@@ -213,8 +252,10 @@ def delta_from_wire(message: pb.Delta) -> TokenDelta:
         error=message.error,
         is_retryable=message.is_retryable,
         is_overload=message.is_overload,
+        is_handed_back=message.is_handed_back,
         num_cached_tokens=message.num_cached_tokens,
         timeline=timeline_from_wire(message.timeline) if message.HasField("timeline") else None,
+        prompt_logprobs=tuple(map(logprobs_from_wire, message.prompt_logprobs)),
     )
 
 
@@ -253,6 +294,7 @@ def worker_info_to_wire(info: WorkerInfo) -> pb.WorkerInfo:
         max_num_seqs=info.max_num_seqs,
         transport=info.transport,
         pid=info.pid,
+        role_version=info.role_version,
     )
 
 
@@ -271,7 +313,19 @@ def worker_info_from_wire(message: pb.WorkerInfo) -> WorkerInfo:
         max_num_seqs=message.max_num_seqs,
         transport=message.transport,
         pid=message.pid,
+        role_version=message.role_version,
     )
+
+
+def role_to_wire(role: Role) -> pb.Role:
+    return _ROLE_TO_WIRE[role]
+
+
+def role_from_wire(role: pb.Role) -> Role:
+    """Raises InvalidRequest."""
+    if role not in _ROLE_FROM_WIRE:
+        raise InvalidRequest(f"role {role} is unknown to this worker", param="role")
+    return _ROLE_FROM_WIRE[role]
 
 
 def hashing_to_wire(layout: KvLayout) -> pb.BlockHashing:

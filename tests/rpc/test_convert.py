@@ -1,5 +1,7 @@
 """Everything that crosses a process border comes out as it went in."""
 
+import dataclasses
+
 import pytest
 
 from baton.core.block import BlockHash
@@ -16,6 +18,7 @@ from baton.core.request import (
     TokenLogprobs,
     Work,
 )
+from baton.core.structured import StructuredKind, StructuredSpec
 from baton.core.worker_info import Epoch, LoadReport, Role, WorkerId, WorkerInfo
 from baton.rpc import convert
 from baton.rpc.v1 import worker_pb2 as pb
@@ -35,11 +38,28 @@ SAMPLING = SamplingParams(
     stop_token_ids=(4, 2),
     ignore_eos=True,
     min_tokens=2,
+    bad_words_ids=((1,), (2, 3, 1)),
+    allowed_token_ids=(9, 4, 2**32 - 1),
+    prompt_logprobs=0,
+    include_stop_token=True,
 )
 PEER = PeerRef(WorkerId("p"), Epoch("e"), "127.0.0.1:1")
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, SamplingParams(), SamplingParams(temperature=0)])
+STRUCTURED = [
+    SamplingParams(structured=StructuredSpec(StructuredKind.JSON_OBJECT)),
+    SamplingParams(structured=StructuredSpec.of_choices(("ja", "nein", "\u00e9"))),
+    *(
+        SamplingParams(structured=StructuredSpec(kind, "text"))
+        for kind in StructuredKind
+        if kind is not StructuredKind.JSON_OBJECT
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "sampling", [SAMPLING, SamplingParams(), SamplingParams(temperature=0), *STRUCTURED]
+)
 @pytest.mark.parametrize("work", list(Work))
 def test_request(sampling, work):
     request = GenerateRequest(
@@ -69,12 +89,14 @@ def test_delta(reason):
         error="e",
         is_retryable=True,
         is_overload=True,
+        is_handed_back=True,
         num_cached_tokens=9,
         timeline=Timeline(
             {event: float(event) for event in LifecycleEvent},
             TransferStats(1, 2, 3, 0.5, 0.25),
             EngineUse(1.5, 4),
         ),
+        prompt_logprobs=(TokenLogprobs(3, -0.75, ((3, -0.75),)), TokenLogprobs(4, -8.0)),
     )
     wire = pb.Delta.FromString(convert.delta_to_wire(delta).SerializeToString())
     assert convert.delta_from_wire(wire) == delta
@@ -101,6 +123,7 @@ def test_worker_info(role):
         max_num_seqs=7,
         transport="nixl",
         pid=8,
+        role_version=9,
     )
     assert convert.worker_info_from_wire(convert.worker_info_to_wire(info)) == info
 
@@ -127,3 +150,25 @@ def test_masses_of_sampling_entries_are_refused_before_they_are_copied():
     ):
         with pytest.raises(InvalidRequest, match=f"{name} takes at most"):
             convert.sampling_from_wire(pb.SamplingParams(**fields))
+
+
+def test_no_sampling_parameter_is_left_behind():
+    """Each field alone, in a value that is not its default, crosses the border."""
+    default = SamplingParams()
+    changed = {
+        f.name: value
+        for f in dataclasses.fields(SamplingParams)
+        if (value := getattr(SAMPLING, f.name)) != getattr(default, f.name)
+    }
+    changed["structured"] = STRUCTURED[0].structured
+    changed["min_tokens"] = 2
+    assert changed.keys() == {f.name for f in dataclasses.fields(SamplingParams)}
+    for name, value in changed.items():
+        sampling = dataclasses.replace(default, **{name: value})
+        assert convert.sampling_from_wire(convert.sampling_to_wire(sampling)) == sampling, name
+
+
+def test_structured_output_of_a_newer_router_is_refused():
+    wire = pb.SamplingParams(structured=pb.StructuredOutput(kind=9, text="x"))
+    with pytest.raises(InvalidRequest, match="kind 9"):
+        convert.sampling_from_wire(wire)

@@ -25,39 +25,51 @@ _sym_db = _symbol_database.Default()
 from baton.rpc.v1 import worker_pb2 as baton_dot_rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/rpc/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/rpc/v1/worker.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x94\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x13\n\x0bwith_timing\x18\x05 \x01(\x08\"\xb4\x01\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x13\n\x0bwith_timing\x18\x06 \x01(\x08\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf0\x01\n\x0eInferenceDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\r\n\x05model\x18\x07 \x01(\t\x12 \n\x06timing\x18\x08 \x01(\x0b\x32\x10.baton.v1.Timing\"\xc5\x02\n\x06Timing\x12\x16\n\tplaced_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07ttft_ms\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08total_ms\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bmean_itl_ms\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12(\n\x07prefill\x18\x05 \x01(\x0b\x32\x17.baton.v1.PrefillTiming\x12*\n\x08transfer\x18\x06 \x01(\x0b\x32\x18.baton.v1.TransferTiming\x12&\n\x06\x64\x65\x63ode\x18\x07 \x01(\x0b\x32\x16.baton.v1.DecodeTiming\x12\x14\n\x0cnum_failures\x18\x08 \x01(\r\x12\x11\n\tnum_moves\x18\t \x01(\rB\x0c\n\n_placed_msB\n\n\x08_ttft_msB\x0b\n\t_total_msB\x0e\n\x0c_mean_itl_ms\"\xd3\x01\n\rPrefillTiming\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\x08queue_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ncompute_ms\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nnum_chunks\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tengine_ms\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\rB\x0b\n\t_queue_msB\r\n\x0b_compute_msB\r\n\x0b_num_chunksB\x0c\n\n_engine_ms\"V\n\x0eTransferTiming\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x12\n\nexposed_ms\x18\x02 \x01(\x01\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x11\n\tnum_reads\x18\x04 \x01(\r\"\x93\x01\n\x0c\x44\x65\x63odeTiming\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\tdecode_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tnum_steps\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x16\n\tengine_ms\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0c\n\n_decode_msB\x0c\n\n_num_stepsB\x0c\n\n_engine_ms\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model2\xd4\x01\n\tInference\x12\x39\n\x04\x43hat\x12\x15.baton.v1.ChatRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12\x43\n\x08Generate\x12\x1b.baton.v1.CompletionRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62\x61ton/rpc/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/rpc/v1/worker.proto\"x\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12&\n\ntool_calls\x18\x04 \x03(\x0b\x32\x12.baton.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"B\n\nToolChoice\x12&\n\x04mode\x18\x01 \x01(\x0e\x32\x18.baton.v1.ToolChoiceMode\x12\x0c\n\x04name\x18\x02 \x01(\t\"\xbe\x02\n\x0eRequestOptions\x12\x0e\n\x01n\x18\x01 \x01(\rH\x00\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x03 \x01(\x08\x12#\n\x16truncate_prompt_tokens\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x15\n\x08priority\x18\x06 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\tbad_words\x18\x07 \x03(\t\x12\x0c\n\x04user\x18\x08 \x01(\t\x12\x1f\n\x17return_prompt_token_ids\x18\t \x01(\x08\x42\x04\n\x02_nB\x16\n\x14_skip_special_tokensB\x19\n\x17_truncate_prompt_tokensB\x0b\n\t_priority\"\xbf\x03\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x08messages\x18\x02 \x03(\x0b\x32\x15.baton.v1.ChatMessage\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x13\n\x0bwith_timing\x18\x05 \x01(\x08\x12)\n\x07options\x18\x06 \x01(\x0b\x32\x18.baton.v1.RequestOptions\x12\x1d\n\x05tools\x18\x07 \x03(\x0b\x32\x0e.baton.v1.Tool\x12)\n\x0btool_choice\x18\x08 \x01(\x0b\x32\x14.baton.v1.ToolChoice\x12 \n\x13parallel_tool_calls\x18\t \x01(\x08H\x00\x88\x01\x01\x12\x1c\n\x14\x63hat_template_kwargs\x18\n \x01(\t\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x0b \x01(\x08H\x01\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x0c \x01(\x08\x42\x16\n\x14_parallel_tool_callsB\x18\n\x16_add_generation_prompt\"\xa5\x02\n\x11\x43ompletionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x13\n\x0bwith_timing\x18\x06 \x01(\x08\x12)\n\x07options\x18\x07 \x01(\x0b\x32\x18.baton.v1.RequestOptions\x12\x0c\n\x04\x65\x63ho\x18\x08 \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\t \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb6\x03\n\x0eInferenceDelta\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.baton.v1.Usage\x12\r\n\x05model\x18\x07 \x01(\t\x12 \n\x06timing\x18\x08 \x01(\x0b\x32\x10.baton.v1.Timing\x12\r\n\x05index\x18\t \x01(\r\x12+\n\ntool_calls\x18\n \x03(\x0b\x32\x17.baton.v1.ToolCallDelta\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x15\n\x0bstop_string\x18\x0c \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\r \x01(\rH\x00\x12\x18\n\x10prompt_token_ids\x18\x0e \x03(\rB\x0c\n\nstopped_at\"J\n\rToolCallDelta\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t\"\xc5\x02\n\x06Timing\x12\x16\n\tplaced_ms\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07ttft_ms\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08total_ms\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bmean_itl_ms\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12(\n\x07prefill\x18\x05 \x01(\x0b\x32\x17.baton.v1.PrefillTiming\x12*\n\x08transfer\x18\x06 \x01(\x0b\x32\x18.baton.v1.TransferTiming\x12&\n\x06\x64\x65\x63ode\x18\x07 \x01(\x0b\x32\x16.baton.v1.DecodeTiming\x12\x14\n\x0cnum_failures\x18\x08 \x01(\r\x12\x11\n\tnum_moves\x18\t \x01(\rB\x0c\n\n_placed_msB\n\n\x08_ttft_msB\x0b\n\t_total_msB\x0e\n\x0c_mean_itl_ms\"\xd3\x01\n\rPrefillTiming\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\x08queue_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ncompute_ms\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nnum_chunks\x18\x04 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tengine_ms\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\rB\x0b\n\t_queue_msB\r\n\x0b_compute_msB\r\n\x0b_num_chunksB\x0c\n\n_engine_ms\"V\n\x0eTransferTiming\x12\n\n\x02ms\x18\x01 \x01(\x01\x12\x12\n\nexposed_ms\x18\x02 \x01(\x01\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x11\n\tnum_reads\x18\x04 \x01(\r\"\x93\x01\n\x0c\x44\x65\x63odeTiming\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x16\n\tdecode_ms\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tnum_steps\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x16\n\tengine_ms\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0c\n\n_decode_msB\x0c\n\n_num_stepsB\x0c\n\n_engine_ms\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model*\xa3\x01\n\x0eToolChoiceMode\x12 \n\x1cTOOL_CHOICE_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CHOICE_MODE_AUTO\x10\x01\x12\x19\n\x15TOOL_CHOICE_MODE_NONE\x10\x02\x12\x1d\n\x19TOOL_CHOICE_MODE_REQUIRED\x10\x03\x12\x1a\n\x16TOOL_CHOICE_MODE_NAMED\x10\x04\x32\xd4\x01\n\tInference\x12\x39\n\x04\x43hat\x12\x15.baton.v1.ChatRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12\x43\n\x08Generate\x12\x1b.baton.v1.CompletionRequest\x1a\x18.baton.v1.InferenceDelta0\x01\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.rpc.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TOOLCHOICEMODE']._serialized_start=2971
+  _globals['_TOOLCHOICEMODE']._serialized_end=3134
   _globals['_CHATMESSAGE']._serialized_start=69
-  _globals['_CHATMESSAGE']._serialized_end=113
-  _globals['_CHATREQUEST']._serialized_start=116
-  _globals['_CHATREQUEST']._serialized_end=264
-  _globals['_COMPLETIONREQUEST']._serialized_start=267
-  _globals['_COMPLETIONREQUEST']._serialized_end=447
-  _globals['_TOKENIDS']._serialized_start=449
-  _globals['_TOKENIDS']._serialized_end=472
-  _globals['_INFERENCEDELTA']._serialized_start=475
-  _globals['_INFERENCEDELTA']._serialized_end=715
-  _globals['_TIMING']._serialized_start=718
-  _globals['_TIMING']._serialized_end=1043
-  _globals['_PREFILLTIMING']._serialized_start=1046
-  _globals['_PREFILLTIMING']._serialized_end=1257
-  _globals['_TRANSFERTIMING']._serialized_start=1259
-  _globals['_TRANSFERTIMING']._serialized_end=1345
-  _globals['_DECODETIMING']._serialized_start=1348
-  _globals['_DECODETIMING']._serialized_end=1495
-  _globals['_USAGE']._serialized_start=1497
-  _globals['_USAGE']._serialized_end=1577
-  _globals['_LISTMODELSREQUEST']._serialized_start=1579
-  _globals['_LISTMODELSREQUEST']._serialized_end=1598
-  _globals['_MODEL']._serialized_start=1600
-  _globals['_MODEL']._serialized_end=1642
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1644
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1697
-  _globals['_INFERENCE']._serialized_start=1700
-  _globals['_INFERENCE']._serialized_end=1912
+  _globals['_CHATMESSAGE']._serialized_end=189
+  _globals['_TOOLCALL']._serialized_start=191
+  _globals['_TOOLCALL']._serialized_end=246
+  _globals['_TOOL']._serialized_start=248
+  _globals['_TOOL']._serialized_end=309
+  _globals['_TOOLCHOICE']._serialized_start=311
+  _globals['_TOOLCHOICE']._serialized_end=377
+  _globals['_REQUESTOPTIONS']._serialized_start=380
+  _globals['_REQUESTOPTIONS']._serialized_end=698
+  _globals['_CHATREQUEST']._serialized_start=701
+  _globals['_CHATREQUEST']._serialized_end=1148
+  _globals['_COMPLETIONREQUEST']._serialized_start=1151
+  _globals['_COMPLETIONREQUEST']._serialized_end=1444
+  _globals['_TOKENIDS']._serialized_start=1446
+  _globals['_TOKENIDS']._serialized_end=1469
+  _globals['_INFERENCEDELTA']._serialized_start=1472
+  _globals['_INFERENCEDELTA']._serialized_end=1910
+  _globals['_TOOLCALLDELTA']._serialized_start=1912
+  _globals['_TOOLCALLDELTA']._serialized_end=1986
+  _globals['_TIMING']._serialized_start=1989
+  _globals['_TIMING']._serialized_end=2314
+  _globals['_PREFILLTIMING']._serialized_start=2317
+  _globals['_PREFILLTIMING']._serialized_end=2528
+  _globals['_TRANSFERTIMING']._serialized_start=2530
+  _globals['_TRANSFERTIMING']._serialized_end=2616
+  _globals['_DECODETIMING']._serialized_start=2619
+  _globals['_DECODETIMING']._serialized_end=2766
+  _globals['_USAGE']._serialized_start=2768
+  _globals['_USAGE']._serialized_end=2848
+  _globals['_LISTMODELSREQUEST']._serialized_start=2850
+  _globals['_LISTMODELSREQUEST']._serialized_end=2869
+  _globals['_MODEL']._serialized_start=2871
+  _globals['_MODEL']._serialized_end=2913
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2915
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2968
+  _globals['_INFERENCE']._serialized_start=3137
+  _globals['_INFERENCE']._serialized_end=3349
 # @@protoc_insertion_point(module_scope)

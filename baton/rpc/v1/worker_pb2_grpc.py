@@ -49,6 +49,11 @@ class WorkerStub(object):
                 request_serializer=baton_dot_rpc_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=baton_dot_rpc_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ChangeRole = channel.unary_unary(
+                '/baton.v1.Worker/ChangeRole',
+                request_serializer=baton_dot_rpc_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=baton_dot_rpc_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer(object):
@@ -76,6 +81,16 @@ class WorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRole(self, request, context):
+        """Serve in the other pool from now on, with the weights and the KV cache that are here. Answered
+        when that is so. Otherwise nothing has changed, and the status says why: FAILED_PRECONDITION
+        (it cannot be, or must not), DEADLINE_EXCEEDED (requests still run here), ABORTED (the worker
+        is leaving). It goes on to its end whether or not the caller waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +108,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=baton_dot_rpc_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=baton_dot_rpc_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'ChangeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=baton_dot_rpc_dot_v1_dot_worker__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=baton_dot_rpc_dot_v1_dot_worker__pb2.ChangeRoleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +196,33 @@ class Worker(object):
             '/baton.v1.Worker/Drain',
             baton_dot_rpc_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             baton_dot_rpc_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/ChangeRole',
+            baton_dot_rpc_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+            baton_dot_rpc_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from baton.core.errors import ConfigError
 from baton.settings import check_positive
 from services.router.edge.door_tls_config import DoorTlsConfig
+
+
+class ToolParserChoice(Enum):
+    """`auto`, or a family of models."""
+
+    AUTO = "auto"
+    HERMES = "hermes"
+    QWEN_XML = "qwen_xml"
+    LLAMA3_JSON = "llama3_json"
+    MISTRAL = "mistral"
+    PYTHONIC = "pythonic"
+    DEEPSEEK = "deepseek"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +44,8 @@ class EdgeConfig:
     """A connection whose client neither reads nor answers for this long is cut."""
     stop_grace_s: float = 2.0
     """At a stop, how long open streams may go on before they get an error."""
+    tool_parser: ToolParserChoice = ToolParserChoice.AUTO
+    """How the model writes tool calls; `auto` goes by its chat template."""
     tls: DoorTlsConfig = field(default_factory=DoorTlsConfig)
 
     def __post_init__(self) -> None:

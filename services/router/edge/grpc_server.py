@@ -1,4 +1,5 @@
-"""The router's gRPC front: Inference, grpc.health.v1 and reflection on one port.
+"""The router's gRPC front on one port: Inference, the Open Inference Protocol, grpc.health.v1 and
+reflection.
 
 Health says SERVING only while the dispatcher calls itself ready.
 """
@@ -6,7 +7,6 @@ Health says SERVING only while the dispatcher calls itself ready.
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -14,20 +14,25 @@ from grpc_reflection.v1alpha import reflection
 
 from baton.core.errors import ConfigError
 from baton.rpc.channel import listen, new_server
-from baton.rpc.v1 import inference_pb2, inference_pb2_grpc
+from baton.rpc.v1 import (
+    inference_pb2,
+    inference_pb2_grpc,
+    open_inference_pb2,
+    open_inference_pb2_grpc,
+)
 from baton.telemetry.metrics import Metrics
 from services.router.edge.door_tls import DoorTls
 from services.router.edge.edge_config import EdgeConfig
 from services.router.edge.grpc_api import InferenceApi
+from services.router.edge.grpc_calls import is_ready
+from services.router.edge.open_inference_api import OpenInferenceApi
 from services.router.edge.preprocess import Preprocessor
 from services.router.requests.generation import Generator
 from services.router.tenants.tenants import Tenants, open_to_all
 
-logger = logging.getLogger(__name__)
-
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+OPEN_INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 HEALTH_PERIOD_S = 0.5
-HEALTH_TIMEOUT_S = 2.0
 CUT_AFTER_S = 0.5
 """Beyond `stop_grace_s`: for streams to end with the dispatcher's reason before they are cut."""
 
@@ -58,16 +63,17 @@ class GrpcServer:
         self._server: grpc.aio.Server = new_server(
             max_receive_bytes=config.max_body_bytes, tls=self._tls, shares_port=shares_port
         )
-        api = InferenceApi(
-            generator,
-            self._preprocessor,
-            metrics=metrics,
-            config=config,
-            tenants=tenants or open_to_all(metrics),
+        tenants = tenants or open_to_all(metrics)
+        own = InferenceApi(
+            generator, self._preprocessor, metrics=metrics, config=config, tenants=tenants
         )
-        inference_pb2_grpc.add_InferenceServicer_to_server(api, self._server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(own, self._server)
+        open_api = OpenInferenceApi(
+            generator, self._preprocessor, metrics=metrics, config=config, tenants=tenants
+        )
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_api, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (INFERENCE, OPEN_INFERENCE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._host = host
         # gRPC queues connections from here on; others would answer sooner.
@@ -97,17 +103,10 @@ class GrpcServer:
             await self._report_health()
 
     async def _report_health(self) -> None:
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                is_ready = (await self._generator.health()).is_ready
-        except TimeoutError:
-            is_ready = False
-        except Exception:
-            logger.exception("the health check failed")
-            is_ready = False
         response = health_pb2.HealthCheckResponse
-        status = response.SERVING if is_ready else response.NOT_SERVING
-        for name in ("", INFERENCE):
+        has_health = await is_ready(self._generator)
+        status = response.SERVING if has_health else response.NOT_SERVING
+        for name in ("", INFERENCE, OPEN_INFERENCE):
             await self._health.set(name, status)
 
     def _bind(self, host: str, port: int) -> int:

@@ -2,7 +2,9 @@
 
     POST /v1/chat/completions   POST /v1/completions
     GET  /v1/models             GET  /v1/models/{id}
-    GET  /health                GET  /version            GET /metrics      (HEAD wherever GET)
+    POST /tokenize              POST /detokenize         GET /openapi.json
+    GET  /health, /ping, /load  GET  /version            GET /metrics      (HEAD wherever GET)
+    GET  /pool_stats            GET  /ui
 
 Runs under any ASGI server: uvicorn here (`http_server`), Ray Serve's replica otherwise.
 """
@@ -19,6 +21,7 @@ from baton.core.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    NotOffered,
     RequestCancelled,
     RequestError,
     Unavailable,
@@ -30,8 +33,12 @@ from services.router.edge.edge_config import EdgeConfig
 from services.router.edge.preprocess import Preprocessor, shorten
 from services.router.openai_api.exchange import Exchange, Receive, Scope, Send
 from services.router.openai_api.handlers import GenerationRoutes
+from services.router.openai_api.openapi import openapi_document
+from services.router.openai_api.token_routes import TokenRoutes
+from services.router.pool_stats import PoolStats
 from services.router.requests.generation import Generator, Health, ModelCard
 from services.router.tenants.tenants import Tenants, open_to_all
+from services.router.ui.ui_routes import UiRoutes
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +58,37 @@ class HttpApp:
         metrics: Metrics,
         config: EdgeConfig | None = None,
         tenants: Tenants | None = None,
+        pool_stats: Callable[[], PoolStats] | None = None,
+        ui: UiRoutes | None = None,
     ) -> None:
-        """`tenants`: who may use it; by default everybody."""
+        """`tenants`: who may use it; by default everybody. `pool_stats`: what planners are told.
+        `ui`: the page."""
+        self._ui = ui
         self._generator = generator
         self._metrics = metrics
         self._preprocessor = Preprocessor(generator)
         self._tenants = tenants or open_to_all(metrics)
-        self._routes = GenerationRoutes(
-            generator, self._preprocessor, config or EdgeConfig(), self._tenants
-        )
+        config = config or EdgeConfig()
+        self._routes = GenerationRoutes(generator, self._preprocessor, config, self._tenants)
+        tokens = TokenRoutes(self._preprocessor, config, self._tenants)
         self._table: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": self._routes.chat},
             "/v1/completions": {"POST": self._routes.completions},
             _MODELS: {"GET": self._models, "HEAD": self._models},
             "/health": {"GET": self._health, "HEAD": self._health},
+            "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
+            "/load": {"GET": self._load, "HEAD": self._load},
             "/version": {"GET": self._version, "HEAD": self._version},
+            "/openapi.json": {"GET": self._openapi, "HEAD": self._openapi},
+            "/tokenize": {"POST": tokens.tokenize},
+            "/detokenize": {"POST": tokens.detokenize},
+            "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
             "/metrics": {"GET": self._show_metrics, "HEAD": self._show_metrics},
         }
+        if pool_stats is not None:
+            show = _shown(pool_stats)
+            self._table["/pool_stats"] = {"GET": show, "HEAD": show}
+        self._document: dict[str, object] | None = None
         self._one_model: dict[str, Handler] = {"GET": self._model, "HEAD": self._model}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,6 +126,8 @@ class HttpApp:
         methods: Mapping[str, Handler] | None = self._table.get(exchange.path)
         if methods is None and exchange.path.startswith(_MODELS + "/"):
             methods = self._one_model
+        if methods is None and self._ui is not None:
+            methods = self._ui.methods(exchange.path)
         if methods is None:
             raise NotFound(f"there is no route {shorten(exchange.path)}")
         handler = methods.get(exchange.method)
@@ -164,6 +187,20 @@ class HttpApp:
             },
         )
 
+    async def _load(self, exchange: Exchange) -> None:
+        await exchange.answer_json(200, {"server_load": self.num_running})
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        self._document = self._document or openapi_document()
+        await exchange.answer_json(200, self._document)
+
+    async def _reset_prefix_cache(self, exchange: Exchange) -> None:
+        await self._tenants.caller(exchange.text_header)
+        raise NotOffered(
+            "the workers' prefix caches cannot be emptied from here; send a new cache_salt with "
+            "requests that are to find nothing cached"
+        )
+
     async def _version(self, exchange: Exchange) -> None:
         await exchange.answer_json(200, {"version": baton.__version__})
 
@@ -176,6 +213,13 @@ class _WrongMethod(MethodNotAllowed):
     def __init__(self, method: str, allowed: tuple[str, ...]) -> None:
         super().__init__(f"method {method} is not allowed here; use {' or '.join(allowed)}")
         self.allow = (b"allow", ", ".join(allowed).encode())
+
+
+def _shown(pool_stats: Callable[[], PoolStats]) -> Handler:
+    async def show(exchange: Exchange) -> None:
+        await exchange.answer_json(200, pool_stats().to_numbers())
+
+    return show
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -63,7 +63,7 @@ class OwnDoor:
 class PlainTextApp:
     """`app` without what belongs behind TLS: prompts, answers and API keys."""
 
-    PATHS = frozenset({"/health", "/version", "/metrics"})
+    PATHS = frozenset({"/health", "/version", "/metrics", "/pool_stats"})
 
     def __init__(self, app: HttpApp) -> None:
         self._app = app

@@ -23,13 +23,17 @@ from baton.core.errors import (
     RequestError,
 )
 from baton.core.request import SamplingParams
+from services.router.edge.conversation import (
+    PLAIN_CHAT,
+    ChatOptions,
+    check_messages,
+    rendered,
+)
 from services.router.requests.generation import Generator, ModelCard
 from services.router.tenants.quota_hold import QuotaHold
 from services.router.tenants.tenants import Caller
 
 T = TypeVar("T")
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 INLINE_CHARS = 4 * 1024
 """Texts up to this length are tokenized on the event loop: about 1 ms, an inter-token gap or less.
@@ -43,10 +47,14 @@ MAX_MESSAGES = 16_384
 MAX_CHARS_PER_TOKEN = 512
 """No vocabulary has longer tokens, so longer prompts exceed the context without tokenizing."""
 
+MAX_DEPTH = 64
+"""Of schemas, and of what goes to a chat template."""
+
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 
 _TOKENIZER_THREADS = 2
+_CHECK_THREADS = 2
 
 
 class Preprocessor:
@@ -55,10 +63,13 @@ class Preprocessor:
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        # Of its own: what is slow to check must not keep prompts waiting.
+        self._checks = ThreadPoolExecutor(_CHECK_THREADS, thread_name_prefix="check")
 
     def close(self) -> None:
         """Texts being tokenized are finished and thrown away."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._checks):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def model_card(self, name: str | None) -> ModelCard:
         """The card of model `name`; without a name that of the only model served.
@@ -90,58 +101,87 @@ class Preprocessor:
         return await self._generator.hold_quota(caller.tenant, caller.limits)
 
     async def chat_prompt(
-        self, card: ModelCard, messages: Sequence[Mapping[str, str]]
+        self,
+        card: ModelCard,
+        messages: Sequence[Mapping[str, object]],
+        options: ChatOptions = PLAIN_CHAT,
+        *,
+        add_special_tokens: bool = False,
+        keep_last: int | None = None,
     ) -> tuple[int, ...]:
         """Token ids of the rendered conversation. The template writes BOS itself if it wants it.
 
-        `messages` have `role` and `content`. Raises InvalidRequest.
+        `messages` have `role` and `content`, a string. `keep_last`: how many of the ids, from the
+        end. Raises InvalidRequest.
         """
         check_num_messages(len(messages), card.max_model_len)
-        for index, message in enumerate(messages):
-            if message["role"] not in ROLES:
-                raise InvalidRequest(
-                    f"role must be one of {', '.join(ROLES)}, got {shorten(message['role'])}",
-                    param=f"messages.{index}.role",
-                )
-        if not messages:
-            raise InvalidRequest("messages is empty; send at least one", param="messages")
-        plain = [{**m, "role": "system"} if m["role"] == "developer" else dict(m) for m in messages]
-        num_chars = sum(len(m["content"]) for m in plain)
-        num_rendered_chars = num_chars + CHARS_PER_MESSAGE * len(plain)
+        check_messages(messages, options)
+        num_chars = sum(len(str(m["content"])) for m in messages)
+        num_rendered_chars = num_chars + CHARS_PER_MESSAGE * len(messages)
+        if options is not PLAIN_CHAT:
+            num_chars += options.num_chars
+            num_rendered_chars += options.num_chars
         _check_chars(card, num_chars, "messages")
 
         def render_and_encode() -> list[int]:
-            text = card.tokenizer.apply_chat_template(plain)
-            return card.tokenizer.encode(text, add_special_tokens=False)
+            text = rendered(card.tokenizer, messages, options)
+            return card.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         ids = await self._run(render_and_encode, num_rendered_chars)
-        _check_length(card, ids, "messages")
-        return tuple(ids)
+        return self._fitting(card, tuple(ids), "messages", keep_last)
 
     async def text_prompt(
-        self, card: ModelCard, text: str, *, param: str = "prompt"
+        self,
+        card: ModelCard,
+        text: str,
+        *,
+        param: str = "prompt",
+        add_special_tokens: bool = True,
+        keep_last: int | None = None,
     ) -> tuple[int, ...]:
         """Token ids of a raw text, with the special tokens that the tokenizer adds."""
         if not text:
             raise InvalidRequest("prompt is empty; send at least one character", param=param)
         _check_chars(card, len(text), param)
         ids = await self._run(
-            lambda: card.tokenizer.encode(text, add_special_tokens=True), len(text)
+            lambda: card.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text)
         )
-        _check_length(card, ids, param)
-        return tuple(ids)
+        return self._fitting(card, tuple(ids), param, keep_last)
 
     def token_prompt(
-        self, card: ModelCard, token_ids: Sequence[object], *, param: str = "prompt"
+        self,
+        card: ModelCard,
+        token_ids: Sequence[object],
+        *,
+        param: str = "prompt",
+        keep_last: int | None = None,
     ) -> tuple[int, ...]:
         """Token ids as the client sent them, of whatever type, checked against the vocabulary."""
+        if keep_last is not None:
+            token_ids = token_ids[-keep_last:]
         _check_length(card, token_ids, param)
         return check_token_ids(card, token_ids, param)
+
+    def _fitting(
+        self, card: ModelCard, ids: tuple[int, ...], param: str, keep_last: int | None
+    ) -> tuple[int, ...]:
+        if keep_last is not None:
+            ids = ids[-keep_last:]
+        _check_length(card, ids, param)
+        return ids
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """In a thread of those that tokenize."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def check(self, work: Callable[[], T]) -> T:
+        """In a thread for what may take seconds."""
+        return await asyncio.get_running_loop().run_in_executor(self._checks, work)
 
     async def _run(self, work: Callable[[], T], num_chars: int) -> T:
         if num_chars <= INLINE_CHARS:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self.run(work)
 
 
 def check_num_messages(num_messages: int, max_model_len: int | None = None) -> None:
@@ -159,6 +199,9 @@ def check_sampling(card: ModelCard, sampling: SamplingParams) -> SamplingParams:
     """`sampling` with token ids checked against the vocabulary and top_k cut to it."""
     check_token_ids(card, sampling.stop_token_ids, "stop_token_ids")
     check_token_ids(card, [token_id for token_id, _ in sampling.logit_bias], "logit_bias")
+    check_token_ids(card, sampling.allowed_token_ids, "allowed_token_ids")
+    for word in sampling.bad_words_ids:
+        check_token_ids(card, word, "bad_words")
     vocab_size = card.tokenizer.vocab_size
     if sampling.top_k > vocab_size:
         return dataclasses.replace(sampling, top_k=vocab_size)
@@ -216,6 +259,24 @@ def output_tokens(
 def new_id(prefix: str) -> str:
     """A name for one request, unique over all routers."""
     return f"{prefix}-{random.getrandbits(128):032x}"
+
+
+def check_depth(value: object, param: str, limit: int = MAX_DEPTH) -> None:
+    """Raises InvalidRequest for JSON that is nested deeper than our own encoders go."""
+    layer, depth = [value], 0
+    while layer:
+        depth += 1
+        if depth > limit:
+            raise InvalidRequest(
+                f"{param} is nested more than {limit} levels deep; flatten it", param=param
+            )
+        inner: list[object] = []
+        for entry in layer:
+            if isinstance(entry, dict):
+                inner += entry.values()
+            elif isinstance(entry, list):
+                inner += entry
+        layer = inner
 
 
 def shorten(value: str, limit: int = 80) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from baton.core.errors import InvalidRequest
-from baton.core.request import SamplingParams
+from baton.core.request import MAX_BAD_WORDS, SamplingParams, check_num_entries
+from baton.engine.tokenizer import Tokenizer
 from services.router.edge.preprocess import check_sampling, output_tokens, shorten
 from services.router.openai_api.schema import ChatBody, CompletionBody, GenerationBody
+from services.router.openai_api.structured import Wanted
 from services.router.requests.generation import ModelCard
 
 COMPLETION_MAX_TOKENS = 16
@@ -25,6 +27,7 @@ _PLAIN_FIELDS = (
     "seed",
     "ignore_eos",
     "min_tokens",
+    "prompt_logprobs",
 )
 _SEED_STEP = 0x9E3779B97F4A7C15
 
@@ -37,6 +40,22 @@ class SamplingPlan:
     sampling: SamplingParams
     asked_max_tokens: int | None
     default_max_tokens: int | None
+    drops_output: bool = False
+    """Only the prompt is wanted: max_tokens 0 with echo. One token is generated all the same."""
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """The form that the sampling parameters themselves ask for."""
+        spec = self.sampling.structured
+        return None if spec is None else Wanted(spec, "structured")
+
+    def shaped(self, wanted: Wanted | None) -> SamplingPlan:
+        """With outputs of the form `wanted`. Raises InvalidRequest."""
+        if wanted is None:
+            return self
+        return dataclasses.replace(
+            self, sampling=dataclasses.replace(self.sampling, structured=wanted.spec)
+        )
 
     def for_choice(self, num_prompt_tokens: int, choice: int) -> SamplingParams:
         """Sampling of choice number `choice` of one prompt. Raises ContextLengthExceeded.
@@ -78,7 +97,16 @@ def chat_plan(card: ModelCard, body: ChatBody) -> SamplingPlan:
 
 def completion_plan(card: ModelCard, body: CompletionBody) -> SamplingPlan:
     """Raises InvalidRequest."""
-    return _plan(card, body, body.logprobs, body.max_tokens, COMPLETION_MAX_TOKENS)
+    asked = body.max_tokens
+    if body.echo and asked == 0:
+        plan = _plan(card, body, body.logprobs, 1, COMPLETION_MAX_TOKENS)
+        plan = dataclasses.replace(plan, drops_output=True)
+    else:
+        plan = _plan(card, body, body.logprobs, asked, COMPLETION_MAX_TOKENS)
+    if not body.echo or body.logprobs is None or body.prompt_logprobs is not None:
+        return plan
+    sampling = dataclasses.replace(plan.sampling, prompt_logprobs=body.logprobs)
+    return dataclasses.replace(plan, sampling=sampling)
 
 
 def _plan(
@@ -103,9 +131,25 @@ def _plan(
         logit_bias=_logit_bias(body.logit_bias or {}),
         logprobs=num_top_logprobs,
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words_ids=bad_word_ids(card.tokenizer, body.bad_words or ()),
+        include_stop_token=bool(body.include_stop_str_in_output),
         **values,
     )
     return SamplingPlan(card, check_sampling(card, sampling), asked, default)
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each as it begins a text, and as it stands behind a space. Raises InvalidRequest."""
+    check_num_entries("bad_words", len(words), MAX_BAD_WORDS // 2)
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = word.strip(" ")
+        if not bare:
+            raise InvalidRequest("bad_words has an empty entry; leave it out", param="bad_words")
+        for text in (bare, f" {bare}"):
+            found[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+    return tuple(ids for ids in found if ids)
 
 
 def _logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:

@@ -1,4 +1,4 @@
-"""What a request body may hold.
+"""What a request body may hold: the definitions that parse it and that the API's document shows.
 
 Unknown fields are ignored, since clients send many that change nothing here. Fields that would
 change the result and are not implemented are refused by name. Types are strict: a number sent as
@@ -10,62 +10,114 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from baton.core.errors import InvalidRequest
-from services.router.edge.preprocess import MAX_MESSAGES, describe, shorten
+from services.router.edge.preprocess import MAX_MESSAGES, describe
 
-MAX_CHOICES_PER_PROMPT = 8
+MAX_CHOICES_PER_PROMPT = 128
+MAX_TOOLS = 128
 
 _NOTHING: tuple[object, ...] = (None, [], {}, "")
 _NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
     # Field -> values under which it changes nothing.
-    "tools": _NOTHING,
     "functions": _NOTHING,
     "function_call": (None, "none", "auto"),
-    "best_of": (None, 1),
     "suffix": (None, ""),
-    "echo": (None, False),
     "audio": _NOTHING,
     "modalities": (None, [], ["text"]),
     "web_search_options": (None,),
-    "structured_outputs": _NOTHING,
-    "guided_json": _NOTHING,
-    "guided_regex": _NOTHING,
-    "guided_choice": _NOTHING,
-    "guided_grammar": _NOTHING,
-    "prompt_logprobs": (None,),
     "prompt_embeds": _NOTHING,
-    "allowed_token_ids": _NOTHING,
-    "bad_words": _NOTHING,
-    "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
     "chat_template": (None,),
-    "chat_template_kwargs": _NOTHING,
     "documents": _NOTHING,
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-    "skip_special_tokens": (None, True),
-    "include_stop_str_in_output": (None, False),
-    "return_tokens_as_token_ids": (None, False),
-    "return_token_ids": (None, False),
+    "structural_tag": _NOTHING,
 }
-_RESPONSE_FORMATS = ("text", "json_object", "json_schema")
+
+STOP_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]
+}
+_IDS = {"type": "array", "items": {"type": "integer"}}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        _IDS,
+        {"type": "array", "items": _IDS},
+    ]
+}
+CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+        {"type": "null"},
+    ]
+}
+SCHEMA_OR_TEXT = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
+TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required", None]},
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}},
+                    "required": ["name"],
+                },
+            },
+            "required": ["type", "function"],
+        },
+    ]
+}
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """Of every JSON body. A null is the same as leaving the field out."""
+
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """A usage in every chunk; takes include_usage."""
 
 
-class ResponseFormat(_Body):
+class JsonSchemaFormat(Body):
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
     type: str
+    json_schema: JsonSchemaFormat | None = None
 
 
-class OwnOptions(_Body):
+class StructuredOutputs(Body):
+    """One of them says what the output must look like."""
+
+    json_: Annotated[Any, Field(alias="json"), WithJsonSchema(SCHEMA_OR_TEXT)] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+
+
+class OwnOptions(Body):
     """What a request can ask of this platform beyond the OpenAI API."""
 
     model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
@@ -74,7 +126,7 @@ class OwnOptions(_Body):
     """Each choice says at its end where its time went."""
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """The fields both routes share. None means: not given."""
 
     model: str | None = None
@@ -91,48 +143,123 @@ class GenerationBody(_Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: Any = None
+    stop: Annotated[Any, WithJsonSchema(STOP_SCHEMA)] = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
+    skip_special_tokens: bool | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[Any, WithJsonSchema(SCHEMA_OR_TEXT)] = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     user: str | None = None
     priority: int | None = None
     baton: OwnOptions | None = None
 
 
-class ChatMessageBody(_Body):
+class FunctionCallBody(Body):
+    name: str
+    arguments: Annotated[
+        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
+    ] = None
+
+
+class ToolCallBody(Body):
+    """A call that an assistant made earlier in the conversation."""
+
+    id: str | None = None
+    type: str | None = None
+    function: FunctionCallBody
+
+
+class ChatMessageBody(Body):
     role: str
-    content: Any = None
-    tool_calls: list[Any] | None = None
+    content: Annotated[Any, WithJsonSchema(CONTENT_SCHEMA)] = None
+    name: str | None = None
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
 
 
-class ChatBody(GenerationBody):
+class FunctionBody(Body):
+    model_config = ConfigDict(strict=True, extra="allow", hide_input_in_errors=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:/-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolBody(Body):
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class TemplateOptions(Body):
+    """How a conversation becomes a prompt."""
+
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatBody(GenerationBody, TemplateOptions):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessageBody], Field(max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: Annotated[Any, WithJsonSchema(TOOL_CHOICE_SCHEMA)] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: Any = None
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)] = None
     logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
 
 
-class TextPart(_Body):
+class TokenizeBody(TemplateOptions):
+    """POST /tokenize: of a text or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessageBody], Field(max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[Any, WithJsonSchema(_IDS)] = None
+
+
+class TextPart(Body):
     """One element of a message's content list."""
 
     type: Literal["text"]
     text: str
 
 
-B = TypeVar("B", bound=_Body)
+B = TypeVar("B", bound=Body)
 
 
 def parse_body(data: bytes, cls: type[B]) -> B:
@@ -145,7 +272,7 @@ def parse_body(data: bytes, cls: type[B]) -> B:
         raise InvalidRequest(f"the body must be a JSON object, got {describe(content)}")
     for name in _NOT_SUPPORTED.keys() & content.keys():
         if content[name] not in _NOT_SUPPORTED[name]:
-            raise InvalidRequest(f"{name} is not supported yet; leave it out", param=name)
+            raise InvalidRequest(f"{name} is not supported; leave it out", param=name)
     return validate(content, cls)
 
 
@@ -163,19 +290,3 @@ def validate(content: object, cls: type[B], where: str = "") -> B:
             f"{param}: {problem[0].lower()}{problem[1:]}, got {describe(first['input'])}",
             param=param,
         ) from None
-
-
-def check_response_format(response_format: ResponseFormat | None) -> None:
-    """Raises InvalidRequest for everything but plain text."""
-    if response_format is None or response_format.type == "text":
-        return
-    if response_format.type not in _RESPONSE_FORMATS:
-        raise InvalidRequest(
-            f"response_format.type must be one of {', '.join(_RESPONSE_FORMATS)}, "
-            f"got {shorten(response_format.type)}",
-            param="response_format",
-        )
-    raise InvalidRequest(
-        f"response_format {response_format.type} is not supported yet; use text",
-        param="response_format",
-    )

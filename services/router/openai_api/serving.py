@@ -19,7 +19,7 @@ from baton.core.request import FinishReason, TokenLogprobs
 from services.router.openai_api.error_body import error_answer
 from services.router.openai_api.exchange import Exchange, Receive
 from services.router.openai_api.feed import Feed, Item, open_feed
-from services.router.openai_api.wire_format import DONE, Choice, WireFormat
+from services.router.openai_api.wire_format import DONE, Choice, Frame, WireFormat
 from services.router.requests.generation import GenerationDelta, GenerationInput, Generator, Usage
 from services.router.requests.timing import RequestTiming
 
@@ -33,10 +33,8 @@ class Job:
     """One HTTP request's generations. Input number i is choice `i % num_choices` of its prompt."""
 
     inputs: Sequence[GenerationInput]
-    num_choices: int
     is_stream: bool
-    include_usage: bool
-    has_logprobs: bool
+    frame: Frame
 
 
 class Serving:
@@ -85,12 +83,16 @@ class _Progress:
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
     timing: RequestTiming | None = None
     is_open: bool = False
     """Its opening chunk has been written."""
+    num_tokens: int = 0
+    """Written so far; counted where clients want to know all the time."""
 
 
 async def _collect(job: Job, feed: Feed, wire: WireFormat) -> bytes:
@@ -100,9 +102,21 @@ async def _collect(job: Job, feed: Feed, wire: WireFormat) -> bytes:
             choice = progress[index]
             choice.text.append(delta.text)
             choice.logprobs.extend(delta.logprobs)
+            if job.frame.returns_token_ids:
+                choice.token_ids.extend(delta.token_ids)
+            choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
             _note_end(choice, delta)
     choices = [
-        Choice(i, "".join(p.text), p.logprobs, _finish_reason(p), p.stop_reason, p.timing)
+        Choice(
+            index=i,
+            text="".join(p.text),
+            logprobs=p.logprobs,
+            finish_reason=_finish_reason(p),
+            stop_reason=p.stop_reason,
+            timing=p.timing,
+            token_ids=p.token_ids,
+            prompt_logprobs=p.prompt_logprobs,
+        )
         for i, p in enumerate(progress)
     ]
     return wire.answer(choices, _total_usage(job, progress))
@@ -110,11 +124,12 @@ async def _collect(job: Job, feed: Feed, wire: WireFormat) -> bytes:
 
 async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) -> None:
     progress = [_Progress() for _ in job.inputs]
+    is_plain = job.frame.is_plain
     items = await feed.take()
     await exchange.start_stream()
     try:
         while True:
-            data = b"".join(_chunks(job, wire, progress, items))
+            data = b"".join(_chunks(job, wire, progress, items, is_plain=is_plain))
             # When every choice has ended, the last delta was the end of one.
             if items[-1].delta.finish_reason is not None and _have_ended(progress):
                 break
@@ -123,7 +138,7 @@ async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) ->
             items = await feed.take()
             if not items:
                 raise InternalError("a generation ended without a finish reason")
-        if job.include_usage:
+        if job.frame.include_usage:
             data += wire.usage(_total_usage(job, progress))
         await exchange.stream(data + DONE, is_last=True)
         await feed.drain(CLEANUP_TIMEOUT_S)
@@ -136,21 +151,40 @@ async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) ->
 
 
 def _chunks(
-    job: Job, wire: WireFormat, progress: list[_Progress], items: Sequence[Item]
+    job: Job,
+    wire: WireFormat,
+    progress: list[_Progress],
+    items: Sequence[Item],
+    *,
+    is_plain: bool,
 ) -> list[bytes]:
     """The events for these deltas, one event each: clients count events as tokens."""
     events = []
+    usage = None
     for index, delta in items:
         choice = progress[index]
         if not choice.is_open:
             choice.is_open = True
-            events.append(wire.opening(index))
-        if delta.text or (job.has_logprobs and delta.logprobs):
-            events.append(wire.text(index, delta.text, delta.logprobs))
+            if job.frame.continuous_usage:
+                usage = _usage_so_far(job, index, choice)
+            events.append(wire.opening(index, delta, usage))
+        if is_plain:
+            if delta.text:
+                events.append(wire.text(index, delta.text))
+        else:
+            choice.num_tokens += len(delta.token_ids)
+            if job.frame.continuous_usage:
+                usage = _usage_so_far(job, index, choice)
+            if delta.text or delta.token_ids:
+                events.append(wire.detailed(index, delta, usage))
         if delta.finish_reason is not None:
             _note_end(choice, delta)
-            events.append(wire.finish(index, delta))
+            events.append(wire.finish(index, delta, usage))
     return events
+
+
+def _usage_so_far(job: Job, index: int, choice: _Progress) -> Usage:
+    return Usage(len(job.inputs[index].prompt_token_ids), choice.num_tokens, 0)
 
 
 def _have_ended(progress: Sequence[_Progress]) -> bool:
@@ -174,9 +208,9 @@ def _finish_reason(choice: _Progress) -> FinishReason:
 def _total_usage(job: Job, progress: Sequence[_Progress]) -> Usage:
     """Each prompt counts once, however many choices it has; every choice's output counts."""
     usages = [p.usage or Usage(0, 0, 0) for p in progress]
-    prompts = usages[:: job.num_choices]
+    prompts = usages[:: job.frame.num_choices]
     return Usage(
         prompt_tokens=sum(u.prompt_tokens for u in prompts),
-        completion_tokens=sum(u.completion_tokens for u in usages),
+        completion_tokens=0 if job.frame.drops_output else sum(u.completion_tokens for u in usages),
         cached_tokens=sum(u.cached_tokens for u in prompts),
     )

@@ -1,4 +1,4 @@
-"""What the two generation routes write: stream chunks as bytes, whole answers as objects.
+"""What the two generation routes have in common in what they write.
 
 Everything that is the same in all chunks of a stream is serialized once, so a chunk costs one
 call to the JSON encoder for its text.
@@ -7,7 +7,7 @@ call to the JSON encoder for its text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import orjson
@@ -15,17 +15,23 @@ import orjson
 from baton.core.errors import InternalError
 from baton.core.request import FinishReason, TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
-from services.router.openai_api.logprobs import (
-    CompletionLogprobs,
-    chat_entries,
-    completion_entries,
-)
+from services.router.openai_api.logprobs import TokenNames, prompt_entries
+from services.router.openai_api.tool_plan import NO_TOOLS, ToolPlan
 from services.router.requests.generation import GenerationDelta, Usage
 from services.router.requests.timing import RequestTiming
 
 DONE = b"data: [DONE]\n\n"
 
 _FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a request."""
+
+    token_ids: tuple[int, ...] = ()
+    text: str | None = None
+    """As the client sent it; None for token ids and conversations, and for what was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +42,51 @@ class Frame:
     model: str
     created_s: int
     tokenizer: Tokenizer
-    num_top_logprobs: int | None
+    num_top_logprobs: int | None = None
     """None: no log-probabilities."""
-    include_usage: bool
+    include_usage: bool = False
     """In a stream: a usage chunk at the end, and a null usage in the others."""
+    continuous_usage: bool = False
+    """In a stream: a usage in every chunk."""
+    num_choices: int = 1
+    """Of each prompt."""
+    prompts: Sequence[Prompt] = ()
+    echo: bool = False
+    """The text begins with the prompt."""
+    drops_output: bool = False
+    """And is nothing else."""
+    num_prompt_logprobs: int | None = None
+    """In a field of their own."""
+    returns_token_ids: bool = False
+    names_are_ids: bool = False
+    skip_special_tokens: bool = True
+    tools: ToolPlan = field(default=NO_TOOLS)
+
+    @property
+    def is_plain(self) -> bool:
+        """Chunks have text and nothing beside it."""
+        return not (
+            self.num_top_logprobs is not None
+            or self.continuous_usage
+            or self.returns_token_ids
+            or self.drops_output
+            or self.tools.is_on
+        )
+
+    @property
+    def names(self) -> TokenNames:
+        return TokenNames(self.tokenizer, self.names_are_ids)
+
+    def prompt_of(self, index: int) -> Prompt:
+        """Of choice number `index`, over all prompts."""
+        return self.prompts[index // self.num_choices]
+
+    def prompt_field(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, object]:
+        """The prompt's log-probabilities, if they were asked for."""
+        if self.num_prompt_logprobs is None:
+            return {}
+        entries = prompt_entries(self.names, logprobs, self.num_prompt_logprobs)
+        return {"prompt_logprobs": entries}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +100,27 @@ class Choice:
     stop_reason: str | int | None
     timing: RequestTiming | None = None
     """If it was asked for."""
+    token_ids: Sequence[int] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class WireFormat(Protocol):
-    """One route's bytes. Stateful over one stream."""
+    """One route's bytes. Stateful over one stream. `usage`: of the choice so far, in a frame with
+    continuous usage."""
 
-    def opening(self, index: int) -> bytes:
-        """Sent before the first text of a choice."""
+    def opening(self, index: int, delta: GenerationDelta, usage: Usage | None = None) -> bytes:
+        """Sent before the first text of a choice, which is that of `delta`."""
         ...
 
-    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes: ...
+    def text(self, index: int, text: str) -> bytes:
+        """A chunk of a plain frame."""
+        ...
 
-    def finish(self, index: int, delta: GenerationDelta) -> bytes:
+    def detailed(self, index: int, delta: GenerationDelta, usage: Usage | None = None) -> bytes:
+        """Chunks of a frame that is not plain; may be empty."""
+        ...
+
+    def finish(self, index: int, delta: GenerationDelta, usage: Usage | None = None) -> bytes:
         """The end of a choice; `delta` has its finish reason."""
         ...
 
@@ -77,99 +133,7 @@ class WireFormat(Protocol):
         ...
 
 
-class ChatFormat:
-    """POST /v1/chat/completions."""
-
-    def __init__(self, frame: Frame) -> None:
-        self._frame = frame
-        self._chunk = _ChunkWriter(frame, "chat.completion.chunk", (b'"delta":{"content":', b"}"))
-
-    def opening(self, index: int) -> bytes:
-        return self._chunk.write(index, b'"delta":{"role":"assistant","content":""}', b"null")
-
-    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
-        if self._frame.num_top_logprobs is None:
-            return self._chunk.text(index, text)
-        content = b'"delta":{"content":' + orjson.dumps(text) + b"}"
-        return self._chunk.write(index, content, orjson.dumps(self._logprobs(logprobs)))
-
-    def finish(self, index: int, delta: GenerationDelta) -> bytes:
-        return self._chunk.write(index, b'"delta":{}', b"null", delta)
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._chunk.usage(usage)
-
-    def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        has_logprobs = self._frame.num_top_logprobs is not None
-        entries: list[dict[str, object]] = [
-            {
-                "index": c.index,
-                "message": {"role": "assistant", "content": c.text, "refusal": None},
-                "logprobs": self._logprobs(c.logprobs) if has_logprobs else None,
-                "finish_reason": finish_name(c.finish_reason),
-                "stop_reason": c.stop_reason,
-                **_own_fields(c.timing),
-            }
-            for c in choices
-        ]
-        return _answer(self._frame, "chat.completion", entries, usage)
-
-    def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, object]:
-        num_top = self._frame.num_top_logprobs or 0
-        return {
-            "content": chat_entries(self._frame.tokenizer, logprobs, num_top),
-            "refusal": None,
-        }
-
-
-class CompletionFormat:
-    """POST /v1/completions."""
-
-    def __init__(self, frame: Frame) -> None:
-        self._frame = frame
-        self._chunk = _ChunkWriter(frame, "text_completion", (b'"text":', b""))
-        self._offsets: dict[int, int] = {}
-        """Characters of each choice whose log-probabilities have been written."""
-
-    def opening(self, index: int) -> bytes:
-        return b""
-
-    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> bytes:
-        if self._frame.num_top_logprobs is None:
-            return self._chunk.text(index, text)
-        entries = orjson.dumps(self._logprobs(index, logprobs))
-        return self._chunk.write(index, b'"text":' + orjson.dumps(text), entries)
-
-    def finish(self, index: int, delta: GenerationDelta) -> bytes:
-        return self._chunk.write(index, b'"text":""', b"null", delta)
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._chunk.usage(usage)
-
-    def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        has_logprobs = self._frame.num_top_logprobs is not None
-        entries: list[dict[str, object]] = [
-            {
-                "index": c.index,
-                "text": c.text,
-                "logprobs": self._logprobs(c.index, c.logprobs) if has_logprobs else None,
-                "finish_reason": finish_name(c.finish_reason),
-                "stop_reason": c.stop_reason,
-                **_own_fields(c.timing),
-            }
-            for c in choices
-        ]
-        return _answer(self._frame, "text_completion", entries, usage)
-
-    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        num_top = self._frame.num_top_logprobs or 0
-        arrays, self._offsets[index] = completion_entries(
-            self._frame.tokenizer, logprobs, num_top, self._offsets.get(index, 0)
-        )
-        return arrays
-
-
-class _ChunkWriter:
+class ChunkWriter:
     """Puts one choice between the parts that never change."""
 
     def __init__(self, frame: Frame, object_name: str, around: tuple[bytes, bytes]) -> None:
@@ -200,35 +164,45 @@ class _ChunkWriter:
         self,
         index: int,
         payload: bytes,
-        logprobs: bytes,
-        last: GenerationDelta | None = None,
+        *,
+        logprobs: bytes = b"null",
+        finish: bytes = b"null",
+        in_choice: dict[str, object] | None = None,
+        on_top: dict[str, object] | None = None,
+        usage: Usage | None = None,
     ) -> bytes:
-        """`last`: the delta that ends the choice."""
-        start = b'%b{"index":%d,%b' % (self._start, index, payload)
-        if last is None and logprobs == b"null":
-            return start + self._plain_end
-        finish = b"null"
-        if last is not None and last.finish_reason is not None:
-            finish = orjson.dumps(finish_name(last.finish_reason))
-            finish += b',"stop_reason":' + orjson.dumps(last.stop_reason)
-            if last.timing is not None:
-                finish += b"," + orjson.dumps(_own_fields(last.timing))[1:-1]
-        return b'%b,"logprobs":%b,"finish_reason":%b%b' % (start, logprobs, finish, self._end)
+        """`payload`: the choice's text or delta. `in_choice`, `on_top`: more fields."""
+        end = self._end
+        if usage is not None:
+            end = b'}],"usage":%b}\n\n' % orjson.dumps(usage_object(usage))
+        if on_top:
+            # Before the closing brace of the whole object and the blank line.
+            end = end[:-3] + b"," + orjson.dumps(on_top)[1:-1] + b"}\n\n"
+        more = b"," + orjson.dumps(in_choice)[1:-1] if in_choice else b""
+        return b'%b{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b%b' % (
+            self._start, index, payload, logprobs, finish, more, end,
+        )  # fmt: skip
 
     def usage(self, usage: Usage) -> bytes:
         return b'%b],"usage":%b}\n\n' % (self._start, orjson.dumps(usage_object(usage)))
 
 
-def _own_fields(timing: RequestTiming | None) -> dict[str, object]:
+def end_fields(delta: GenerationDelta | Choice) -> dict[str, object]:
+    """What a choice has at its end beside the finish reason."""
+    return {"stop_reason": delta.stop_reason, **own_fields(delta.timing)}
+
+
+def own_fields(timing: RequestTiming | None) -> dict[str, object]:
     """What a choice has beyond the OpenAI API; nothing unless the client asked for it."""
     return {} if timing is None else {"baton": {"timing": timing}}
 
 
-def finish_name(reason: FinishReason) -> str:
+def finish_name(reason: FinishReason | None) -> str:
     """Raises InternalError for reasons that the dispatcher reports as errors instead."""
-    name = _FINISH.get(reason)
+    name = None if reason is None else _FINISH.get(reason)
     if name is None:
-        raise InternalError(f"the generation ended as {reason.value} without saying why")
+        ended = "nothing" if reason is None else reason.value
+        raise InternalError(f"the generation ended as {ended} without saying why")
     return name
 
 
@@ -241,8 +215,12 @@ def usage_object(usage: Usage) -> dict[str, object]:
     }
 
 
-def _answer(
-    frame: Frame, object_name: str, choices: list[dict[str, object]], usage: Usage
+def answer_body(
+    frame: Frame,
+    object_name: str,
+    choices: list[dict[str, object]],
+    usage: Usage,
+    on_top: dict[str, object],
 ) -> bytes:
     return orjson.dumps(
         {
@@ -252,5 +230,6 @@ def _answer(
             "model": frame.model,
             "choices": choices,
             "usage": usage_object(usage),
+            **on_top,
         }
     )

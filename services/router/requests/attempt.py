@@ -49,6 +49,8 @@ class AttemptFailure:
     """The worker has no room for the request."""
     is_lost: bool = False
     """The worker's session has ended; another one may come."""
+    is_handed_back: bool = False
+    """The worker leaves its pool: nobody has failed."""
 
 
 @dataclass(slots=True)
@@ -74,6 +76,8 @@ class Attempt:
     placement: Placement
     mailbox: Mailbox
     sessions: dict[WorkerId, WorkerSession] = field(default_factory=dict)
+    roles: dict[WorkerId, Role] = field(default_factory=dict)
+    """Of the workers when they were asked; they may have others by now."""
     unfinished: set[WorkerId] = field(default_factory=set)
     """Workers that have not sent their last delta."""
     spoken: set[WorkerId] = field(default_factory=set)
@@ -131,7 +135,7 @@ class Attempt:
         return self._work_of(worker_id) is not Work.DECODE
 
     def role_of(self, worker_id: WorkerId) -> Role:
-        return _info(self.sessions[worker_id]).role
+        return self.roles[worker_id]
 
     def start(
         self,
@@ -163,6 +167,7 @@ class Attempt:
                 kv_tokens=order.num_tokens,
             )
             self.sessions[worker_id] = by_id[worker_id]
+            self.roles[worker_id] = _info(by_id[worker_id]).role
             self.unfinished.add(worker_id)
 
     def take_over(
@@ -182,6 +187,7 @@ class Attempt:
         )
         self._moved_to, self.handover = handover.source, handover
         self.sessions[handover.target] = target
+        self.roles[handover.target] = _info(target).role
         self.unfinished.add(handover.target)
 
     def give_up_move(self, reason: str, *, at_s: float, now_s: float) -> None:
@@ -288,6 +294,8 @@ class Attempt:
 
     def _failed(self, worker_id: WorkerId | None, delta: TokenDelta) -> AttemptFailure:
         placement, blamed = self.placement, worker_id
+        if delta.is_handed_back:
+            return AttemptFailure(delta.error, blamed, is_handed_back=True)
         is_reading = self.is_remote and placement.prefill not in self.unfinished
         is_handed_over = placement.decode in self.spoken
         may_be_read = is_reading and not is_handed_over and not delta.is_overload

@@ -66,9 +66,16 @@ class TextStage:
     """Keeps its state over replays: only the tokens matter, not which worker made them."""
 
     def __init__(
-        self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0
+        self,
+        detokenizer: Detokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        includes_stop: bool = False,
     ) -> None:
-        """Stop strings that are complete before token number `min_tokens` do not count."""
+        """Stop strings that are complete before token number `min_tokens` do not count.
+        `includes_stop`: the one that ends the output is shown."""
+        self._includes_stop = includes_stop
         self._detokenizer = detokenizer
         self._matchers = [StopMatcher(s) for s in dict.fromkeys(stop) if s]
         self._min_tokens = min_tokens
@@ -115,7 +122,8 @@ class TextStage:
             if done and self._num_tokens >= self._min_tokens:
                 longest = max(done, key=lambda m: len(m.stop))
                 self._held = ""
-                return held[: max(0, at + 1 - len(longest.stop))], longest.stop
+                end = at + 1 if self._includes_stop else max(0, at + 1 - len(longest.stop))
+                return held[:end], longest.stop
         hold = max(m.matched for m in self._matchers)
         certain = max(0, len(held) - hold)
         self._held = held[certain:]

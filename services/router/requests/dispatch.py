@@ -198,9 +198,12 @@ class Dispatcher:
             request,
             WorkOrder(request.prompt_token_ids, sampling, tokenizer.eos_token_ids),
             TextStage(
-                tokenizer.detokenizer(request.prompt_token_ids),
+                tokenizer.detokenizer(
+                    request.prompt_token_ids, skip_special_tokens=request.skip_special_tokens
+                ),
                 request.stop,
                 min_tokens=sampling.min_tokens,
+                includes_stop=request.includes_stop,
             ),
             RequestRecord(
                 request.request_id,

@@ -41,6 +41,8 @@ class Flight:
     avoid: set[WorkerId] = field(default_factory=set)
     full: set[WorkerId] = field(default_factory=set)
     """Those of them that refused because they had no room."""
+    num_handed_back: int = 0
+    """How often a worker that left its pool has given it back."""
     timer: asyncio.TimerHandle | None = None
     ticket: Ticket | None = None
     """Of admission; None until the request has come there."""
@@ -88,7 +90,12 @@ class Flight:
         if num_tokens:
             recorder.tokens(self.record, num_tokens, at_s)
         if stop is None and new.finish_reason is None:
-            return GenerationDelta(text, tuple(new.token_ids), tuple(new.logprobs))
+            return GenerationDelta(
+                text,
+                tuple(new.token_ids),
+                tuple(new.logprobs),
+                prompt_logprobs=new.prompt_logprobs,
+            )
         self.record.finish_reason = new.finish_reason if stop is None else FinishReason.STOP
         return GenerationDelta(
             text,
@@ -102,6 +109,7 @@ class Flight:
                 cached_tokens=self.record.num_cached_tokens or 0,
             ),
             timing=timing_of(self.record) if self.request.wants_timing else None,
+            prompt_logprobs=new.prompt_logprobs,
         )
 
     def _stop_token(self, new: NewTokens) -> int | None:

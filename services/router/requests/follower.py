@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _BROKEN_OFF = (FinishReason.ERROR, FinishReason.CANCELLED)
 FINISHED = "finished"
+MAX_HANDED_BACK = 32
+"""By workers that leave their pools, before it counts as a failure: so many do not leave while one
+request runs."""
 
 
 class Follower:
@@ -154,6 +157,13 @@ class Follower:
         if flight.abort is not None:
             raise flight.abort
         record = flight.record
+        if failure.is_handed_back and flight.num_handed_back < MAX_HANDED_BACK:
+            # The worker takes no work by now, as this router has heard before: the next placement
+            # goes elsewhere.
+            flight.num_handed_back += 1
+            logger.info("request %s is placed anew: %s", record.request_id, failure.reason)
+            self.end_attempt(flight, "placed anew")
+            return
         record.failures.append(f"{failure.blamed}: {failure.reason}")
         logger.warning(
             "request %s given up by %s: %s",

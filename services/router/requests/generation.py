@@ -45,7 +45,11 @@ class GenerationInput:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
-    """Strings that end the output; never part of it, also when split over tokens."""
+    """Strings that end the output, also when split over tokens."""
+    includes_stop: bool = False
+    """The stop string that ended the output stays at its end."""
+    skip_special_tokens: bool = True
+    """The text is without them."""
     cache_salt: str = ""
     """From the tenant. Prompts share KV only under equal salts."""
     deadline_s: float = 600.0
@@ -101,6 +105,8 @@ class GenerationDelta(NamedTuple):
     usage: Usage | None = None
     timing: RequestTiming | None = None
     """If it was asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of all prompt tokens but the first, with output 0, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

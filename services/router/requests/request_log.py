@@ -6,7 +6,7 @@ Durations come from the time points of `baton.core.lifecycle` and nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from baton.core import metrics as series
@@ -19,6 +19,7 @@ from services.router.admission.ticket import Ticket
 from services.router.migration.handover import Handover
 from services.router.placement.perf_observer import PerfObserver
 from services.router.placement.placement import Placement, Prediction, ScoreTerms
+from services.router.pool_stats_book import PoolStatsBook
 from services.router.requests.accounts import Accounts
 from services.router.requests.request_record import RequestRecord
 from services.router.tenants.tenant_labels import TenantLabels
@@ -35,8 +36,8 @@ _SPANS = (
 )
 
 
-class SpanSink(Protocol):
-    """Where requests are traced."""
+class EndedSink(Protocol):
+    """Who is given whole records: a tracer, the page at /ui."""
 
     def ended(self, record: RequestRecord) -> None:
         """Once per request that was not turned away. Must not block."""
@@ -52,16 +53,24 @@ class RequestRecorder:
         *,
         accounts: Accounts | None = None,
         observer: PerfObserver | None = None,
-        spans: SpanSink | None = None,
+        ended: Sequence[EndedSink] = (),
+        stats: PoolStatsBook | None = None,
     ) -> None:
-        """`observer`: who learns from requests that have ended. `spans`: who traces them."""
+        """`observer`: who learns from requests that have ended. `ended`: who keeps them. `stats`:
+        what planners are told."""
         self._metrics = metrics
+        self._stats = stats
         self._accounts = accounts or Accounts(metrics, TenantLabels())
         self._observer = observer
-        self._spans = spans
+        self._ended = ended
         self._itl: dict[str, Observer] = {}
         self._live: dict[RequestId, RequestRecord] = {}
         self._models_waiting: set[str] = set()
+
+    @property
+    def live(self) -> Collection[RequestRecord]:
+        """Of requests that still run, oldest first."""
+        return self._live.values()
 
     def started(self, record: RequestRecord) -> None:
         self._live[record.request_id] = record
@@ -116,6 +125,8 @@ class RequestRecorder:
         """A worker has said what it found in its prefix cache."""
         if computes_prompt and record.num_cached_tokens is None:
             record.num_cached_tokens = num_cached_tokens
+            if self._stats is not None:
+                self._stats.prompt(record.num_prompt_tokens, num_cached_tokens)
         labels = (record.model, role.value)
         self._metrics.add(series.PREFIX_QUERY_TOKENS, record.num_prompt_tokens, *labels)
         self._metrics.add(series.PREFIX_HIT_TOKENS, num_cached_tokens, *labels)
@@ -137,6 +148,8 @@ class RequestRecorder:
         finish = record.finish_reason or FinishReason.ERROR
         metrics.add(series.REQUESTS, 1, model, finish.value)
         self._count_tokens(record)
+        if self._stats is not None and record.num_output_tokens:
+            self._stats.output(record.num_prompt_tokens, record.num_output_tokens)
         if finish in (FinishReason.STOP, FinishReason.LENGTH):
             metrics.add(series.PROMPT_TOKENS, record.num_prompt_tokens, model)
             metrics.add(series.CACHED_TOKENS, record.num_cached_tokens or 0, model)
@@ -159,8 +172,8 @@ class RequestRecorder:
         if self._observer is not None and finish in (FinishReason.STOP, FinishReason.LENGTH):
             self._learn(self._observer, record)
         _log(record, finish, known)
-        if self._spans is not None:
-            self._spans.ended(record)
+        for sink in self._ended:
+            sink.ended(record)
 
     def _count_tokens(self, record: RequestRecord) -> None:
         num_new = record.num_output_tokens - record.num_counted_tokens
@@ -177,10 +190,21 @@ class RequestRecorder:
                 num_cached_tokens=record.num_cached_tokens or 0,
                 num_output_tokens=record.num_output_tokens,
             )
+            if self._stats is not None:
+                _tell_prefill(self._stats, record)
 
     def _itl_observer(self, model: str) -> Observer:
         observer = self._itl[model] = self._metrics.observer(series.ITL, model)
         return observer
+
+
+def _tell_prefill(stats: PoolStatsBook, record: RequestRecord) -> None:
+    """Its prompt's share of a prefill worker's steps."""
+    for part in record.parts:
+        engine = part.timeline.engine
+        if part.role is Role.PREFILL and part.computes_prompt and engine.num_steps:
+            cached = record.num_cached_tokens or 0
+            stats.prefill_steps(record.num_prompt_tokens - cached, cached, engine.seconds)
 
 
 def _log(

@@ -22,6 +22,8 @@ class NewTokens:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With output 0, if they were wanted."""
 
 
 class TokenStream:
@@ -75,6 +77,8 @@ class TokenStream:
             fresh, logprobs = delta.token_ids, delta.logprobs
         else:
             fresh, logprobs = delta.token_ids[num_known:], delta.logprobs[num_known:]
+        if delta.prompt_logprobs and not self.token_ids:
+            new.prompt_logprobs = delta.prompt_logprobs
         self.token_ids += fresh
         new.token_ids += fresh
         new.logprobs += logprobs

@@ -20,7 +20,7 @@ STOP_TIMEOUT_S = 3.0
 
 
 class Tracer:
-    """A `SpanSink`. Without a queue it traces nothing."""
+    """An `EndedSink`. Without a queue it traces nothing."""
 
     def __init__(
         self,

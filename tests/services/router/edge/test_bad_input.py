@@ -70,7 +70,7 @@ BAD_SAMPLING = {
     "frequency_penalty": [-2.1, 2.1, {}],
     "logit_bias": [{"5": 101}, {"5": -101}, {"x": 1}, {"-1": 1}, {"9999": 1}, {"5": "1"}, [1], 3],
     "seed": [2**63, 10**40, 1.5, "1"],
-    "n": [0, -1, 9, 1.5, "2"],
+    "n": [0, -1, 129, 1.5, "2"],
     "max_tokens": [0, -1, 1.5, "5", True, 10**30, 2**63],
     "min_tokens": [-1, 200_000, "1"],
     "stop": [5, [5], {"a": 1}, [None], "", [""], ["x"] * 17, "x" * 2000],
@@ -79,7 +79,38 @@ BAD_SAMPLING = {
     "stream": ["true", 1],
     "model": [5, ["tiny"], {}],
     "stream_options": [{"include_usage": True}, 5],
-    "response_format": [{"type": "xml"}, {"type": "json_object"}, "text", {}],
+    "response_format": [
+        {"type": "xml"},
+        "text",
+        {},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}},
+    ],
+    "structured_outputs": [
+        5,
+        {"json": 5},
+        {"json": "{"},
+        {"regex": "("},
+        {"choice": []},
+        {"choice": ["a", ""]},
+        {"choice": "ab"},
+        {"grammar": "?"},
+        {"regex": "a", "choice": ["a"]},
+        {"structural_tag": {}},
+    ],
+    "guided_json": [5, "{", {"type": "nothing"}],
+    "guided_regex": ["(", 5],
+    "guided_choice": [[], [5]],
+    "guided_grammar": ["?", {}],
+    "allowed_token_ids": [[-1], [258], ["1"], 5],
+    "bad_words": [[""], [" "], "a", [5], ["x"] * 200],
+    "prompt_logprobs": [-1, 21, "1"],
+    "truncate_prompt_tokens": [0, -2, 256, "5"],
+    "skip_special_tokens": ["no", 0],
+    "include_stop_str_in_output": ["yes", 1],
+    "return_token_ids": [1],
+    "return_tokens_as_token_ids": ["x"],
     "cache_salt": [5, "x" * 300],
     "user": [5],
 }
@@ -100,23 +131,99 @@ async def test_bad_field_is_named(direct, generator, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
         ("functions", [{}]),
-        ("best_of", 2),
         ("suffix", "end"),
-        ("echo", True),
         ("modalities", ["text", "audio"]),
-        ("structured_outputs", {"json": {}}),
-        ("prompt_logprobs", 1),
-        ("skip_special_tokens", False),
-        ("continue_final_message", True),
+        ("use_beam_search", True),
+        ("chat_template", "{{ messages }}"),
     ],
 )
 async def test_unsupported_field_is_refused_by_name(direct, name, value):
     for route, body in ((CHAT, {"messages": HELLO}), (COMPLETIONS, {"prompt": "a"})):
         error = error_of(await direct.post(route, json={**body, name: value}), 400)
         assert error["param"] == name
-        assert "not supported yet" in error["message"]
+        assert "not supported" in error["message"]
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+DEEP = json.loads('{"a":' * 500 + "1" + "}" * 500)
+DEEP_TOOL = "tools.0.function.parameters"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools.0.function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"tools": [TOOL] * 129}, "tools"),
+        ({"tools": "x"}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "sometimes", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": 5, "tools": [TOOL]}, "tool_choice"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
+            "tool_choice",
+        ),
+        ({"tool_choice": {"type": "function"}, "tools": [TOOL]}, "tool_choice"),
+        ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "parameters": {"type": "no"}}}
+                ],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"x": "y" * 70_000}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": DEEP}, "chat_template_kwargs"),
+        ({"guided_json": DEEP}, "guided_json"),
+        ({"tools": [{**TOOL, "function": {"name": "f", "parameters": DEEP}}]}, DEEP_TOOL),
+        (
+            {
+                "tools": [{**TOOL, "function": {"name": "f", "parameters": DEEP}}],
+                "tool_choice": "required",
+            },
+            DEEP_TOOL,
+        ),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        (
+            {
+                "response_format": {"type": "json_object"},
+                "structured_outputs": {"regex": "a"},
+            },
+            "structured_outputs",
+        ),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+async def test_bad_chat_field_is_named(direct, generator, fields, param):
+    error = error_of(await direct.post(CHAT, json={"messages": HELLO, **fields}), 400)
+    assert error["param"] == param
+    assert len(error["message"]) < 600
+    assert not generator.started
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"echo": "yes"}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"add_special_tokens": 3}, "add_special_tokens"),
+    ],
+)
+async def test_bad_completion_field_is_named(direct, generator, fields, param):
+    error = error_of(await direct.post(COMPLETIONS, json={"prompt": "a", **fields}), 400)
+    assert error["param"] == param
+    assert not generator.started
 
 
 @pytest.mark.parametrize(
@@ -141,7 +248,16 @@ async def test_unsupported_field_is_refused_by_name(direct, name, value):
         ),
         (
             [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
-            "messages.0.tool_calls",
+            "messages.0.tool_calls.0.function",
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}],
+                }
+            ],
+            "messages.0.tool_calls.0.function.arguments",
         ),
     ],
 )

@@ -30,6 +30,7 @@ from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
 from services.router.edge.http_server import HttpServer
 from services.router.edge.own_door import OwnDoor
+from services.router.pool_stats import PoolStats
 
 NAME = "localhost"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -221,14 +222,16 @@ async def test_the_plain_text_port_has_metrics_and_health_alone(
             copy=CopyConfig(own_port=0),
             edge=dataclasses.replace(edge_config, tls=tls),
         )
-        app = HttpApp(generator, metrics=Metrics(), config=config.edge)
+        app = HttpApp(
+            generator, metrics=Metrics(), config=config.edge, pool_stats=lambda: PoolStats(1.0)
+        )
         door = OwnDoor(app, config)
         await door.start()
         assert door.port is not None
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{door.port}", trust_env=False
         ) as client:
-            for path in ("/health", "/version", "/metrics"):
+            for path in ("/health", "/version", "/metrics", "/pool_stats"):
                 assert (await client.get(path)).status_code == 200
             for path in ("/v1/models", "/v1/../v1/models"):
                 assert (await client.get(path)).status_code == status

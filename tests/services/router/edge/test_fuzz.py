@@ -50,6 +50,57 @@ values = st.recursive(
     ),
     max_leaves=8,
 )
+schemas = st.recursive(
+    st.sampled_from([{"type": "string"}, {"type": "integer"}, {"const": 1}, {"enum": ["a"]}, {}])
+    | values,
+    lambda inner: (
+        st.fixed_dictionaries(
+            {"type": st.just("object"), "properties": st.dictionaries(st.text(max_size=4), inner)}
+        )
+        | st.fixed_dictionaries({"anyOf": st.lists(inner, max_size=3)})
+    ),
+    max_leaves=4,
+)
+functions = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g"]) | scalars},
+    optional={"parameters": schemas, "description": scalars, "strict": scalars},
+)
+tools = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.just("function"), "function": functions}, optional={"x": values}
+    ),
+    max_size=3,
+)
+shaped = st.fixed_dictionaries(
+    {"messages": st.just([{"role": "user", "content": "a"}]), "prompt": st.just([1, 2])},
+    optional={
+        "tools": tools,
+        "tool_choice": st.sampled_from(["auto", "none", "required"])
+        | st.just({"type": "function", "function": {"name": "f"}})
+        | values,
+        "parallel_tool_calls": st.booleans(),
+        "response_format": st.fixed_dictionaries(
+            {"type": st.sampled_from(["text", "json_object", "json_schema"])},
+            optional={"json_schema": st.fixed_dictionaries({"schema": schemas}) | values},
+        ),
+        "structured_outputs": st.dictionaries(
+            st.sampled_from(["json", "regex", "choice", "grammar", "json_object"]),
+            schemas | st.text(max_size=8),
+            max_size=2,
+        ),
+        "guided_regex": st.text(max_size=12),
+        "guided_grammar": st.text(max_size=12),
+        "chat_template_kwargs": st.dictionaries(
+            st.sampled_from(["messages", "tools", "bos_token", "x"]), values, max_size=2
+        ),
+        "continue_final_message": st.booleans(),
+        "add_generation_prompt": st.booleans(),
+        "echo": st.booleans(),
+        "logprobs": st.booleans() | st.integers(0, 3),
+        "max_tokens": st.integers(0, 4),
+        "stream": st.booleans(),
+    },
+)
 plausible = st.fixed_dictionaries(
     {"messages": messages | values, "prompt": st.text(max_size=20) | values},
     optional={name: values for name in FIELDS if name not in ("messages", "prompt")},
@@ -89,7 +140,7 @@ async def _post(client, path: str, data: bytes) -> httpx.Response:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(body=sparse | plausible | values)
+@given(body=sparse | shaped | plausible | values)
 def test_any_json_is_answered(post, path, body):
     response = post(path, orjson.dumps(body))
     assert response.status_code < 500, response.text

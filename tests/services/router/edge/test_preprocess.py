@@ -39,8 +39,8 @@ class WatchedTokenizer:
         self.vocab_size = tokenizer.vocab_size
         self.threads: list[threading.Thread] = []
 
-    def apply_chat_template(self, messages):
-        return self._tokenizer.apply_chat_template(messages)
+    def apply_chat_template(self, messages, **options):
+        return self._tokenizer.apply_chat_template(messages, **options)
 
     def encode(self, text, *, add_special_tokens):
         self.threads.append(threading.current_thread())

@@ -6,7 +6,10 @@ import orjson
 import pytest
 
 from baton.core.request import TokenLogprobs
-from services.router.openai_api.wire_format import ChatFormat, CompletionFormat, Frame
+from services.router.openai_api.chat_format import ChatFormat
+from services.router.openai_api.completion_format import CompletionFormat
+from services.router.openai_api.wire_format import Frame, Prompt
+from services.router.requests.generation import GenerationDelta
 
 TEXTS = ["", " the", 'a"b\\c', "\n\t\x00", "größe €🙂", "</script>", "x" * 5000, "\u2028"]
 ROUTES = {
@@ -24,9 +27,23 @@ class Letters:
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
+    def detokenizer(self, prompt_ids=(), *, skip_special_tokens=True):
+        return self
+
+    def push(self, token_ids) -> str:
+        return "".join(map(chr, token_ids))
+
 
 def frame(*, usage: bool = False, num_top_logprobs: int | None = None) -> Frame:
-    return Frame("id-1", 'model "x"', 123, Letters(), num_top_logprobs, usage)  # type: ignore[arg-type]
+    return Frame(
+        "id-1",
+        'model "x"',
+        123,
+        Letters(),  # type: ignore[arg-type]
+        num_top_logprobs,
+        usage,
+        prompts=[Prompt((1, 2))] * 20,
+    )
 
 
 @pytest.mark.parametrize("include_usage", [False, True])
@@ -46,14 +63,15 @@ def test_event_of_a_token_is_the_whole_object_in_its_order(route, include_usage)
             }
             if include_usage:
                 event["usage"] = None
-            assert wire.text(index, text, ()) == b"data: " + orjson.dumps(event) + b"\n\n"
+            assert wire.text(index, text) == b"data: " + orjson.dumps(event) + b"\n\n"
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_log_probabilities_change_nothing_else(route):
     plain, full = route(frame()), route(frame(num_top_logprobs=1))
     logprobs = (TokenLogprobs(97, -0.5, ((97, -0.5),)),)
-    with_entries = orjson.loads(full.text(0, "a", logprobs).removeprefix(b"data: "))
-    without = orjson.loads(plain.text(0, "a", logprobs).removeprefix(b"data: "))
+    delta = GenerationDelta("a", (97,), logprobs)
+    with_entries = orjson.loads(full.detailed(0, delta).removeprefix(b"data: "))
+    without = orjson.loads(plain.text(0, "a").removeprefix(b"data: "))
     assert with_entries["choices"][0].pop("logprobs") and not without["choices"][0].pop("logprobs")
     assert with_entries == without

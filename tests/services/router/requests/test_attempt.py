@@ -118,7 +118,7 @@ def idle_gate():
 class ByteTokenizer:
     eos_token_ids = (0,)
 
-    def detokenizer(self, prompt_ids=()):
+    def detokenizer(self, prompt_ids=(), *, skip_special_tokens=True):
         return self
 
     def push(self, token_ids):

@@ -122,3 +122,11 @@ def test_long_periodic_stop_string_costs_little():
     stage = TextStage(PieceDetokenizer(["a" * 5000]), ["a" * 1000 + "b"])
     assert len(stage.push([0]).text) == 4000
     assert len(stage.finish().text) == 1000
+
+
+def test_stop_string_may_be_a_part_of_the_text():
+    for text in ("one END two", "one END"):
+        stage = TextStage(ByteDetokenizer(), ["END", "ND"], includes_stop=True)
+        step = stage.push(list(text.encode()))
+        assert step.text == "one END"
+        assert step.stop == "END"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from baton.core.request import FinishReason, TokenDelta, TokenLogprobs
+from baton.core.request import FinishReason, RequestId, TokenDelta, TokenLogprobs
 from services.router.requests.token_stream import TokenStream
 
 
@@ -64,3 +64,14 @@ def test_any_order_and_overlap_gives_every_token_once():
             seen += new.token_ids
         assert seen == stream.token_ids == ids
         assert not stream.is_waiting
+
+
+def test_scores_of_the_prompt_are_handed_on_once():
+    stream = TokenStream()
+    scores = (TokenLogprobs(5, -0.5),)
+    early = TokenDelta(RequestId("r"), first_index=1, token_ids=[8])
+    first = TokenDelta(RequestId("r"), token_ids=[7], prompt_logprobs=scores)
+    assert not stream.push(early).prompt_logprobs
+    assert stream.push(first).prompt_logprobs == scores
+    # A replay that begins anew says it again.
+    assert not stream.push(first).prompt_logprobs
