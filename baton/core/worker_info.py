@@ -22,10 +22,15 @@ class Role(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    @property
+    def other(self) -> Role:
+        return Role.DECODE if self is Role.PREFILL else Role.PREFILL
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """Fixed for the life of one worker process."""
+    """Fixed for the life of one worker process, but for `role`, `max_num_seqs` and `role_version`,
+    which a change of role replaces together."""
 
     worker_id: WorkerId
     epoch: Epoch
@@ -41,6 +46,8 @@ class WorkerInfo:
     transport: str
     """Name of the preferred KV transport: nixl, shm, socket, none or fake."""
     pid: int
+    role_version: int = 1
+    """Counts the roles of this process: 1 is the one it was started with. 0: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)

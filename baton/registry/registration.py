@@ -25,7 +25,11 @@ def check_worker_id(worker_id: str) -> None:
 
 
 def info_to_values(info: WorkerInfo) -> dict[str, Any]:
-    return {**dataclasses.asdict(info), "role": info.role.value}
+    values = {**dataclasses.asdict(info), "role": info.role.value}
+    if info.role_version == 1:
+        # Readers of the last release take no key they do not know.
+        del values["role_version"]
+    return values
 
 
 def info_from_values(values: Any) -> WorkerInfo:

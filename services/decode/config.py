@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from baton.core.worker_info import Role
+from services.worker.pool_limits import POOL_LIMITS
+
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "role": "decode",
-        # A local prefill shares its step with running decodes; small chunks keep the gap between
-        # their tokens short.
-        "engine": {"max_num_seqs": 32, "max_num_batched_tokens": 128},
-    }
+    {"role": Role.DECODE.value, "engine": POOL_LIMITS[Role.DECODE]}
 )

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from baton.core.worker_info import Role
+from services.worker.pool_limits import POOL_LIMITS
+
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "role": "prefill",
-        # Few prompts at a time: each ends sooner, and more of them would share the same step
-        # budget without computing more tokens per second.
-        "engine": {"max_num_seqs": 8, "max_num_batched_tokens": 512},
-    }
+    {"role": Role.PREFILL.value, "engine": POOL_LIMITS[Role.PREFILL]}
 )

@@ -30,6 +30,8 @@ from services.worker.peer_members import PeerMembers
 from services.worker.prefix_imports import ImportLimits, PrefixImports
 from services.worker.rates import PrefillRate
 from services.worker.requests import Requests
+from services.worker.role_change import RoleChanger
+from services.worker.role_state import RoleMachine
 from services.worker.session import Sessions
 from services.worker.session_server import WorkerServicer
 from services.worker.tier_backend import build_tiering
@@ -59,6 +61,7 @@ class Parts:
     tiering: Tiering | None
     fabric: Fabric
     drain: Drain
+    roles: RoleChanger
     health: Health
     sessions: Sessions
     worker_service: WorkerServicer
@@ -71,12 +74,18 @@ def assemble(
     backend: Backend,
     secret: bytes,
     tls: TlsFiles | None = None,
+    *,
+    fixed_role: str = "",
 ) -> Parts:
-    """Everything between the backend and the gRPC server. Call on the event loop."""
+    """Everything between the backend and the gRPC server. Call on the event loop.
+
+    `fixed_role`: why the worker never changes its role, empty where it may.
+    """
     clock, transport = MonotonicClock(), backend.transport
     sessions = Sessions()
     fabric = Fabric(sessions)
-    requests = Requests(sessions)
+    role_state = RoleMachine(info.role)
+    requests = Requests(sessions, role_state)
     engine = EngineLoop(backend.engine, on_step=requests.on_step, clock=clock, cores=backend.cores)
     leases = _leases(config, info, engine, clock)
     engine.tell_layers(leases.announce_layers)
@@ -95,7 +104,18 @@ def assemble(
     requests.attach(engine, leases, reads, imports, tiering)
     gate = _gate(config, info, secret, clock)
     _report_all(fabric, leases, reads, tiering, gate, transport)
-    drain = Drain(engine=engine, requests=requests, clock=clock)
+    roles = RoleChanger(
+        info,
+        role_state,
+        engine_config=config.engine,
+        other_engine=config.other_engine,
+        engine=engine,
+        requests=requests,
+        sessions=sessions,
+        clock=clock,
+        fixed_because=fixed_role,
+    )
+    drain = Drain(engine=engine, requests=requests, clock=clock, has_mates=roles.has_mates)
     health = Health(
         engine,
         config.health,
@@ -103,7 +123,7 @@ def assemble(
         on_verdict=lambda verdict: requests.set_unhealthy(not verdict.is_healthy),
     )
     worker_service = WorkerServicer(
-        info=info,
+        roles=roles,
         engine=engine,
         requests=requests,
         sessions=sessions,
@@ -131,6 +151,7 @@ def assemble(
         tiering,
         fabric,
         drain,
+        roles,
         health,
         sessions,
         worker_service,

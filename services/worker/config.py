@@ -6,6 +6,7 @@ Layers, lowest first: field defaults, the pool's defaults, a YAML file, the envi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from baton.registry.redis_connection import check_deployment, check_redis_url
 from baton.settings import LogConfig, check_positive, merge_layers
 from kvtransfer.select import TransportKind
 from kvtransfer.tiers.config import TierConfig
+from services.worker.pool_limits import POOL_LIMITS
 
 GPU_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -159,6 +161,10 @@ class WorkerConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    other_engine: EngineConfig | None = None
+    """Engine settings of the other pool: their step limits apply once this worker has changed its
+    role, and whatever else differs keeps it where it is. None takes `engine` with the other pool's
+    own limits."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -193,7 +199,25 @@ def load_worker_config(
     layers choose one. Raises ConfigError naming the wrong key.
     """
     settings = merge_layers(WorkerConfig, file=file, environ=environ, overrides=overrides)
-    return build(WorkerConfig, merge(defaults_for_device(defaults, settings), settings))
+    values = merge(defaults_for_device(defaults, settings), settings)
+    values.pop("other_engine", None)
+    config = build(WorkerConfig, values)
+    return dataclasses.replace(config, other_engine=_other_engine(config.role, settings))
+
+
+def _other_engine(role: Role, settings: Mapping[str, Any]) -> EngineConfig | None:
+    """None where nobody has given it and `engine` does not fit the other pool's limits."""
+    limits = {"engine": POOL_LIMITS[role.other]}
+    given = settings.get("other_engine")
+    if given:
+        engine = merge(defaults_for_device(limits, {"engine": given}), {"engine": given})["engine"]
+        path = merge({"model_path": settings["engine"]["model_path"]}, engine)
+        return build(EngineConfig, path, where="other_engine.")
+    try:
+        own = {"engine": settings["engine"]}
+        return build(EngineConfig, merge(defaults_for_device(limits, own), own)["engine"])
+    except ConfigError:
+        return None
 
 
 def defaults_for_device(

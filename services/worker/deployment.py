@@ -21,6 +21,10 @@ from services.worker.config import load_worker_config
 from services.worker.worker import WorkerServer
 
 STOP_MARGIN_S = 10.0
+FIXED_ROLE = (
+    "Ray Serve runs this worker and counts it as a replica of its pool's deployment; change the "
+    "number of replicas of both pools instead"
+)
 SERVE_OPTIONS: dict[str, Any] = {
     "request_router_config": RequestRouterConfig(
         request_router_class="services.router.workers.ray_membership.PublishingRequestRouter"
@@ -45,7 +49,7 @@ class WorkerReplica:
         name = config.worker_id or config.role.value
         start_logging(name, config.log, Path(log_dir) / f"{name}.log" if log_dir else None)
         self._drain_s = config.drain_s
-        self._server = WorkerServer(config)
+        self._server = WorkerServer(config, fixed_role=FIXED_ROLE)
         await self._server.start()
 
     async def record_replica_metadata(self) -> dict[str, str]:

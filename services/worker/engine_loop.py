@@ -34,6 +34,7 @@ from baton.core.request import GenerateRequest, RequestId, SamplingParams, Token
 from baton.core.worker_info import LoadReport
 from baton.engine.engine import BatchOutcome, Reservation, StepOutput
 from baton.engine.layer_notices import LayerSink
+from baton.engine.scheduler import SchedulerLimits
 from services.worker.core_share import AllCores, CoreShare
 from services.worker.engine_answers import Answers, Command
 from services.worker.engine_api import EngineApi, Snapshot, StepResult
@@ -220,6 +221,14 @@ class EngineLoop:
     async def is_empty(self) -> bool:
         """No sequence, reservation or lease after all commands sent so far."""
         return await self._ask(lambda: self._engine.is_empty)
+
+    def set_limits(self, limits: SchedulerLimits) -> None:
+        """As the engine's, for whatever is submitted from now on."""
+        self._send(lambda: self._engine.set_limits(limits))
+
+    async def waiting_ids(self) -> tuple[RequestId, ...]:
+        """As the engine's."""
+        return await self._ask(self._engine.waiting_ids)
 
     async def ping(self) -> None:
         """Returns when the engine's thread has come round."""

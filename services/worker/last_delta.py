@@ -28,6 +28,13 @@ def refusal(request_id: RequestId, error: BatonError) -> TokenDelta:
     return delta
 
 
+def handed_back(request_id: RequestId, message: str) -> TokenDelta:
+    """The end of a request that another worker is to go on with, for no fault of anybody's."""
+    delta = error_delta(request_id, message, is_retryable=True)
+    delta.is_handed_back = True
+    return delta
+
+
 def turn_into_failure(delta: TokenDelta, message: str) -> None:
     """Make the end that the engine reports a retryable error."""
     delta.finish_reason, delta.error, delta.is_retryable = FinishReason.ERROR, message, True

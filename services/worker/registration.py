@@ -19,21 +19,24 @@ RETRY_S = 0.5
 
 async def keep_registered(
     registry: Registry,
-    info: WorkerInfo,
+    describe: Callable[[], WorkerInfo],
     *,
     ttl_s: float,
     tell: Callable[[bool], None] = lambda is_registered: None,
 ) -> None:
     """Register and renew until cancelled, then leave and close the registry. One that fails is
-    tried again; the first failure in a row is logged. `tell` hears after each attempt whether the
-    worker is registered."""
+    tried again; the first failure in a row is logged. `describe` says who the worker is now; of its
+    answers only the role may change. `tell` hears after each attempt whether the worker is
+    registered."""
     is_registered = is_failing = False
+    registered = info = describe()
     try:
         while True:
+            info = describe()
             try:
-                if not is_registered:
+                if not is_registered or registered != info:
                     await registry.register(info, ttl_s=ttl_s)
-                    is_registered = True
+                    is_registered, registered = True, info
                 else:
                     is_registered = await registry.renew(info.worker_id, info.epoch)
             except BatonError as error:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from baton.core.block import BlockId
@@ -31,8 +31,9 @@ from baton.rpc.convert import request_from_wire
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.engine_api import StepResult
 from services.worker.engine_loop import EngineLoop
-from services.worker.last_delta import error_delta, is_last, refusal
+from services.worker.last_delta import error_delta, handed_back, is_last, refusal
 from services.worker.request_sides import HoldSide, LeaseSide, ReadSide, SaveSide
+from services.worker.role_state import RoleMachine
 from services.worker.session import RouterSession, Sessions
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,11 @@ class _Record:
 class Requests:
     """Bookkeeping of live requests."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, roles: RoleMachine) -> None:
+        """`roles` says whether work is taken, and for which role."""
         self._sessions = sessions
+        self._roles = roles
         self._live: dict[RequestId, _Record] = {}
-        self._is_draining = False
         self._is_unhealthy = False
         self._load = LoadReport()
 
@@ -85,7 +87,8 @@ class Requests:
 
     @property
     def is_draining(self) -> bool:
-        return self._is_draining
+        """No new work is taken, for good or until the worker has another role."""
+        return not self._roles.takes_work
 
     @property
     def load(self) -> LoadReport:
@@ -98,13 +101,13 @@ class Requests:
             load,
             num_waiting=load.num_waiting + self._holds.num_held,
             queued_prefill_tokens=load.queued_prefill_tokens + self._holds.num_held_tokens,
-            is_draining=self._is_draining,
+            is_draining=self.is_draining,
             is_unhealthy=load.is_unhealthy or self._is_unhealthy,
         )
 
     def start_draining(self) -> None:
-        """Refuse work from now on, and tell the routers."""
-        self._is_draining = True
+        """Take no work from now on, for good, and tell the routers."""
+        self._roles.end()
         self.repeat_load()
 
     def repeat_load(self) -> None:
@@ -124,6 +127,9 @@ class Requests:
         request_id = RequestId(message.request_id)
         try:
             request = self._checked(message)
+            if reason := self._reason_to_hand_back(message.role_version):
+                session.send(handed_back(request_id, reason))
+                return
         except (RequestError, Unavailable) as error:
             session.send(refusal(request_id, error))
             return
@@ -159,13 +165,27 @@ class Requests:
                 self._stop(record, None)
 
     def end_all(self, message: str) -> int:
-        """End every live request with a retryable error; returns their number."""
+        """Hand every live request back to its router; returns their number."""
+        return self.hand_back(tuple(self._live), message)
+
+    def hand_back_waiting(self, in_engine: Iterable[RequestId], message: str) -> int:
+        """Hand back what has not begun: those `in_engine` that wait, and those held before it."""
+        held = [request_id for request_id, record in self._live.items() if record.is_held]
+        return self.hand_back((*in_engine, *held), message)
+
+    def hand_back_reserved(self, message: str) -> int:
+        """Hand back what holds blocks and has yet to read its KV into them."""
+        reserved = [request_id for request_id, r in self._live.items() if r.is_reserved]
+        return self.hand_back(reserved, message)
+
+    def hand_back(self, request_ids: Iterable[RequestId], message: str) -> int:
+        """End requests here, to be placed anew; returns how many were still live."""
         num_ended = 0
-        for record in list(self._live.values()):
-            if record.session is not None:
+        for request_id in request_ids:
+            record = self._live.get(request_id)
+            if record is not None and record.session is not None:
                 num_ended += 1
-                request_id = record.request.request_id
-                self._stop(record, error_delta(request_id, message, is_retryable=True))
+                self._stop(record, handed_back(request_id, message))
         return num_ended
 
     # From the engine.
@@ -241,10 +261,18 @@ class Requests:
             raise InvalidRequest(f"request id {message.request_id} is already in use here")
         if message.deadline_ms == 0:
             raise InvalidRequest("deadline_ms must be at least 1, got 0", param="deadline_ms")
-        request = request_from_wire(message)
-        if self._is_draining:
-            raise Unavailable("the worker is draining and takes no new work")
-        return request
+        return request_from_wire(message)
+
+    def _reason_to_hand_back(self, role_version: int) -> str:
+        roles = self._roles
+        if not roles.takes_work:
+            return "the worker is draining and takes no new work"
+        if not roles.is_current(role_version):
+            return (
+                f"meant for version {role_version} of the worker's role, which is a "
+                f"{roles.role.value} worker in version {roles.version}"
+            )
+        return ""
 
     def _deadline_passed(self, request_id: RequestId) -> None:
         record = self._live.get(request_id)

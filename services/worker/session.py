@@ -19,8 +19,14 @@ from baton.core.errors import BatonError, Unavailable
 from baton.core.fabric import FabricReport
 from baton.core.lifecycle import EngineUse
 from baton.core.request import RequestId, TokenDelta
-from baton.core.worker_info import LoadReport
-from baton.rpc.convert import delta_to_wire, engine_use_to_wire, fabric_to_wire, load_to_wire
+from baton.core.worker_info import LoadReport, WorkerInfo
+from baton.rpc.convert import (
+    delta_to_wire,
+    engine_use_to_wire,
+    fabric_to_wire,
+    load_to_wire,
+    worker_info_to_wire,
+)
 from baton.rpc.v1 import worker_pb2 as pb
 from services.worker.config import SessionConfig
 from services.worker.kv_events import KvEvent
@@ -40,10 +46,11 @@ class Outbox:
         self._first_event = 0
         self._num_hashes = 0
         self._late_uses: list[pb.LateUse] = []
+        self._info: WorkerInfo | None = None
 
     @property
     def is_empty(self) -> bool:
-        return not (self._has_step or self._fabric)
+        return not (self._has_step or self._fabric or self._info)
 
     @property
     def _has_step(self) -> bool:
@@ -97,9 +104,16 @@ class Outbox:
     def set_fabric(self, report: FabricReport) -> None:
         self._fabric = report
 
+    def set_info(self, info: WorkerInfo) -> None:
+        self._info = info
+
     def take_messages(self) -> list[pb.WorkerMessage]:
         """Everything pending; the outbox is empty afterwards."""
         messages: list[pb.WorkerMessage] = []
+        if self._info is not None:
+            # Before the load, which may say that work is taken again.
+            messages.append(pb.WorkerMessage(info=worker_info_to_wire(self._info)))
+            self._info = None
         if self._has_step:
             messages.append(pb.WorkerMessage(step=self.take()))
         if self._fabric is not None:
@@ -220,6 +234,12 @@ class Sessions:
     def broadcast_fabric(self, report: FabricReport) -> None:
         for session in self._sessions:
             session.outbox.set_fabric(report)
+            session.notify()
+
+    def broadcast_info(self, info: WorkerInfo) -> None:
+        """The worker has another role."""
+        for session in self._sessions:
+            session.outbox.set_info(info)
             session.notify()
 
     def broadcast_event(self, sequence: int, event: KvEvent) -> None:

@@ -1,4 +1,4 @@
-"""The Worker gRPC service: sessions with routers, GetInfo, Drain.
+"""The Worker gRPC service: sessions with routers, GetInfo, Drain, ChangeRole.
 
 Life of a session:
  1. Hello names the router and its protocol version; another version is refused.
@@ -30,12 +30,13 @@ from baton.core.errors import (
 )
 from baton.core.logging import log_fields
 from baton.core.request import RequestId
-from baton.core.worker_info import PROTOCOL_VERSION, WorkerInfo
+from baton.core.worker_info import PROTOCOL_VERSION
 from baton.rpc.channel import MAX_MESSAGE_BYTES, abort
 from baton.rpc.convert import (
     hashing_to_wire,
     load_to_wire,
     peer_from_wire,
+    role_from_wire,
     worker_info_to_wire,
 )
 from baton.rpc.v1 import worker_pb2 as pb
@@ -48,6 +49,7 @@ from services.worker.fabric import Fabric
 from services.worker.mesh import Mesh
 from services.worker.peer_gate import PeerGate
 from services.worker.requests import Requests
+from services.worker.role_change import RoleChanger
 from services.worker.session import RouterSession, Sessions
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
     def __init__(
         self,
         *,
-        info: WorkerInfo,
+        roles: RoleChanger,
         engine: EngineLoop,
         requests: Requests,
         sessions: Sessions,
@@ -78,7 +80,7 @@ class WorkerServicer(pb_grpc.WorkerServicer):
         gate: PeerGate,
         config: SessionConfig,
     ) -> None:
-        self._info = info
+        self._roles = roles
         self._engine = engine
         self._requests = requests
         self._sessions = sessions
@@ -118,8 +120,24 @@ class WorkerServicer(pb_grpc.WorkerServicer):
             await abort(context, error)
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
-        num_ended = await self._drain.run(timeout_s=request.timeout_ms / 1000)
+        timeout_s = request.timeout_ms / 1000
+        num_ended = await self._drain.run(timeout_s=timeout_s, hands_back=True)
         return pb.DrainResponse(num_ended=num_ended)
+
+    async def ChangeRole(
+        self, request: pb.ChangeRoleRequest, context: Context
+    ) -> pb.ChangeRoleResponse:
+        began_s = asyncio.get_running_loop().time()
+        try:
+            info = await self._roles.change(
+                role_from_wire(request.role),
+                timeout_s=request.timeout_ms / 1000,
+                may_empty_pool=request.may_empty_pool,
+            )
+        except BatonError as error:
+            await abort(context, error)
+        seconds = asyncio.get_running_loop().time() - began_s
+        return pb.ChangeRoleResponse(info=worker_info_to_wire(info), seconds=seconds)
 
     async def _serve(
         self, session: RouterSession, messages: RouterMessages, context: Context
@@ -175,10 +193,10 @@ class WorkerServicer(pb_grpc.WorkerServicer):
 
     def _welcome(self, snapshot: Snapshot) -> pb.Welcome:
         welcome = pb.Welcome(
-            info=worker_info_to_wire(self._info),
+            info=worker_info_to_wire(self._roles.info),
             load=load_to_wire(self._requests.with_flags(snapshot.load)),
             kv_sequence=snapshot.kv_sequence,
-            hashing=hashing_to_wire(self._info.layout),
+            hashing=hashing_to_wire(self._roles.info.layout),
         )
         held = (snapshot.cached_hashes, snapshot.host_hashes, snapshot.disk_hashes)
         num_blocks = sum(map(len, held))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from baton.core.block import BlockId, join_hashes, split_hashes
 from baton.core.request import RequestId
 from baton.core.worker_info import Epoch
@@ -104,6 +106,9 @@ def owner_from_wire(message: pb.OwnerMessage) -> OwnerMessage | None:
 
 def _chunk_to_wire(chunk: ChunkReady) -> pb.ChunkReady:
     first = chunk.first_token
+    if first is not None and first.prompt_logprobs:
+        # The router has them; the reader would not pass them on.
+        first = dataclasses.replace(first, prompt_logprobs=())
     return pb.ChunkReady(
         request_id=chunk.request_id,
         lease_id=chunk.lease_id,

@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError, InternalError, Unavailable
 from baton.core.logging import log_fields
-from baton.core.tls import open_tls
+from baton.core.tls import TlsFiles, open_tls
 from baton.core.worker_info import Epoch, WorkerId, WorkerInfo
 from baton.engine.tensor_parallel.group import RankGroup
 from baton.registry.directory import DirectoryRegistry, shared_secret
@@ -37,6 +37,7 @@ from services.worker.assembly import SERVICE_NAMES, Parts, assemble
 from services.worker.backend import Backend, open_backend
 from services.worker.config import WorkerConfig
 from services.worker.health import HealthVerdict
+from services.worker.pool_mates import PoolMates
 from services.worker.readiness import ReadySignal, reason_not_ready
 from services.worker.registration import keep_registered
 
@@ -50,10 +51,17 @@ BackendOpener = Callable[[WorkerConfig, PeerIdentity, bytes], Awaitable[Backend]
 class WorkerServer:
     """Start once, stop once. All calls on one event loop."""
 
-    def __init__(self, config: WorkerConfig, *, open_backend: BackendOpener = open_backend) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        open_backend: BackendOpener = open_backend,
+        fixed_role: str = "",
+    ) -> None:
+        """`fixed_role`: why this worker never changes its role, empty where it may."""
         self._config = config
         self._open_backend = open_backend
-        self._info: WorkerInfo | None = None
+        self._fixed_role = fixed_role
         self._parts: Parts | None = None
         self._server: grpc.aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -66,9 +74,7 @@ class WorkerServer:
     @property
     def info(self) -> WorkerInfo:
         """Known once `start` has returned."""
-        if self._info is None:
-            raise InternalError("the worker has not started yet")
-        return self._info
+        return self.parts.roles.info
 
     @property
     def parts(self) -> Parts:
@@ -94,6 +100,8 @@ class WorkerServer:
             return
         self._has_stopped = True
         parts, backend = self._parts, self._backend
+        if parts is not None:
+            await _attempt("a change of role", parts.roles.close())
         await asyncio.gather(*(_end(registration) for registration in self._registrations))
         if parts is not None:
             serving_s = self._config.drain_s if drain_s is None else drain_s
@@ -134,7 +142,9 @@ class WorkerServer:
         server_tls = None if tls is None else ServerTls(tls)
         server = self._server = new_server(tls=server_tls)
         info = self._describe(identity, backend, address=self._listen(server, server_tls))
-        parts = self._parts = assemble(config, info, backend, secret, tls)
+        parts = self._parts = assemble(
+            config, info, backend, secret, tls, fixed_role=self._fixed_role
+        )
         parts.engine.start()
         await parts.engine.warm_up()
         if parts.tiering is not None:
@@ -152,10 +162,9 @@ class WorkerServer:
         self._spawn(parts, "load report", self._repeat_load(parts))
         if backend.ranks is not None:
             self._watch_ranks(backend.ranks, parts)
-        self._announce(parts, info)
+        self._announce(parts, tls)
         ready = ReadySignal(parts.health.servicer, lambda: self._reason_not_ready(parts))
         self._spawn(parts, "readiness", ready.watch())
-        self._info = info
         log_fields(
             logger,
             f"ready at {info.address} ({info.transport}, pid {info.pid})",
@@ -233,7 +242,7 @@ class WorkerServer:
             )
         return _authority(config.advertise_host or config.host, port)
 
-    def _announce(self, parts: Parts, info: WorkerInfo) -> None:
+    def _announce(self, parts: Parts, tls: TlsFiles | None) -> None:
         config = self._config.registry
         registries: list[Registry] = []
         if config.directory is not None:
@@ -246,8 +255,12 @@ class WorkerServer:
             def tell(is_registered: bool) -> None:
                 self._registered[index] = is_registered
 
-            return keep_registered(registry, info, ttl_s=config.ttl_s, tell=tell)
+            roles = parts.roles
+            return keep_registered(registry, lambda: roles.announced, ttl_s=config.ttl_s, tell=tell)
 
+        is_shared = [not config.directory_is_local] * (config.directory is not None)
+        is_shared += [True] * (config.url is not None)
+        parts.roles.attach(PoolMates(registries, ttl_s=config.ttl_s, is_shared=is_shared, tls=tls))
         self._registrations = [
             self._spawn(parts, "registration", keep(index, registry))
             for index, registry in enumerate(registries)

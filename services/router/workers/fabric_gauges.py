@@ -73,7 +73,10 @@ class FabricGauges:
     def _count(
         self, worker: WorkerState, counters: FabricCounters, labels: tuple[str, str]
     ) -> None:
-        epoch, last = self._counted.get(labels, (worker.info.epoch, FabricCounters()))
+        # A process that has changed its role goes on with its own counters.
+        elsewhere = (worker.info.role.other.value, labels[1])
+        other = self._counted.get(elsewhere, (worker.info.epoch, FabricCounters()))
+        epoch, last = self._counted.get(labels, other)
         if epoch != worker.info.epoch:
             last = FabricCounters()
         for family, name in _COUNTERS:

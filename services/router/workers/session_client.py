@@ -133,7 +133,10 @@ class WorkerSession:
         self.book.sent(
             request.request_id, prefill_tokens=prefill_tokens, kv_tokens=kv_tokens, now_s=now_s
         )
-        self._stream.send(pb.RouterMessage(submit=request_to_wire(request)))
+        message = request_to_wire(request)
+        assert self.info is not None, "READY comes with Welcome"
+        message.role_version = self.info.role_version
+        self._stream.send(pb.RouterMessage(submit=message))
 
     def cancel(self, request_id: RequestId, reason: str) -> None:
         """Tell the worker; nothing more of this request is delivered. Any state."""
@@ -251,9 +254,26 @@ class WorkerSession:
             self._on_step(message.step)
             return
         self.last_message_at_s = asyncio.get_running_loop().time()
+        if message.HasField("info"):
+            self._on_role(worker_info_from_wire(message.info))
         if message.HasField("fabric"):
             self.fabric = fabric_from_wire(message.fabric)
             self._listener.on_fabric(self, self.fabric)
+
+    def _on_role(self, info: WorkerInfo) -> None:
+        known = self.info
+        assert known is not None, "Welcome comes first"
+        if (info.worker_id, info.epoch) != (known.worker_id, known.epoch):
+            raise ValueError(f"{known.worker_id} says that it is {info.worker_id} now")
+        self.info = info
+        self._listener.on_role(self)
+        log_fields(
+            logger,
+            "worker has changed its role",
+            worker=info.worker_id,
+            role=info.role.value,
+            role_version=info.role_version,
+        )
 
     def on_nonsense(self) -> None:
         self._listener.on_session_fault(self)

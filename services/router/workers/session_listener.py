@@ -30,6 +30,10 @@ class SessionListener(Protocol):
         """Welcome has arrived. `session.kv_refusal` says why `held` is empty, if it was refused."""
         ...
 
+    def on_role(self, session: WorkerSession) -> None:
+        """`session.info` is of another role; all else of the session goes on."""
+        ...
+
     def on_kv_event(self, session: WorkerSession, change: KvChange) -> None: ...
 
     def on_snapshot(self, session: WorkerSession, held: Held) -> None:

@@ -13,7 +13,10 @@ from baton.rpc.v1 import worker_pb2 as pb
 
 def delta_from_wire(message: pb.Delta) -> TokenDelta:
     """Equal to `convert.delta_from_wire`, faster for plain tokens."""
-    if message.finish_reason or message.logprobs or message.HasField("timeline"):
+    is_plain = not (message.finish_reason or message.logprobs or message.prompt_logprobs)
+    if not is_plain or message.HasField("timeline"):
+        return convert.delta_from_wire(message)
+    if not message.first_index and message.prompt_logprobs:
         return convert.delta_from_wire(message)
     return TokenDelta(
         RequestId(message.request_id),

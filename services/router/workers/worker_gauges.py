@@ -28,7 +28,7 @@ class _Counted(NamedTuple):
     values: tuple[float, ...]
     """As `_COUNTERS`."""
     info: tuple[str, ...]
-    """Label set of its info series."""
+    """Label set of its info series; empty before it has one."""
 
 
 class WorkerGauges:
@@ -43,10 +43,20 @@ class WorkerGauges:
             self._metrics.set(series.WORKERS, view.num_live(role), role.value)
         live = [w for w in view.workers if not w.is_quarantined]
         labels = {(w.info.role.value, str(w.info.worker_id)) for w in live}
+        for worker in live:
+            self._keep_counting(worker)
         for gone in self._counted.keys() - labels:
             self._remove(gone)
         for worker in live:
             self._update_worker(worker)
+
+    def _keep_counting(self, worker: WorkerState) -> None:
+        """A process that has changed its role goes on with its own counters."""
+        name, role = str(worker.info.worker_id), worker.info.role
+        known = self._counted.get((role.other.value, name))
+        if known is not None and known.epoch == worker.info.epoch:
+            self._remove((role.other.value, name))
+            self._counted.setdefault((role.value, name), known._replace(info=()))
 
     def _remove(self, labels: Labels) -> None:
         self._metrics.remove(series.WORKER_INFO, *self._counted.pop(labels).info)
@@ -72,7 +82,7 @@ class WorkerGauges:
     def _count(self, worker: WorkerState, labels: Labels) -> None:
         values, info = _counters(worker.load), (*labels, *_info_labels(worker.info))
         known = self._counted.get(labels)
-        if known is not None and known.info != info:
+        if known is not None and known.info and known.info != info:
             self._metrics.remove(series.WORKER_INFO, *known.info)
         self._metrics.set(series.WORKER_INFO, 1, *info)
         is_same = known is not None and known.epoch == worker.info.epoch

@@ -18,7 +18,7 @@ from baton.core.errors import WorkerLost
 from baton.core.fabric import FabricReport
 from baton.core.lifecycle import EngineUse
 from baton.core.tls import TlsFiles
-from baton.core.worker_info import Role, WorkerId
+from baton.core.worker_info import Role, WorkerId, WorkerInfo
 from baton.telemetry.metrics import Metrics
 from services.router.config import SessionConfig
 from services.router.index.prefix_index import PrefixIndex
@@ -175,10 +175,23 @@ class WorkerPool:
         if other is not None and other is not session and other.is_ready:
             logger.warning("worker id %s answers at %s too", worker_id, other.address)
         self._drop_stale_ids(session)
+        row = self.table.get(worker_id)
+        if row is not None and row.info.epoch == session.info.epoch:
+            # It may have changed its role while this router was not connected.
+            self._count_role_change(row.info, session.info)
         self._by_id[worker_id] = session
         self._kv.ready(worker_id, held, session.kv_refusal)
         self.table.join(session.info, session.book, slot=self.index.slot_of(worker_id))
         self.table.set_leaving(worker_id, session.address in self._leaving)
+        self._notify()
+
+    def on_role(self, session: WorkerSession) -> None:
+        worker_id = self._current(session)
+        row = None if worker_id is None else self.table.get(worker_id)
+        if row is None or session.info is None:
+            return
+        self._count_role_change(row.info, session.info)
+        self.table.set_info(session.info)
         self._notify()
 
     def on_snapshot(self, session: WorkerSession, held: Held) -> None:
@@ -215,6 +228,10 @@ class WorkerPool:
         self._notify()
 
     # Inside.
+
+    def _count_role_change(self, before: WorkerInfo, after: WorkerInfo) -> None:
+        if self._metrics is not None and before.role is not after.role:
+            self._metrics.add(series.ROLE_CHANGES, 1, after.role.value)
 
     def _current(self, session: WorkerSession) -> WorkerId | None:
         """The session's worker, unless another session speaks for it by now."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -165,6 +166,8 @@ class Router:
                 if message.HasField("fabric"):
                     self.fabric = fabric_from_wire(message.fabric)
                     self.num_fabrics += 1
+                elif message.HasField("info"):
+                    self.info = worker_info_from_wire(message.info)
                 else:
                     self._take(message.step)
 
@@ -337,11 +340,16 @@ class Workers:
         port: int = 0,
         ranks: RankGroup | None = None,
         tls: TlsConfig | None = None,
+        other: dict[str, Any] | None = None,
+        fixed_role: str = "",
         **engine: Any,
     ) -> Worker:
+        """`other`: engine settings of the other pool where they differ from this worker's."""
         engine = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **engine}
+        own = EngineConfig(model_path=Path("/m/arithmetic"), block_size=BLOCK_SIZE, **engine)
         config = WorkerConfig(
-            engine=EngineConfig(model_path=Path("/m/arithmetic"), block_size=BLOCK_SIZE, **engine),
+            engine=own,
+            other_engine=dataclasses.replace(own, **(other or {})),
             role=role,
             port=port,
             worker_id=name or f"{role.value}-{next(self._names)}",
@@ -398,7 +406,7 @@ class Workers:
                 region=region,
             )
 
-        server = WorkerServer(config, open_backend=open_backend)
+        server = WorkerServer(config, open_backend=open_backend, fixed_role=fixed_role)
         info = await server.start()
         channel = open_channel(info.address, open_tls(config.tls))
         worker = Worker(server, *built[0], channel, WorkerStub(channel))

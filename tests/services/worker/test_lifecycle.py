@@ -258,3 +258,22 @@ async def test_failed_start_leaves_nothing_running(workers):
         await server.start()
     verdict = await server.check_health()
     assert not verdict.is_healthy
+
+
+@pytest.mark.parametrize("num_mates", [0, 1])
+async def test_drain_hands_back_what_waits_where_others_can_take_it(
+    workers, make_request, num_mates
+):
+    worker = await workers.start(registry=True, step_s=0.01, max_num_seqs=1)
+    for _ in range(num_mates):
+        await workers.start(registry=True)
+    router = await worker.router()
+    for number in range(3):
+        await router.submit(make_request(f"r{number}", PROMPT, max_tokens=30, is_cached=False))
+    await asyncio.sleep(0.05)
+    reply = await worker.stub.Drain(pb.DrainRequest(timeout_ms=20_000))
+    assert reply.num_ended == 0
+    ends = [await router.ended(f"r{number}") for number in range(3)]
+    assert not ends[0].is_handed_back
+    assert [end.is_handed_back for end in ends[1:]] == [bool(num_mates)] * 2
+    await worker.assert_nothing_leaked()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from baton.core.clock import MonotonicClock
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Epoch, Role, WorkerId, WorkerInfo
+from baton.registry.directory import DirectoryRegistry
 from baton.registry.redis_registry import RedisRegistry
+from baton.registry.registration import info_from_values, info_to_values
 from redis_server import RedisServer
 from services.worker.registration import keep_registered
 
@@ -39,7 +43,7 @@ async def test_a_worker_registers_again_after_redis_has_lost_it(tmp_path: Path) 
     server = RedisServer(tmp_path)
     server.start()
     registry = RedisRegistry(server.url, deployment="test")
-    keeping = asyncio.create_task(keep_registered(registry, INFO, ttl_s=1.0))
+    keeping = asyncio.create_task(keep_registered(registry, lambda: INFO, ttl_s=1.0))
 
     def is_listed() -> bool:
         with server.client() as client:
@@ -62,11 +66,36 @@ async def test_a_worker_registers_again_after_redis_has_lost_it(tmp_path: Path) 
         server.stop()
 
 
+async def test_a_worker_is_registered_anew_once_it_has_another_role(tmp_path: Path) -> None:
+    registry = DirectoryRegistry(tmp_path / "registry", clock=MonotonicClock())
+    said = [INFO]
+    keeping = asyncio.create_task(keep_registered(registry, lambda: said[-1], ttl_s=0.8))
+    listed: list[WorkerInfo] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while not listed:
+            listed = list((await registry.list()).values())
+            await asyncio.sleep(0.02)
+        assert listed == said
+        said.append(dataclasses.replace(INFO, role=Role.DECODE, role_version=2))
+        while list((await registry.list()).values()) != said[-1:]:
+            await asyncio.sleep(0.02)
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    assert not await registry.list()
+
+
+def test_readers_of_the_last_release_know_all_keys_until_a_role_changes() -> None:
+    assert "role_version" not in info_to_values(INFO)
+    changed = dataclasses.replace(INFO, role_version=2)
+    assert info_from_values(info_to_values(changed)) == changed
+    assert info_from_values(info_to_values(INFO)) == INFO
+
+
 async def test_a_worker_leaves_in_time_when_redis_is_away(tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     server.start()
     registry = RedisRegistry(server.url, deployment="test")
-    keeping = asyncio.create_task(keep_registered(registry, INFO, ttl_s=1.0))
+    keeping = asyncio.create_task(keep_registered(registry, lambda: INFO, ttl_s=1.0))
     await asyncio.sleep(0.3)
     server.kill()
     keeping.cancel()

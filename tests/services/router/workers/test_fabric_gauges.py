@@ -66,6 +66,17 @@ def test_every_counter_of_the_report_has_a_series():
     assert sorted(totals) == sorted(map(float, values.values()))
 
 
+def test_counters_go_on_when_a_worker_changes_its_role():
+    shown = Shown()
+    before = worker("d0", FabricReport(counters=FabricCounters(reads=7)))
+    shown(before)
+    info = dataclasses.replace(before.info, role=Role.PREFILL, role_version=2)
+    fabric = FabricReport(counters=FabricCounters(reads=9))
+    lines = shown(dataclasses.replace(before, info=info, fabric=fabric))
+    assert 'baton_kv_reads_total{role="prefill",worker="d0"} 2.0' in lines
+    assert not [line for line in lines if 'role="decode"' in line]
+
+
 def test_changed_link_leaves_nothing_of_the_old_one():
     shown = Shown()
     shown(worker("p0"), worker("d0", FabricReport((link(),))))

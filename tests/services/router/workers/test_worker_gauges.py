@@ -28,6 +28,20 @@ def test_counters_go_on_when_a_worker_starts_anew() -> None:
     assert f"{PREEMPTIONS} 6.0" in metrics.render().decode()
 
 
+def test_counters_go_on_when_a_worker_changes_its_role() -> None:
+    metrics = Metrics()
+    gauges = WorkerGauges(metrics)
+    moved = dataclasses.replace(INFO, role=Role.PREFILL, role_version=2)
+    gauges.update(ClusterView((state(num_preemptions=3),)))
+    gauges.update(ClusterView((WorkerState(moved, LoadReport(num_preemptions=5)),)))
+    text = metrics.render().decode()
+    assert 'baton_worker_preemptions_total{role="prefill",worker="d0"} 2.0' in text
+    assert 'role="decode",worker="d0"' not in text
+    gauges.update(ClusterView((state(num_preemptions=6),)))
+    text = metrics.render().decode()
+    assert f"{PREEMPTIONS} 1.0" in text and 'role="prefill",worker="d0"' not in text
+
+
 def test_a_worker_that_is_lost_takes_its_series_along() -> None:
     metrics = Metrics()
     gauges = WorkerGauges(metrics)
