@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from services.decode.config import DEFAULTS as DECODE_DEFAULTS
+from services.planner.planner_config import PlannerConfig
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig
 from services.worker.config import WorkerConfig
@@ -47,10 +48,18 @@ ROUTER_OWN = frozenset(
 """Settings of a router that the chart makes of other values, or that only suit one machine."""
 WORKER_OWN = frozenset(
     {
-        "engine.model_path", "role", "model_name", "worker_id", "host", "port", "advertise_host",
+        "engine.model_path", "other_engine", "role", "model_name", "worker_id", "host", "port",
+        "advertise_host",
         "transfer.cluster_secret", "registry.directory", "registry.directory_is_local",
         "registry.url", "registry.deployment",
         "tls.ca_file", "tls.cert_file", "tls.key_file", "tls.name",
+    }
+)  # fmt: skip
+PLANNER_OWN = frozenset(
+    {
+        "host", "port", "stats.routers", "stats.targets_dir", "decisions.path", "models.profile",
+        "models.prefill_tensor_parallel", "models.decode_tensor_parallel",
+        "autoscale.prefill.devices_per_worker", "autoscale.decode.devices_per_worker",
     }
 )  # fmt: skip
 SHOWN_CHARS = 60
@@ -63,6 +72,7 @@ def config_schemas() -> dict[str, dict[str, Any]]:
         "router": settings_schema(RouterConfig, without=ROUTER_OWN),
         "prefill": settings_schema(WorkerConfig, without=WORKER_OWN, defaults=PREFILL_DEFAULTS),
         "decode": settings_schema(WorkerConfig, without=WORKER_OWN, defaults=DECODE_DEFAULTS),
+        "planner": settings_schema(PlannerConfig, without=PLANNER_OWN),
     }
 
 
@@ -132,7 +142,7 @@ def _settings_table() -> str:
     for process, schema in config_schemas().items():
         if process == "decode":
             continue
-        name = "router" if process == "router" else "prefill`, `decode"
+        name = "prefill`, `decode" if process == "prefill" else process
         sections = [n for n, part in schema["properties"].items() if "properties" in part]
         rows.append(f"| `{name}` | {', '.join(f'`{section}`' for section in sections)} |")
     return "\n".join(rows)

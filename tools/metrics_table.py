@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from baton.core.metrics import ALL_SERIES, Series
+from baton.core.planner_metrics import PLANNER_SERIES
 from baton.core.vllm_metrics import VLLM_NAMES, VllmName
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/metrics.md"
@@ -23,6 +24,7 @@ MAX_SHOWN_VALUES = 12
 def page(text: str) -> str:
     """`text` with what stands between the marks made anew."""
     text = _between(text, "series", _series_table(ALL_SERIES))
+    text = _between(text, "planner", _series_table(PLANNER_SERIES))
     return _between(text, "vllm", _vllm_table(VLLM_NAMES))
 
 

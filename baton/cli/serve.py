@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from baton.process import add_settings_arguments
 
 if TYPE_CHECKING:
+    from services.launch.autoscaling import Autoscaling
     from services.launch.config import SystemConfig
     from services.launch.run_directory import RunDirectory
     from services.launch.system import LocalSystem
@@ -49,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--decode", type=int, metavar="N", help="decode workers (default: 1)")
+    parser.add_argument(
+        "--autoscale",
+        action="store_true",
+        default=None,
+        help="workers come and go with the load, within --set autoscale.max_devices=N (all of this "
+        "machine), so that --set autoscale.ttft_s=S and autoscale.itl_s=S are kept; see "
+        "docs/autoscaling.md",
+    )
     for pool in ("prefill", "decode"):
         parser.add_argument(
             f"--{pool}-tp",
@@ -100,6 +109,7 @@ def _add_mode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.core.logging import setup_logging
+    from services.launch.autoscale_config import judged_by, read_autoscale
     from services.launch.pools import check_pools, reads_weights
     from services.launch.readiness import check_model_folder, check_ports_free, check_redis
     from services.launch.run_directory import RunDirectory
@@ -109,6 +119,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     system = _system_config(args, environ)
     check_model_folder(system.model_path, has_weights=reads_weights(system))
     check_pools(system, environ, use_ray=args.use_ray)
+    autoscale = read_autoscale(system, environ, use_ray=args.use_ray)
+    system = judged_by(system, autoscale)
     check_tls(system)
     check_door_tls(system, use_ray=args.use_ray)
     ready_timeout_s = _ready_timeout_s(system, args.ready_timeout)
@@ -117,7 +129,12 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     )
     if system.redis_url is not None:
         check_redis(system.redis_url)
-    _serve(system, RunDirectory.create(args.run_dir), args, ready_timeout_s)
+    autoscaling = None
+    if autoscale is not None:
+        from services.launch.autoscaling import prepare
+
+        autoscaling = prepare(system, autoscale)
+    _serve(system, RunDirectory.create(args.run_dir), args, ready_timeout_s, autoscaling)
     return 0
 
 
@@ -141,6 +158,7 @@ def _system_config(args: argparse.Namespace, environ: Mapping[str, str]) -> Syst
         "redis_url": args.redis,
         "num_prefill": args.prefill,
         "num_decode": args.decode,
+        "autoscale": {"enabled": args.autoscale},
         "prefill": merge(both, {"engine": {"tp_size": args.prefill_tp}}),
         "decode": merge(both, {"engine": {"tp_size": args.decode_tp}}),
     }
@@ -178,6 +196,7 @@ def _serve(
     directory: RunDirectory,
     args: argparse.Namespace,
     ready_timeout_s: float,
+    autoscaling: Autoscaling | None,
 ) -> None:
     """Start, say so, wait for Ctrl-C or SIGTERM, stop. A second one stops without grace."""
     started_at_s = time.monotonic()
@@ -185,11 +204,14 @@ def _serve(
     local: LocalSystem | None = None
     _interrupt_on_signals()
     try:
-        local = _start(system, directory, args)
+        local = _start(system, directory, args, autoscaling)
         # Ray installs handlers of its own.
         _interrupt_on_signals()
         copies = _wait_until_ready(system, directory, local, ready_timeout_s)
+        local.ready()
         print(_ready_text(system, directory, time.monotonic() - started_at_s, copies), flush=True)
+        if autoscaling is not None:
+            print(autoscaling.text(directory), flush=True)
         while True:
             time.sleep(POLL_S)
             local.poll()
@@ -218,14 +240,26 @@ def _stop(local: LocalSystem | None) -> None:
         local.stop(grace_s=0)
 
 
-def _start(system: SystemConfig, directory: RunDirectory, args: argparse.Namespace) -> LocalSystem:
+def _start(
+    system: SystemConfig,
+    directory: RunDirectory,
+    args: argparse.Namespace,
+    autoscaling: Autoscaling | None,
+) -> LocalSystem:
     if args.use_ray:
         from services.launch import ray_cluster
 
-        return ray_cluster.start_system(system, directory, use_haproxy=args.haproxy)
+        return ray_cluster.start_system(
+            system, directory, use_haproxy=args.haproxy, autoscaling=autoscaling
+        )
     from services.launch import processes
 
-    return processes.start_system(system, directory)
+    supervisor = processes.start_system(system, directory)
+    if autoscaling is None:
+        return supervisor
+    from services.launch.autoscaling import follow_load
+
+    return follow_load(supervisor, system, directory, autoscaling)
 
 
 def _wait_until_ready(

@@ -401,6 +401,13 @@ KV_TAKEOVER_PAUSE = _of_worker(
 WORKERS = Series(
     "baton_workers", Kind.GAUGE, "Live workers seen by this router.", ("role",), values=ROLES
 )
+ROLE_CHANGES = Series(
+    "baton_router_role_changes_total",
+    Kind.COUNTER,
+    "Workers that went over to another pool while this router knew them, by their new role.",
+    ("role",),
+    values=ROLES,
+)
 PREFIX_HIT_TOKENS = Series(
     "baton_prefix_cache_hit_tokens_total",
     Kind.COUNTER,

@@ -45,6 +45,8 @@ class SystemConfig:
     """Names this system among others in the same Redis; None makes it of host name and port."""
     num_prefill: int = 1
     num_decode: int = 1
+    autoscale: Mapping[str, Any] = field(default_factory=dict)
+    """Workers come and go with the load, see `autoscale_config.py`."""
     router: Mapping[str, Any] = field(default_factory=dict)
     prefill: Mapping[str, Any] = field(default_factory=dict)
     decode: Mapping[str, Any] = field(default_factory=dict)
@@ -103,7 +105,8 @@ class SystemConfig:
 
 def worker_values(system: SystemConfig, role: Role, index: int) -> dict[str, Any]:
     """The settings of one worker, short of where it announces itself."""
-    section = system.prefill if role is Role.PREFILL else system.decode
+    sections = {Role.PREFILL: system.prefill, Role.DECODE: system.decode}
+    section, other = sections[role], sections[role.other]
     announced = {"url": system.redis_url, "deployment": system.deployment_name}
     return merge(
         {
@@ -112,6 +115,7 @@ def worker_values(system: SystemConfig, role: Role, index: int) -> dict[str, Any
             "worker_id": f"{role.value}-{index}",
             "drain_s": LOCAL_DRAIN_S,
             "engine": {"model_path": str(system.model_path)},
+            "other_engine": merge({"model_path": str(system.model_path)}, other.get("engine", {})),
         },
         section,
     )

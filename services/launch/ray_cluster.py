@@ -10,13 +10,18 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+from services.launch.autoscaling import Autoscaling
 from services.launch.config import SystemConfig
 from services.launch.run_directory import RunDirectory, new_secret
 
 APPLICATION = "baton"
+DEPLOY_TIMEOUT_S = 2400.0
+"""Beyond what a large model takes to load; a replica that fails ends the wait at once."""
+POLL_S = 0.2
 OBJECT_STORE_BYTES = 80 << 20
 BASE_ENVIRONMENT = {
     # Without this the dashboard agent reports usage to its makers.
@@ -43,6 +48,9 @@ class RaySystem:
         """Serve reports a failed start from `serve.run` already."""
         return None
 
+    def ready(self) -> None:
+        """Nothing waits for it."""
+
     def stop(self, *, grace_s: float) -> None:
         """Let the replicas drain for at most `grace_s`, then end Ray."""
         import ray
@@ -64,7 +72,13 @@ def _delete_application() -> None:
         serve.delete(APPLICATION)
 
 
-def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) -> RaySystem:
+def start_system(
+    system: SystemConfig,
+    run: RunDirectory,
+    *,
+    use_haproxy: bool,
+    autoscaling: Autoscaling | None = None,
+) -> RaySystem:
     """Start Ray and deploy the application; returns when Serve calls all replicas running.
 
     Raises Unavailable with Serve's reason when a replica does not come up.
@@ -102,7 +116,10 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
             logging_config={"log_level": "ERROR"},
         )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.run(build_graph(system, run, new_secret()), name=APPLICATION, route_prefix="/")
+        if autoscaling is None:
+            serve.run(build_graph(system, run, new_secret()), name=APPLICATION, route_prefix="/")
+        else:
+            _deploy(system, run, autoscaling)
     except RuntimeError as error:
         running.stop(grace_s=0)
         raise Unavailable(f"Ray Serve could not start the system: {error}") from error
@@ -110,6 +127,43 @@ def start_system(system: SystemConfig, run: RunDirectory, *, use_haproxy: bool) 
         running.stop(grace_s=0)
         raise
     return running
+
+
+def _deploy(system: SystemConfig, run: RunDirectory, autoscaling: Autoscaling) -> None:
+    """Have Serve build and follow the application; returns when it runs.
+
+    Raises Unavailable with Serve's reason when it does not come up. `serve.run` has no place for a
+    policy of the whole application.
+    """
+    from ray import serve
+    from ray.serve._private.api import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    from baton.core.errors import Unavailable
+    from services.launch.ray_autoscaling import policy, write_planner, write_system
+
+    file = write_system(system, run, new_secret(), autoscaling)
+    application = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": "services.launch.graph:build_from_file",
+        "args": {"file": str(file)},
+        "autoscaling_policy": policy(write_planner(system, run, autoscaling)),
+        "logging_config": {"log_level": "ERROR"},
+    }
+    schema = ServeDeploySchema.model_validate({"applications": [application]})
+    _get_global_client().deploy_apps(schema)
+    deadline = time.monotonic() + DEPLOY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = serve.status().applications.get(APPLICATION)
+        status = "NOT_STARTED" if found is None else found.status
+        if status == "RUNNING":
+            return
+        if found is not None and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            reasons = [d.message for d in found.deployments.values() if d.message]
+            raise Unavailable(f"Ray Serve could not start the system: {found.message} {reasons}")
+        time.sleep(POLL_S)
+    raise Unavailable(f"Ray Serve has not started the system within {DEPLOY_TIMEOUT_S:g} s")
 
 
 def _tls_options(system: SystemConfig) -> dict[str, str]:

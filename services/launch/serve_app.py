@@ -25,6 +25,9 @@ from baton.core.worker_info import Role
 from baton.settings import merge_layers
 from services.decode.config import DEFAULTS as DECODE_DEFAULTS
 from services.launch.pools import gpu_demand
+from services.launch.ray_autoscaling import followed_options, told_options
+from services.planner.autoscale_config import AutoscaleConfig
+from services.planner.planner_config import load_models, load_planner_config
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig, load_router_config
 from services.router.deployment import SERVE_OPTIONS as ROUTER_OPTIONS
@@ -47,6 +50,9 @@ class AppArgs:
     num_prefill: int = 1
     num_decode: int = 1
     num_routers: int = 1
+    planner: bool = False
+    """The pools follow `autoscaling_policy` of the application, within the limits that planner.yaml
+    has; numbers of workers are what they begin with."""
     log_dir: Path = Path("/tmp/baton/logs")
 
     def __post_init__(self) -> None:
@@ -103,27 +109,55 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     then shows the reason as the application's status, and the one that runs goes on."""
     given = build(AppArgs, args)
     roles = (Role.PREFILL, Role.DECODE) if given.num_prefill else (Role.DECODE,)
-    pools = [_bind_pool(given, role) for role in roles]
+    targets = _targets(given) if given.planner else None
+    pools = [_bind_pool(given, role, targets) for role in roles]
     config = load_router_config(file=given.file("router"), environ=os.environ)
+    actor_options = {
+        **ROUTER_OPTIONS["ray_actor_options"],
+        "resources": {f"{RESOURCE_PREFIX}router": 1},
+    }
+    options: dict[str, Any] = {
+        "num_replicas": given.num_routers,
+        "ray_actor_options": actor_options,
+    }
+    if targets is not None:
+        options = told_options(given.num_routers, actor_options)
     router = RouterDeployment.options(
-        num_replicas=given.num_routers,
         max_replicas_per_node=1,
         graceful_shutdown_timeout_s=config.edge.stop_grace_s + STOP_MARGIN_S,
-        ray_actor_options={
-            **ROUTER_OPTIONS["ray_actor_options"],
-            "resources": {f"{RESOURCE_PREFIX}router": 1},
-        },
+        **options,
     )
     return router.bind(str(given.file("router")), str(given.log_dir), *pools)
 
 
-def _bind_pool(args: AppArgs, role: Role) -> serve.Application:
+def _targets(args: AppArgs) -> AutoscaleConfig:
+    """Checked as far as the policy would be, which can only hold what is."""
+    config = load_planner_config(file=args.file("planner"))
+    load_models(config.models)
+    for role, num, limits in (
+        (Role.PREFILL, args.num_prefill, config.autoscale.prefill),
+        (Role.DECODE, args.num_decode, config.autoscale.decode),
+    ):
+        if not limits.min_workers <= num <= limits.max_workers or not num:
+            raise ConfigError(
+                f"num_{role.value} is {num}, and autoscale.{role.value} of {args.file('planner')} "
+                f"allows {limits.min_workers} to {limits.max_workers} workers, one at least"
+            )
+    return config.autoscale
+
+
+def _bind_pool(args: AppArgs, role: Role, targets: AutoscaleConfig | None) -> serve.Application:
     file = args.file(role.value)
     config = load_worker_config(
         defaults=_DEFAULTS[role], file=file, environ=_of_another_node(os.environ)
     )
+    count = args.num_prefill if role is Role.PREFILL else args.num_decode
+    options: dict[str, Any] = {"num_replicas": count}
+    if targets is not None:
+        limits = targets.prefill if role is Role.PREFILL else targets.decode
+        options = followed_options(limits, count)
     pool = _POOLS[role].options(
-        num_replicas=args.num_prefill if role is Role.PREFILL else args.num_decode,
+        **options,
         graceful_shutdown_timeout_s=config.drain_s + STOP_MARGIN_S,
         ray_actor_options={
             **WORKER_OPTIONS["ray_actor_options"],

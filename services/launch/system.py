@@ -16,6 +16,10 @@ class LocalSystem(Protocol):
         """Why the system will not come up, or None while it may."""
         ...
 
+    def ready(self) -> None:
+        """It serves: begin what has to wait for that. Called once."""
+        ...
+
     def stop(self, *, grace_s: float) -> None:
         """End everything within about `grace_s` seconds; nothing is left running."""
         ...

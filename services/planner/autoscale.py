@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from baton.core.worker_info import Role
 from services.planner.autoscale_config import AutoscaleConfig, PoolLimits
+from services.planner.autoscaler_state import AutoscalerState, PoolMemory
 from services.planner.demand import Load, decode_workers, prefill_workers
 from services.planner.forecast import ArrivalForecast, Forecast
 from services.planner.pool_model import PoolModel
@@ -30,6 +31,7 @@ MARGIN_FADE_S = 600.0
 MIN_SAMPLES = 20
 """Requests of a moment whose attainment says something."""
 HIGH_KV_USAGE = 0.9
+MIN_CATCH_UP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,9 @@ class PoolState:
     last_joined_s: float = float("-inf")
     kv_usage: float = 0.0
     """Mean share of KV memory held, 0 to 1."""
+    num_waiting: float = 0.0
+    """Requests that wait for their first step: on its workers, and those of the prefill pool in
+    routers too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ class Autoscaler:
         self._config = config
         self._models = {Role.PREFILL: prefill, Role.DECODE: decode}
         self._arrivals = ArrivalForecast(window_s=config.window_s, burst_share=config.burst_share)
-        self._pools = {role: _Pool(config.window_s) for role in self._models}
+        keep_s = keep_window_s(config, prefill, decode)
+        self._pools = {role: _Pool(keep_s) for role in self._models}
 
     def decide(self, seen: Observation) -> Decision:
         """Raises ValueError when time goes backwards."""
@@ -98,6 +104,10 @@ class Autoscaler:
         self._arrivals.observe(seen.now_s, seen.load.rate_per_s)
         ahead_s = max(config.forecast_s, *(m.start_s for m in self._models.values()))
         forecast = self._arrivals.at(seen.now_s + ahead_s)
+        seen = at_rate(seen, forecast.now)
+        if forecast.rate_per_s * config.window_s < 1:
+            # A level fades without end; less than one request in a window keeps no pool awake.
+            forecast = Forecast(forecast.now, 0.0, 0.0, 1.0, 0.0)
         self._learn(seen)
         planned = {role: self._plan(role, seen, forecast) for role in (Role.PREFILL, Role.DECODE)}
         fitted, is_at_budget = self._fit(planned)
@@ -112,6 +122,21 @@ class Autoscaler:
             forecast,
             is_at_budget,
         )
+
+    def use(self, prefill: PoolModel, decode: PoolModel) -> None:
+        """Models for the decisions that follow."""
+        self._models = {Role.PREFILL: prefill, Role.DECODE: decode}
+
+    def state(self) -> AutoscalerState:
+        """All that the next decision rests on, beside settings and models."""
+        prefill, decode = (self._pools[role].state() for role in (Role.PREFILL, Role.DECODE))
+        return AutoscalerState(self._arrivals.state(), prefill, decode)
+
+    def restore(self, state: AutoscalerState) -> None:
+        """Go on from there."""
+        self._arrivals.restore(state.arrivals)
+        self._pools[Role.PREFILL].restore(state.prefill)
+        self._pools[Role.DECODE].restore(state.decode)
 
     def _learn(self, seen: Observation) -> None:
         """Attainment corrects the model, unless the sample is small or a worker was cold."""
@@ -133,14 +158,17 @@ class Autoscaler:
         pool, limits = self._pools[role], self._limits(role)
         state = _state(seen, role)
         planned = self._config.headroom * pool.margin
-        now = self._needed(role, seen.load, seen.load.rate_per_s * planned)
+        queued = catch_up_per_s(seen, self._config, self._models[Role.PREFILL])
+        now = self._needed(role, seen.load, (seen.load.rate_per_s + queued) * planned)
         soon = self._needed(role, seen.load, forecast.rate_per_s * planned)
         if role is Role.DECODE and state.kv_usage > HIGH_KV_USAGE:
             now = max(now, state.num_ready + 1)
         calm = self._config.shrink_headroom * planned
         enough = self._needed(role, seen.load, seen.load.rate_per_s * calm)
-        kept = pool.remember(seen.now_s, max(now, soon, enough))
         have = _have(state)
+        # Nothing is known of the time before the first look, when somebody has started these.
+        least = have if pool.is_new else 0
+        kept = pool.remember(seen.now_s, max(now, soon, enough, least))
         # What was needed keeps workers, and never asks for new ones.
         kept = min(kept, have)
         wanted = max(limits.min_workers, min(limits.max_workers, max(now, soon, kept)))
@@ -214,6 +242,24 @@ class Autoscaler:
         return self._config.prefill if role is Role.PREFILL else self._config.decode
 
 
+def keep_window_s(config: AutoscaleConfig, *models: PoolModel) -> float:
+    """For so long a pool keeps what it needed: a worker that a request has asked for lives to see
+    it."""
+    return max(config.window_s, *(2 * model.start_s for model in models))
+
+
+def at_rate(seen: Observation, rate_per_s: float) -> Observation:
+    """With a steady rate: that of one interval is noise where few requests come."""
+    return dataclasses.replace(seen, load=dataclasses.replace(seen.load, rate_per_s=rate_per_s))
+
+
+def catch_up_per_s(seen: Observation, config: AutoscaleConfig, prefill: PoolModel) -> float:
+    """Requests per second on top of those that arrive, for the queue to be gone within the time
+    that a new worker takes to start. What keeps the TTFT in any case is no queue."""
+    excess = seen.prefill.num_waiting - seen.load.rate_per_s * config.ttft_s
+    return max(0.0, excess) / max(MIN_CATCH_UP_S, prefill.start_s)
+
+
 class _Pool:
     """What one pool needed lately, and how wrong its model is."""
 
@@ -224,6 +270,10 @@ class _Pool:
         self.margin = 1.0
         self.last_desired = 0
 
+    @property
+    def is_new(self) -> bool:
+        return not self._needed
+
     def remember(self, now_s: float, needed: int) -> int:
         """The most of the window. Kept falling from front to back, so the front is the most."""
         while self._needed and self._needed[-1][1] <= needed:
@@ -232,6 +282,20 @@ class _Pool:
         while self._needed[0][0] < now_s - self._window_s:
             self._needed.popleft()
         return self._needed[0][1]
+
+    def state(self) -> PoolMemory:
+        return PoolMemory(
+            tuple(at_s for at_s, _ in self._needed),
+            tuple(needed for _, needed in self._needed),
+            self.margin,
+            self._margin_s,
+            self.last_desired,
+        )
+
+    def restore(self, state: PoolMemory) -> None:
+        self._needed = deque(zip(state.needed_s, state.needed, strict=True))
+        self.margin, self._margin_s = state.margin, state.margin_s
+        self.last_desired = state.last_desired
 
     def correct(self, now_s: float, *, is_missed: bool) -> None:
         self.fade(now_s)

@@ -17,6 +17,8 @@ class PoolLimits:
     devices_per_worker: int = 1
 
     def __post_init__(self) -> None:
+        if self.max_workers < 1:
+            raise ConfigError(f"max_workers must be at least 1, got {self.max_workers}")
         if not 0 <= self.min_workers <= self.max_workers:
             raise ConfigError(
                 f"min_workers {self.min_workers} must be from 0 to max_workers {self.max_workers}"
@@ -73,7 +75,15 @@ class AutoscaleConfig:
             )
         if not self.cold_s >= 0:
             raise ConfigError(f"autoscale.cold_s must not be negative, got {self.cold_s:g}")
-        least = sum(p.min_workers * p.devices_per_worker for p in (self.prefill, self.decode))
+        pools = (self.prefill, self.decode)
+        one_of_each = sum(pool.devices_per_worker for pool in pools)
+        if self.max_devices < one_of_each:
+            raise ConfigError(
+                f"autoscale.max_devices is {self.max_devices}, but one prefill and one decode "
+                f"worker need {one_of_each}: raise it, or serve with one colocated worker and "
+                "without an autoscaler"
+            )
+        least = sum(pool.min_workers * pool.devices_per_worker for pool in pools)
         if least > self.max_devices:
             raise ConfigError(
                 f"autoscale.max_devices is {self.max_devices}, but min_workers of both pools need "

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.planner.pool_model import PoolModel
 
 MAX_WORKERS = 100_000
+MEMORY_SHARE = 0.9
+"""Of KV memory that decoding sequences may fill; the rest is what they grow into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ def prefill_s(model: PoolModel, load: Load) -> float:
     hardware = model.hardware
     return (
         hardware.step_fixed_s
+        + hardware.step_gap_s
         + hardware.prefill_token_s * load.uncached_tokens
         + hardware.prefill_pair_s * load.pairs
     )
@@ -72,19 +76,41 @@ def prefill_workers(model: PoolModel, load: Load, *, ttft_s: float, share: float
     return num
 
 
-def decode_workers(model: PoolModel, load: Load, *, itl_s: float, memory_share: float = 0.9) -> int:
+class DecodeBatch(NamedTuple):
+    """The largest batch of a decode worker, and the step it makes."""
+
+    by_pace: float
+    """Sequences whose step takes as long as the ITL allows."""
+    by_memory: float
+    """That fit into KV memory."""
+    batch: float
+    """The smaller of both, at least 1."""
+    step_s: float
+
+
+def decode_batch(
+    model: PoolModel, load: Load, *, itl_s: float, memory_share: float = MEMORY_SHARE
+) -> DecodeBatch:
+    """Of sequences of mean length, in `memory_share` of a worker's KV memory."""
+    hardware = model.hardware
+    of_sequence_s = hardware.decode_sequence_s + hardware.decode_kv_token_s * load.context_tokens
+    fixed_s = hardware.step_fixed_s + hardware.step_gap_s
+    by_pace = (itl_s - fixed_s) / of_sequence_s if of_sequence_s > 0 else math.inf
+    by_memory = memory_share * model.max_kv_tokens / max(1.0, load.context_tokens)
+    batch = max(1.0, min(by_pace, by_memory))
+    return DecodeBatch(by_pace, by_memory, batch, fixed_s + of_sequence_s * batch)
+
+
+def decode_workers(
+    model: PoolModel, load: Load, *, itl_s: float, memory_share: float = MEMORY_SHARE
+) -> int:
     """The fewest whose batches keep `itl_s` and fit into `memory_share` of their KV memory."""
     if load.rate_per_s <= 0 or load.output_tokens <= 1:
         return 0 if load.rate_per_s <= 0 else 1
-    hardware = model.hardware
-    of_sequence_s = hardware.decode_sequence_s + hardware.decode_kv_token_s * load.context_tokens
-    by_pace = (itl_s - hardware.step_fixed_s) / of_sequence_s
-    by_memory = memory_share * model.max_kv_tokens / max(1.0, load.context_tokens)
-    batch = max(1.0, min(by_pace, by_memory))
-    step_s = hardware.step_fixed_s + of_sequence_s * batch
+    most = decode_batch(model, load, itl_s=itl_s, memory_share=memory_share)
     # Little's law: each sequence stays for its tokens' steps.
-    num_sequences = load.rate_per_s * (load.output_tokens - 1) * step_s
-    return max(1, math.ceil(num_sequences / batch - 1e-9))
+    num_sequences = load.rate_per_s * (load.output_tokens - 1) * most.step_s
+    return max(1, math.ceil(num_sequences / most.batch - 1e-9))
 
 
 def erlang_c(num_servers: int, offered: float) -> float:

@@ -1,15 +1,21 @@
 """A simulated cluster whose pools follow an autoscaler.
 
-    every interval: what was seen ─► scaler ─► desired workers ─► start (ready after start_s) or
-                                                                  drain (gone when its last request
-                                                                  has ended)
+    every interval: sums of a router ─► observer ─► pilot ─► orders ─► start (ready after start_s),
+                                                                       drain (gone when its last
+                                                                       request has ended), or
+                                                                       change of role
 
-Counts device time from the start of a worker to its end, so that starting and draining are paid
-for. Does not know: how a scaler decides.
+Observer, state machine and orders are those of a live deployment. Counts device time from the start
+of a worker to its end, so that starting and draining are paid for. Where pools have no worker,
+requests wait for the first one, or are refused by admission as in service. A worker that changes
+its role ends its requests first, and its cache is empty then: live it keeps the cache.
+
+Does not know: how anything is decided.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,20 +24,19 @@ from baton.simulator.cluster import SimCluster
 from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.outcome import Outcome
 from baton.simulator.workload import Arrival
-from services.planner.autoscale import Observation, PoolState
-from services.planner.demand import Load
-from services.planner.objective import Objective, attainment
+from services.planner.actuator import PlannedWorker, WorkerPhase
+from services.planner.autoscale import Observation
+from services.planner.elastic_stats import RunStats
+from services.planner.objective import Objective
+from services.planner.observer import Observer
+from services.planner.orders import Order, OrderKind
+from services.planner.pilots import Ongoing, Pilot
+from services.router.pool_stats import PoolMoment
 
-Scaler = Callable[[Observation, "Ongoing"], tuple[int, int]]
-"""Desired prefill and decode workers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ongoing:
-    """Requests in the pools at this moment."""
-
-    num_prefill: int
-    num_decode: int
+LOOK_S = 0.5
+"""Between two looks at workers that are to end."""
+ROLE_CHANGE_S = 2.0
+"""From a worker's last request in its old role to its first one in the new role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,16 @@ class Sample:
     num_prefill: int
     num_decode: int
     """Paid for: starting and draining ones too."""
+    num_ready_prefill: int = 0
+    num_ready_decode: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunOrder:
+    """An order that was carried out."""
+
+    now_s: float
+    order: Order
 
 
 @dataclass(slots=True)
@@ -50,17 +65,21 @@ class _Worker:
     role: Role
     started_s: float
     ready_s: float
+    sim_id: WorkerId
+    """In the cluster; another one after each change of role."""
     is_draining: bool = False
+    next_role: Role | None = None
+    """While it changes its role."""
     ended_s: float | None = None
 
 
 class ElasticRun:
-    """One workload under one scaler; `run` once."""
+    """One workload under one pilot; `run` once."""
 
     def __init__(
         self,
         config: ClusterConfig,
-        scaler: Scaler,
+        pilot: Pilot,
         objective: Objective,
         *,
         start_s: float,
@@ -68,81 +87,83 @@ class ElasticRun:
         devices_per_worker: dict[Role, int] | None = None,
     ) -> None:
         self._cluster = SimCluster(config)
-        self._scaler, self._objective = scaler, objective
+        self._pilot, self._objective = pilot, objective
         self._start_s, self._interval_s = start_s, interval_s
         self._devices = devices_per_worker or dict.fromkeys(Role, 1)
         self._workers = {
-            worker_id: _Worker(worker.info.role, 0.0, 0.0)
+            str(worker_id): _Worker(worker.info.role, 0.0, 0.0, worker_id)
             for worker_id, worker in self._cluster.workers.items()
         }
-        self._outcomes: Sequence[Outcome] = ()
-        self._arrivals: Sequence[Arrival] = ()
-        self._num_told = 0
-        self._open: list[Outcome] = []
-        """Arrived, and not over when last looked at."""
+        self._observer = Observer()
+        self._stats = RunStats((), (), objective)
+        self._is_looking = False
         self._next_name = len(self._workers)
         self.samples: list[Sample] = []
+        self.orders: list[RunOrder] = []
         self.device_s = 0.0
 
-    def run(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+    @property
+    def busy_s(self) -> dict[str, float]:
+        """Seconds in steps, of every worker there was."""
+        return {str(name): worker.busy_s for name, worker in self._cluster.workers.items()}
+
+    def run(
+        self,
+        arrivals: Sequence[Arrival],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Outcome]:
         """Raises AssertionError when something is left over on a worker."""
-        self._arrivals = arrivals
-        end_s = arrivals[-1].at_s
-        tick_s = self._interval_s
-        while tick_s < end_s:
-            self._cluster.events.at(tick_s, self._tick)
-            tick_s += self._interval_s
-        outcomes = self._cluster.run(arrivals, on_outcomes=self._keep)
+
+        def begin(outcomes: Sequence[Outcome]) -> None:
+            self._stats = RunStats(arrivals, outcomes, self._objective)
+            self._observe(0.0)
+            self._cluster.events.after(self._interval_s, self._tick)
+
+        outcomes = self._cluster.run(arrivals, progress=progress, on_outcomes=begin)
         self._finish()
         return outcomes
 
-    def _keep(self, outcomes: Sequence[Outcome]) -> None:
-        self._outcomes = outcomes
-
     def _tick(self) -> None:
         now_s = self._cluster.events.now()
-        self._retire(now_s)
         seen = self._observe(now_s)
-        desired = self._scaler(seen, self._ongoing())
-        for role, num in zip((Role.PREFILL, Role.DECODE), desired, strict=True):
-            self._follow(role, num, now_s)
-        paid = [w.role for w in self._workers.values() if w.ended_s is None]
-        self.samples.append(
-            Sample(now_s, seen.load.rate_per_s, paid.count(Role.PREFILL), paid.count(Role.DECODE))
-        )
+        if self._stats.is_over:
+            return
+        assert seen is not None
+        for order in self._pilot(seen, self._ongoing(), self._planned()):
+            self.orders.append(RunOrder(now_s, order))
+            self._carry_out(order, now_s)
+        self._sample(now_s, seen)
+        self._cluster.events.after(self._interval_s, self._tick)
 
     # What is seen.
 
-    def _observe(self, now_s: float) -> Observation:
-        first = self._num_told
-        while self._num_told < len(self._arrivals) and self._arrivals[self._num_told].at_s <= now_s:
-            self._open.append(self._outcomes[self._num_told])
-            self._num_told += 1
-        new = self._arrivals[first : self._num_told]
-        over = [o for o in self._open if _is_over(o, self._arrivals[o.number])]
-        self._open = [o for o in self._open if not _is_over(o, self._arrivals[o.number])]
-        ended = [o for o in over if o.refused_s is None]
-        reached = attainment(ended, self._objective)
-        return Observation(
-            now_s,
-            _load(new, self._interval_s),
-            len(ended),
-            reached.ttft if ended else None,
-            reached.itl if ended else None,
-            self._state(Role.PREFILL, now_s),
-            self._state(Role.DECODE, now_s),
+    def _observe(self, now_s: float) -> Observation | None:
+        moments = {role: self._moment(role) for role in Role}
+        seen = self._observer.observe(
+            now_s, {"router": self._stats.at(now_s, moments)}, self._planned()
+        )
+        return None if seen is None else seen.observation
+
+    def _moment(self, role: Role) -> PoolMoment:
+        names = [w.sim_id for w in self._workers.values() if w.role is role and _is_going(w)]
+        joined = [self._cluster.workers[name] for name in names if name in self._cluster.workers]
+        loads = [worker.engine.load() for worker in joined]
+        return PoolMoment(
+            num_ready=float(len(loads)),
+            kv_usage=sum(load.kv_usage for load in loads) / max(1, len(loads)),
+            num_waiting=float(sum(load.num_waiting for load in loads)),
         )
 
-    def _state(self, role: Role, now_s: float) -> PoolState:
-        mine = [w for w in self._workers.values() if w.role is role and w.ended_s is None]
-        going = [w for w in mine if not w.is_draining]
-        ready = [w for w in going if w.ready_s <= now_s]
-        return PoolState(
-            num_ready=len(ready),
-            num_starting=len(going) - len(ready),
-            num_draining=len(mine) - len(going),
-            last_joined_s=max((w.ready_s for w in ready), default=float("-inf")),
-        )
+    def _planned(self) -> list[PlannedWorker]:
+        now_s = self._cluster.events.now()
+        there = [(name, w) for name, w in self._workers.items() if w.ended_s is None]
+        return [
+            PlannedWorker(
+                name, worker.next_role or worker.role, _phase(worker, now_s), _joined(worker)
+            )
+            for name, worker in there
+        ]
 
     def _ongoing(self) -> Ongoing:
         num = dict.fromkeys(Role, 0)
@@ -151,42 +172,71 @@ class ElasticRun:
             num[worker.info.role] += load.num_running + load.num_waiting
         return Ongoing(num[Role.PREFILL], num[Role.DECODE])
 
+    def _sample(self, now_s: float, seen: Observation) -> None:
+        planned = self._planned()
+        paid = [w.role for w in planned]
+        ready = [w.role for w in planned if w.phase is WorkerPhase.READY]
+        counts = [
+            part.count(role) for part in (paid, ready) for role in (Role.PREFILL, Role.DECODE)
+        ]
+        self.samples.append(Sample(now_s, seen.load.rate_per_s, *counts))
+
     # What is done.
 
-    def _follow(self, role: Role, desired: int, now_s: float) -> None:
-        going = [
-            worker_id for worker_id, w in self._workers.items()
-            if w.role is role and not w.is_draining and w.ended_s is None
-        ]  # fmt: skip
-        for _ in range(desired - len(going)):
-            name = f"{role.value[0]}{self._next_name}"
-            self._next_name += 1
-            self._workers[WorkerId(name)] = _Worker(role, now_s, now_s + self._start_s)
-            self._cluster.events.after(self._start_s, lambda name=name: self._join(name))  # type: ignore[misc]
-        # The youngest go first: those that have not even started cost nothing to give up.
-        for worker_id in going[::-1][: max(0, len(going) - desired)]:
-            self._drain(worker_id, now_s)
-
-    def _join(self, name: str) -> None:
-        worker = self._workers[WorkerId(name)]
-        if worker.ended_s is None:
-            self._cluster.add_worker(name, worker.role)
-
-    def _drain(self, worker_id: WorkerId, now_s: float) -> None:
-        worker = self._workers[worker_id]
-        worker.is_draining = True
-        if worker_id in self._cluster.workers:
-            self._cluster.drain_worker(worker_id)
+    def _carry_out(self, order: Order, now_s: float) -> None:
+        if order.kind is OrderKind.START:
+            self._begin(order.role, now_s)
+            return
+        worker = self._workers[order.worker]
+        if order.kind is OrderKind.CHANGE_ROLE:
+            worker.next_role = order.role
         else:
+            worker.is_draining = True
+        if worker.sim_id in self._cluster.workers:
+            self._cluster.drain_worker(worker.sim_id)
+            self._look_soon()
+        elif worker.is_draining:
             worker.ended_s = now_s
 
-    def _retire(self, now_s: float) -> None:
-        for worker_id, worker in self._workers.items():
-            if not worker.is_draining or worker.ended_s is not None:
-                continue
-            if self._cluster.workers[worker_id].engine.is_empty:
-                self._cluster.remove_worker(worker_id)
-                worker.ended_s = now_s
+    def _begin(self, role: Role, now_s: float) -> None:
+        name = f"{role.value[0]}{self._next_name}"
+        self._next_name += 1
+        worker = _Worker(role, now_s, now_s + self._start_s, WorkerId(name))
+        self._workers[name] = worker
+        self._cluster.events.after(self._start_s, lambda: self._join(worker))
+
+    def _join(self, worker: _Worker) -> None:
+        if worker.ended_s is None:
+            self._cluster.add_worker(worker.sim_id, worker.role)
+
+    def _look_soon(self) -> None:
+        if not self._is_looking:
+            self._is_looking = True
+            self._cluster.events.after(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        """Workers whose last request has ended leave the cluster."""
+        self._is_looking = False
+        now_s = self._cluster.events.now()
+        leaving = [
+            w for w in self._workers.values()
+            if not _is_going(w) and w.ended_s is None and w.sim_id in self._cluster.workers
+        ]  # fmt: skip
+        for worker in leaving:
+            if self._cluster.workers[worker.sim_id].engine.is_empty:
+                self._cluster.remove_worker(worker.sim_id)
+                self._left(worker, now_s)
+        if any(w.ended_s is None and w.sim_id in self._cluster.workers for w in leaving):
+            self._look_soon()
+
+    def _left(self, worker: _Worker, now_s: float) -> None:
+        if worker.is_draining or worker.next_role is None:
+            worker.ended_s = now_s
+            return
+        worker.role, worker.next_role = worker.next_role, None
+        worker.sim_id = WorkerId(f"{worker.sim_id}{worker.role.value[0]}")
+        worker.ready_s = now_s + ROLE_CHANGE_S
+        self._cluster.events.after(ROLE_CHANGE_S, lambda: self._join(worker))
 
     def _finish(self) -> None:
         end_s = self._cluster.events.now()
@@ -196,22 +246,23 @@ class ElasticRun:
         )
 
 
-def _is_over(outcome: Outcome, arrival: Arrival) -> bool:
-    return outcome.refused_s is not None or outcome.num_output_tokens >= arrival.num_output_tokens
+def num_turns(samples: Sequence[Sample], role: Role) -> int:
+    """Changes of a pool's direction: from growing to shrinking, or back."""
+    values = [s.num_prefill if role is Role.PREFILL else s.num_decode for s in samples]
+    moves = [after > before for before, after in itertools.pairwise(values) if before != after]
+    return sum(one != other for one, other in itertools.pairwise(moves))
 
 
-def _load(arrivals: Sequence[Arrival], interval_s: float) -> Load:
-    num = len(arrivals)
-    if not num:
-        return Load(0.0, 1.0, 1.0, 1.0, 1.0)
-    prompts = [a.num_prompt_tokens for a in arrivals]
-    outputs = [a.num_output_tokens for a in arrivals]
-    held = sum(p * o + o * o / 2 for p, o in zip(prompts, outputs, strict=True))
-    return Load(
-        num / interval_s,
-        sum(prompts) / num,
-        sum(p * p / 2 for p in prompts) / num,
-        sum(outputs) / num,
-        # Over the time of its decoding, so long outputs count for longer.
-        held / sum(outputs),
-    )
+def _is_going(worker: _Worker) -> bool:
+    return not worker.is_draining and worker.next_role is None and worker.ended_s is None
+
+
+def _phase(worker: _Worker, now_s: float) -> WorkerPhase:
+    if worker.is_draining:
+        return WorkerPhase.DRAINING
+    is_ready = worker.next_role is None and worker.ready_s <= now_s
+    return WorkerPhase.READY if is_ready else WorkerPhase.STARTING
+
+
+def _joined(worker: _Worker) -> float:
+    return worker.ready_s if worker.ready_s > 0 else float("-inf")

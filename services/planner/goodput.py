@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from baton.simulator.cluster import SimCluster
 from baton.simulator.cluster_config import ClusterConfig
-from services.planner.objective import Attainment, Objective, attainment
+from services.planner.objective import Attainment, Objective, Reached, attainment, reached
 from services.planner.workload import Workload
 
 MIN_REQUESTS = 400
@@ -27,6 +27,7 @@ class Point:
 
     rate_per_s: float
     attainment: Attainment
+    reached: Reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,12 @@ class Goodput:
     """All that was tried, by rate."""
     limit: str
     """What is missed first above it: `ttft`, `itl`, or `none` within what was tried."""
+
+    @property
+    def lonely(self) -> Point | None:
+        """With one request at a time; None where a higher rate was met."""
+        first = self.points[0] if self.points else None
+        return first if first is not None and first.rate_per_s == LOWEST_RATE else None
 
 
 @dataclass(slots=True)
@@ -88,7 +95,7 @@ class GoodputSearch:
             num_requests = NUM_LONELY
         arrivals = self.workload.arrivals(rate, num_requests, self.seed)
         outcomes = SimCluster(config).run(arrivals)
-        return Point(rate, attainment(outcomes, self.objective))
+        return Point(rate, attainment(outcomes, self.objective), reached(outcomes, self.objective))
 
     def _limit(self, rate: float) -> str:
         point = self._points.get(rate)

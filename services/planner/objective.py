@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,25 @@ class Attainment:
 
     def meets(self, objective: Objective) -> bool:
         return min(self.ttft, self.itl) >= objective.share
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """What `share` of all requests got at worst; infinite where more than the rest never ended."""
+
+    ttft_s: float
+    itl_s: float
+
+
+def reached(outcomes: Sequence[Outcome], objective: Objective) -> Reached:
+    """The tightest targets that would have been met."""
+    ended = [outcome for outcome in outcomes if outcome.last_token_s]
+    missing = [math.inf] * (len(outcomes) - len(ended))
+    ttft = sorted([outcome.ttft_s for outcome in ended] + missing)
+    # A single token has no pace to miss.
+    itl = sorted([outcome.itl_s or 0.0 for outcome in ended] + missing)
+    last = math.ceil(objective.share * len(outcomes)) - 1
+    return Reached(ttft[last], itl[last])
 
 
 def attainment(outcomes: Sequence[Outcome], objective: Objective) -> Attainment:

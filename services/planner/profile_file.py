@@ -1,12 +1,13 @@
-"""Measured figures of workers, as a JSON file: one entry a size.
+"""Measured figures of workers, as a JSON file: one entry a size, or one a size and pool.
 
     {"source": "...", "kv_bytes_per_token": 819200, "workers": [
-        {"tensor_parallel": 1, "max_kv_tokens": 55000, "start_s": 40,
+        {"tensor_parallel": 1, "pool": "prefill", "max_kv_tokens": 55000, "start_s": 40,
          "step_fixed_s": 0.018, "prefill_token_s": 0.0001, "prefill_pair_s": 1e-8,
-         "decode_sequence_s": 4e-5, "decode_kv_token_s": 6e-7, "link_bytes_per_second": 2e11,
-         "decode_step_fixed_s": 0.0199}]}
+         "decode_sequence_s": 4e-5, "decode_kv_token_s": 6e-7, "link_bytes_per_second": 2e11},
+        {"tensor_parallel": 1, "pool": "decode", ...}]}
 
-`decode_step_fixed_s` is for engines whose decode steps cost something else than their prompts'.
+An entry without `pool` is for both; with `decode_step_fixed_s` its decode steps cost something else
+than those of prompts. `residuals` say how well the figures fit what was measured, and are not read.
 Does not know: where the figures were measured.
 """
 
@@ -19,12 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from baton.core.errors import ConfigError
+from baton.core.worker_info import Role
 from baton.simulator.hardware import Hardware
 from services.planner.pool_model import PoolModel
 
-_OPTIONAL = ("link_latency_s", "message_s", "decode_step_fixed_s", "start_s")
+_OPTIONAL = (
+    "link_latency_s", "message_s", "step_gap_s", "request_s", "request_token_s", "neighbour_share",
+)  # fmt: skip
 _HARDWARE = tuple(field.name for field in dataclasses.fields(Hardware))
-_KNOWN = {*_HARDWARE, *_OPTIONAL, "tensor_parallel", "max_kv_tokens"}
+_OTHERS = (
+    "tensor_parallel", "pool", "max_kv_tokens", "start_s", "decode_step_fixed_s", "residuals",
+)  # fmt: skip
+_KNOWN = {*_HARDWARE, *_OTHERS}
+_POOLS: dict[Any, tuple[Role, ...]] = {
+    None: (Role.PREFILL, Role.DECODE),
+    "prefill": (Role.PREFILL,),
+    "decode": (Role.DECODE,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +59,54 @@ def read_profile(path: Path) -> Profile:
         raise ConfigError(f"{path} is not JSON ({error}); see `baton plan --help`") from None
     if not isinstance(data, dict) or not isinstance(data.get("workers"), list):
         raise ConfigError(f'{path}: "workers" must be a list with one entry a size')
+    if not data["workers"]:
+        raise ConfigError(f'{path}: "workers" is empty')
     source = str(data.get("source", path.name))
-    prefill: dict[int, PoolModel] = {}
-    decode: dict[int, PoolModel] = {}
+    pools: dict[Role, dict[int, PoolModel]] = {Role.PREFILL: {}, Role.DECODE: {}}
     for i, entry in enumerate(data["workers"]):
         where = f"{path}: workers[{i}]"
-        pool = _pool(entry, where, source)
-        if pool.tensor_parallel in prefill:
-            raise ConfigError(f"{where}: tensor_parallel {pool.tensor_parallel} is there twice")
-        prefill[pool.tensor_parallel] = pool
-        decode[pool.tensor_parallel] = _decode_pool(pool, entry, where)
-    if not prefill:
-        raise ConfigError(f'{path}: "workers" is empty')
+        model = _pool(entry, where, source)
+        for role in _roles(entry, where):
+            if model.tensor_parallel in pools[role]:
+                raise ConfigError(
+                    f"{where}: tensor_parallel {model.tensor_parallel} is there twice for "
+                    f"{role.value} workers"
+                )
+            own = model if role is Role.PREFILL else _decode_pool(model, entry, where)
+            pools[role][model.tensor_parallel] = own
+    for role, sizes in pools.items():
+        if not sizes:
+            raise ConfigError(f'{path}: "workers" has no entry for {role.value} workers')
     kv_bytes = _number(data, "kv_bytes_per_token", str(path))
-    return Profile(prefill, decode, int(kv_bytes), source)
+    return Profile(pools[Role.PREFILL], pools[Role.DECODE], int(kv_bytes), source)
+
+
+def profile_json(
+    prefill: PoolModel, decode: PoolModel, *, kv_bytes_per_token: int, source: str
+) -> dict[str, Any]:
+    """What `read_profile` reads, for one size of each pool."""
+    return {
+        "source": source,
+        "kv_bytes_per_token": kv_bytes_per_token,
+        "workers": [_entry(Role.PREFILL, prefill), _entry(Role.DECODE, decode)],
+    }
+
+
+def _entry(role: Role, model: PoolModel) -> dict[str, Any]:
+    return {
+        "tensor_parallel": model.tensor_parallel,
+        "pool": role.value,
+        "max_kv_tokens": model.max_kv_tokens,
+        "start_s": model.start_s,
+        **dataclasses.asdict(model.hardware),
+    }
+
+
+def _roles(entry: dict[str, Any], where: str) -> tuple[Role, ...]:
+    pool = entry.get("pool")
+    if not isinstance(pool, str | None) or pool not in _POOLS:
+        raise ConfigError(f'{where}: pool must be "prefill" or "decode", got {pool!r}')
+    return _POOLS[pool]
 
 
 def _pool(entry: Any, where: str, source: str) -> PoolModel:

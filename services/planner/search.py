@@ -9,6 +9,8 @@ that share a queue do better than one by one. Does not know: files, terminals.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import gcd
@@ -16,7 +18,7 @@ from math import gcd
 from baton.core.errors import ConfigError
 from services.planner.candidate import Candidate, Layout, Pool, alone, cluster_of
 from services.planner.goodput import MIN_REQUESTS, SPAN_S, Goodput, GoodputSearch
-from services.planner.objective import Objective
+from services.planner.objective import Objective, Reached
 from services.planner.pool_model import PoolModel
 from services.planner.workload import Workload
 from services.router.placement.policy_config import PolicyConfig
@@ -49,6 +51,20 @@ class Question:
             raise ConfigError(f"a plan needs at least 1 device, got {self.max_devices}")
         if not self.prefill_models or not self.decode_models:
             raise ConfigError("no size of worker to choose from")
+        longest = self.workload.max_tokens
+        for name, models in (("prefill", self.prefill_models), ("decode", self.decode_models)):
+            if not _within(models, self.max_devices):
+                raise ConfigError(
+                    f"{name} workers need at least {min(models)} devices and {self.max_devices} "
+                    "may be used: raise that, or take figures of smaller workers"
+                )
+            if not _fitting(models, self.max_devices, longest):
+                room = max(m.max_kv_tokens for m in _within(models, self.max_devices))
+                raise ConfigError(
+                    f"the longest request has {longest} tokens, the largest {name} worker on "
+                    f"{self.max_devices} devices has room for the KV of {room}: take more or "
+                    "larger devices, or leave out what is longer"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +76,23 @@ class Ranked:
     goodput: Goodput
     reason: str
     """Why not more."""
+    is_prefill: bool | None = None
+    """Of a pool alone, which one it is."""
 
     @property
     def rate_per_device(self) -> float:
         return self.goodput.rate_per_s / self.candidate.num_devices
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """A target that cannot be kept at any rate."""
+
+    target: str
+    wanted_s: float
+    best_s: float
+    """What the best pool gives the wanted share of requests, one at a time."""
+    best: Ranked
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +106,20 @@ class Plan:
         """None when nothing keeps the objective."""
         best = self.ranking[0] if self.ranking else None
         return best if best is not None and best.goodput.rate_per_s > 0 else None
+
+    def shortfalls(self, objective: Objective) -> tuple[Shortfall, ...]:
+        """Targets that no pool keeps even with one request at a time, TTFT first."""
+        # A pool alone stands beside one that takes no time, so what it misses is its own.
+        prefill = [r for r in self.pools_alone if r.is_prefill is True]
+        decode = [r for r in self.pools_alone if r.is_prefill is False]
+        found = []
+        if not any(ranked.goodput.rate_per_s for ranked in prefill):
+            best = min(prefill, key=lambda ranked: _lonely(ranked).ttft_s)
+            found.append(Shortfall("TTFT", objective.ttft_s, _lonely(best).ttft_s, best))
+        if not any(ranked.goodput.rate_per_s for ranked in decode):
+            best = min(decode, key=lambda ranked: _lonely(ranked).itl_s)
+            found.append(Shortfall("ITL", objective.itl_s, _lonely(best).itl_s, best))
+        return tuple(found)
 
 
 Progress = Callable[[str], None]
@@ -103,8 +146,11 @@ class _Units:
     def __init__(self, question: Question, on_run: Progress) -> None:
         self._question, self._on_run = question, on_run
         sizes = {
-            True: _within(question.prefill_models, question.max_devices),
-            False: _within(question.decode_models, question.max_devices),
+            is_prefill: _fitting(models, question.max_devices, question.workload.max_tokens)
+            for is_prefill, models in (
+                (True, question.prefill_models),
+                (False, question.decode_models),
+            )
         }
         self.prefill = {m.tensor_parallel: self._alone(m, is_prefill=True) for m in sizes[True]}
         self.decode = {m.tensor_parallel: self._alone(m, is_prefill=False) for m in sizes[False]}
@@ -120,7 +166,8 @@ class _Units:
             Pool(model, 1), is_prefill=is_prefill, max_step_tokens=PREFILL_STEP_TOKENS
         )
         name = f"{'prefill' if is_prefill else 'decode'}, tp{model.tensor_parallel}"
-        return self._search(candidate, name, 2.0 * model.tensor_parallel, NO_LOCAL_PREFILL)
+        ranked = self._search(candidate, name, 2.0 * model.tensor_parallel, NO_LOCAL_PREFILL)
+        return dataclasses.replace(ranked, is_prefill=is_prefill)
 
     def _search(
         self, candidate: Candidate, name: str, start_rate: float, policy: PolicyConfig
@@ -171,7 +218,8 @@ def _counts(prefill_tp: int, decode_tp: int, max_devices: int) -> Iterable[tuple
 def _colocated(question: Question) -> Iterable[Candidate]:
     """One worker of each size: prompts in one piece, and in chunks."""
     whole = max(PREFILL_STEP_TOKENS, question.workload.max_tokens)
-    for model in _within(question.decode_models, question.max_devices):
+    longest = question.workload.max_tokens
+    for model in _fitting(question.decode_models, question.max_devices, longest):
         yield Candidate(None, Pool(model, 1), whole, is_chunked=False)
         for tokens in CHUNK_TOKENS:
             yield Candidate(None, Pool(model, 1), tokens)
@@ -181,10 +229,23 @@ def _within(models: dict[int, PoolModel], max_devices: int) -> list[PoolModel]:
     return [model for size, model in sorted(models.items()) if size <= max_devices]
 
 
+def _fitting(models: dict[int, PoolModel], max_devices: int, num_tokens: int) -> list[PoolModel]:
+    """Those that hold the KV of a request of so many tokens."""
+    return [model for model in _within(models, max_devices) if model.max_kv_tokens > num_tokens]
+
+
+def _lonely(ranked: Ranked) -> Reached:
+    lonely = ranked.goodput.lonely
+    return Reached(math.inf, math.inf) if lonely is None else lonely.reached
+
+
 def _reason(goodput: Goodput, objective: Objective) -> str:
     if not goodput.rate_per_s:
-        missed = "TTFT" if goodput.limit == "ttft" else "ITL"
-        return f"misses {missed} even with one request at a time"
+        lonely = goodput.lonely
+        missed, best_s = "ITL", math.inf if lonely is None else lonely.reached.itl_s
+        if goodput.limit == "ttft":
+            missed, best_s = "TTFT", math.inf if lonely is None else lonely.reached.ttft_s
+        return f"misses {missed} even with one request at a time: {1000 * best_s:.3g} ms"
     above = {
         "ttft": f"above it TTFT exceeds {objective.ttft_s:g} s",
         "itl": f"above it ITL exceeds {1000 * objective.itl_s:g} ms",

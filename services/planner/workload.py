@@ -6,12 +6,13 @@ the sample.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from baton.core.errors import ConfigError
-from baton.simulator.arrivals import RequestLengths, at_rate, sampled
+from baton.simulator.arrivals import RequestLengths, at_rate, sampled, unshared_chain
 from baton.simulator.workload import Arrival
 
 
@@ -70,6 +71,20 @@ class Replay:
         """The first ones; a trace has no other seeds."""
         first = self._trace[: max(2, num_requests)]
         return list(first) if rate_per_s is None else at_rate(first, rate_per_s)
+
+    def without_sharing(self, block_size: int) -> Replay:
+        """The same lengths at the same times; no prompt begins like another one."""
+        alone = [
+            dataclasses.replace(
+                arrival,
+                block_hashes=unshared_chain(
+                    f"{self.name}.{arrival.number}", arrival.num_prompt_tokens // block_size
+                ),
+                session_key="",
+            )
+            for arrival in self._trace
+        ]
+        return Replay(f"{self.name}, no prefix shared", alone)
 
     @property
     def max_tokens(self) -> int:

@@ -35,6 +35,7 @@ from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
 from services.router.edge.http_server import HttpServer
 from services.router.edge.own_door import OwnDoor
+from services.router.ui.ui_routes import open_ui_routes
 
 logger = logging.getLogger("services.router")
 
@@ -51,7 +52,14 @@ class RouterProcess:
         generator, metrics = self._core.dispatcher, self._core.metrics
         tenants = self._core.tenants
         self._config = config
-        self._app = HttpApp(generator, metrics=metrics, config=config.edge, tenants=tenants)
+        self._app = HttpApp(
+            generator,
+            metrics=metrics,
+            config=config.edge,
+            tenants=tenants,
+            pool_stats=self._core.pool_stats,
+            ui=open_ui_routes(self._core.ui, tenants, config.tenants),
+        )
         shares_ports = config.copy.shares_ports
         tls = open_door_tls(config.edge.tls, metrics)
         self.http = HttpServer(

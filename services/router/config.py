@@ -22,10 +22,12 @@ from services.router.edge.edge_config import EdgeConfig
 from services.router.index.prefix_table import MAX_ENTRIES
 from services.router.placement.perf_config import PerfConfig
 from services.router.placement.policy_config import PolicyConfig
+from services.router.pool_stats_config import PoolStatsConfig
 from services.router.requests.retry_config import BreakerConfig, RetryConfig
 from services.router.shared.config import SharedConfig, SharedPlace
 from services.router.telemetry_config import MetricsConfig, TracingConfig
 from services.router.tenants.tenants_config import TenantsConfig
+from services.router.ui.ui_config import UiConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +219,8 @@ class RouterConfig:
     """Towards the workers; the front doors are not affected."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     tracing: TracingConfig = field(default_factory=TracingConfig)
+    pool_stats: PoolStatsConfig = field(default_factory=PoolStatsConfig)
+    ui: UiConfig = field(default_factory=UiConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

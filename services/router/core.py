@@ -9,7 +9,7 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from baton.core.clock import MonotonicClock
 from baton.core.errors import ConfigError
@@ -29,10 +29,13 @@ from services.router.placement.perf_model import PerfModel
 from services.router.placement.perf_observer import PerfObserver
 from services.router.placement.placer import Placer
 from services.router.placement.topology import LinkPrices
+from services.router.pool_stats import PoolStats
+from services.router.pool_stats_book import PoolStatsBook
 from services.router.requests.accounts import Accounts
 from services.router.requests.dispatch import Dispatcher
 from services.router.requests.failure_book import FailureBook
 from services.router.requests.request_log import RequestRecorder
+from services.router.requests.request_record import RequestRecord
 from services.router.requests.starter import Starter
 from services.router.requests.tracer import open_tracer
 from services.router.router_gauges import RouterGauges, open_metrics, tenant_labels
@@ -40,6 +43,8 @@ from services.router.shared.opening import open_shared
 from services.router.shared.state import SharedState
 from services.router.tenants.quota import QuotaDesk
 from services.router.tenants.tenants import open_tenants
+from services.router.ui.ui import Ui
+from services.router.workers.cluster_view import ClusterView
 from services.router.workers.membership import Membership, RegistryMembership, StaticMembership
 from services.router.workers.siblings import Siblings
 from services.router.workers.worker_pool import WorkerPool
@@ -72,6 +77,7 @@ class RouterCore:
             links=LinkPrices.from_config(config.policy),
         )
         self.perf = PerfModel(config.perf)
+        self._stats = PoolStatsBook(config.pool_stats, _loop_time())
         rng = rng or random.Random()
         placer = Placer(
             self.pool,
@@ -95,11 +101,13 @@ class RouterCore:
         accounts = Accounts(self.metrics, labels)
         self.pool.late_use = accounts.late_use
         self._tracer = open_tracer(config.tracing, self.router_id, self.metrics)
-        recorder = RequestRecorder(
+        self.ui = Ui(config.ui, self, wall_clock=wall_clock) if config.ui.enabled else None
+        self._recorder = recorder = RequestRecorder(
             self.metrics,
             accounts=accounts,
-            observer=PerfObserver(self.perf, self.pool.table, self.metrics),
-            spans=self._tracer,
+            observer=PerfObserver(self.perf, self.pool.table, self.metrics, self._stats),
+            ended=(self._tracer,) if self.ui is None else (self._tracer, self.ui.book),
+            stats=self._stats,
         )
         failures = FailureBook(config.retry, config.breaker, metrics=self.metrics)
         starter = Starter(placer, failures=failures, recorder=recorder, wall_clock=wall_clock)
@@ -112,7 +120,7 @@ class RouterCore:
             config=config.admission,
             slo=config.slo,
             worker_wait_s=config.dispatch.worker_wait_s,
-            recorder=AdmissionRecorder(self.metrics, config.slo, labels),
+            recorder=AdmissionRecorder(self.metrics, config.slo, labels, self._stats),
             wall_clock=wall_clock,
         )
         self.pool.subscribe(self.gate.poke)
@@ -143,7 +151,13 @@ class RouterCore:
             self.metrics,
             view=self.pool.view,
             generator=self.dispatcher,
-            others=(self.gate.update_gauges, recorder.update, self._tracer.update),
+            others=(
+                self.gate.update_gauges,
+                recorder.update,
+                self._tracer.update,
+                lambda: self._stats.look(self.pool.view(), _loop_time()),
+                *(() if self.ui is None else (self.ui.look,)),
+            ),
         )
         self._shared_start: asyncio.Task[None] | None = None
 
@@ -168,6 +182,23 @@ class RouterCore:
         self.dispatcher.start()
         self.migrator.start()
         self._gauges.start()
+
+    def view(self) -> ClusterView:
+        """The cluster at this moment."""
+        return self.pool.view()
+
+    def running(self) -> Collection[RequestRecord]:
+        """Requests that are not over, oldest first."""
+        return self._recorder.live
+
+    def pool_stats(self) -> PoolStats:
+        """What a planner is told, until now."""
+        return self._stats.read(
+            self.pool.view(),
+            _loop_time(),
+            num_running=self.dispatcher.num_in_flight,
+            num_queued=self.gate.num_waiting,
+        )
 
     async def stop(self) -> None:
         """End running requests with an error and close all sessions. Takes at most seconds."""

@@ -22,6 +22,7 @@ from services.router.edge.door_tls import open_door_tls, refuse_client_ca
 from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
 from services.router.edge.own_door import OwnDoor
+from services.router.ui.ui_routes import open_ui_routes
 from services.router.workers.ray_membership import watch_replicas
 
 # The event loop of the replica runs our code itself: half the CPU of a token on the router.
@@ -55,7 +56,14 @@ class RouterReplica:
         self._core = RouterCore.from_config(config, membership=watch_replicas(pools))
         generator, metrics = self._core.dispatcher, self._core.metrics
         tenants = self._core.tenants
-        self._http = HttpApp(generator, metrics=metrics, config=config.edge, tenants=tenants)
+        self._http = HttpApp(
+            generator,
+            metrics=metrics,
+            config=config.edge,
+            tenants=tenants,
+            pool_stats=self._core.pool_stats,
+            ui=open_ui_routes(self._core.ui, tenants, config.tenants),
+        )
         self._grpc = GrpcServer(
             generator,
             host=config.host,
@@ -74,6 +82,10 @@ class RouterReplica:
         await self._own.start()
         await self._grpc.start()
         keep_from_collection()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve asks every replica for it, and gives it to the autoscaling policy."""
+        return self._core.pool_stats().to_numbers()
 
     def __serve_build_asgi_app__(self) -> HttpApp:
         return self._http

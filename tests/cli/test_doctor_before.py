@@ -30,7 +30,9 @@ from baton.cli.doctor_versions import check_versions
 from baton.core.config import merge
 from baton.core.errors import ConfigError
 from certificates import make_certificates, reissue
+from made_up_worker import MODEL
 from redis_server import RedisServer
+from services.planner.profile_file import profile_json
 from tiny_llama import write_checkpoint, write_pair_tokenizer
 
 ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
@@ -181,6 +183,19 @@ def test_taken_ports_are_named(folder: Path) -> None:
         f"router: copy.own_port {port}",
         f"decode: port {port}",
     ]
+
+
+def test_settings_of_a_planner_are_tried_with_its_figures(folder: Path) -> None:
+    assert not [c for c in check_before(folder, SECRET) if c.name == "planner"]
+    profile = folder / "profile.json"
+    autoscale = {"ttft_s": 0.5, "itl_s": 0.05, "max_devices": 4}
+    change(folder, "planner", {"autoscale": autoscale, "models": {"profile": str(profile)}})
+    (missing,) = [c for c in check_before(folder, SECRET) if c.name == "planner"]
+    assert missing.severity is ERROR and str(profile) in missing.found
+    profile.write_text(json.dumps(profile_json(MODEL, MODEL, kv_bytes_per_token=1, source="made")))
+    (found,) = [c for c in check_before(folder, SECRET) if c.name == "planner"]
+    assert found.severity is not ERROR
+    assert "keeps TTFT 0.5 s and ITL 0.05 s on 4 devices" in found.found
 
 
 def test_a_folder_without_settings_cannot_be_looked_at(tmp_path: Path) -> None:

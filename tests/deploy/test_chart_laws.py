@@ -12,6 +12,7 @@ import yaml
 
 from baton.cli.main import COMMANDS, _load, _parser
 from baton.core import metrics
+from baton.core.planner_metrics import PLANNER_SERIES
 from chart import CHART, Objects
 from manifests import pod_templates
 
@@ -143,18 +144,25 @@ def test_names_of_secrets_and_settings_exist(objects: Objects) -> None:
 
 def test_selectors_meet_pods_and_ports(objects: Objects) -> None:
     labels = [pod["metadata"]["labels"] for _, pod in pods(objects) if "labels" in pod["metadata"]]
-    ports = {
-        port["name"]: port["containerPort"]
+    ports = set[str]()
+    for service in of_kind(objects, "Service"):
+        selector = {"matchLabels": service["spec"]["selector"]}
+        (chosen,) = (pod for _, pod in pods(objects) if matches(selector, _labels(pod)))
+        own = {
+            port["name"]: port["containerPort"]
+            for container in containers(chosen["spec"])
+            for port in container.get("ports", ())
+        }
+        ports |= own.keys()
+        for port in service["spec"]["ports"]:
+            assert port["targetPort"] in own
+            assert port["port"] == own[port["targetPort"]]
+    ports |= {
+        port["name"]
         for _, pod in pods(objects)
         for container in containers(pod["spec"])
         for port in container.get("ports", ())
     }
-    for service in of_kind(objects, "Service"):
-        selector = {"matchLabels": service["spec"]["selector"]}
-        assert sum(matches(selector, each) for each in labels) == 1, service["metadata"]["name"]
-        for port in service["spec"]["ports"]:
-            assert port["targetPort"] in ports
-            assert port["port"] == ports[port["targetPort"]]
     for budget in of_kind(objects, "PodDisruptionBudget"):
         assert sum(matches(budget["spec"]["selector"], each) for each in labels) == 1
     for deployment in of_kind(objects, "Deployment"):
@@ -261,6 +269,7 @@ def test_probes_ask_what_exists(objects: Objects) -> None:
     from services.router.edge.http_app import HttpApp  # noqa: F401  (the routes below are its own)
 
     source = (CHART.parents[2] / "services/router/edge/http_app.py").read_text()
+    of_planner = (CHART.parents[2] / "services/planner/metrics_port.py").read_text()
     for component, pod in pods(objects):
         if component == "Pod":
             continue
@@ -269,7 +278,11 @@ def test_probes_ask_what_exists(objects: Objects) -> None:
         for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
             probe = container[kind]
             if "httpGet" in probe:
-                assert f'"{probe["httpGet"]["path"]}": {{"GET"' in source
+                path = probe["httpGet"]["path"]
+                if component == "planner":
+                    assert f'"{path}"' in of_planner
+                else:
+                    assert f'"{path}": {{"GET"' in source
                 assert probe["httpGet"]["port"] in ports
             else:
                 command = probe["exec"]["command"]
@@ -381,7 +394,7 @@ def test_pools_are_kept_close_and_spread(rendered: Callable[[str], Objects]) -> 
 
 
 def test_scaling_asks_for_metrics_that_exist(rendered: Callable[[str], Objects]) -> None:
-    known = {s.name for s in vars(metrics).values() if isinstance(s, metrics.Series)}
+    known = {s.name for s in (*metrics.ALL_SERIES, *PLANNER_SERIES)}
     scaled = of_kind(rendered("values-all-kubernetes.yaml"), "ScaledObject")
     targets = {
         o["metadata"]["name"] for o in of_kind(rendered("values-all-kubernetes.yaml"), "Deployment")
@@ -454,6 +467,7 @@ def _allowed(objects: Objects) -> set[tuple[str, str]]:
     if of_kind(objects, "RayService"):
         members |= {"head"}
         allowed |= {(a, b) for a in members for b in members}
+    allowed |= {("planner", "router")}
     return allowed | {(member, "redis") for member in members}
 
 

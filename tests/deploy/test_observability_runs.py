@@ -7,6 +7,8 @@ running request, turns requests away, and in the end loses a worker.
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,12 +61,35 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def planner(cluster: Cluster) -> Iterator[str]:
+    """Where one can be asked that watches the router. Its figures are of other workers."""
+    port = free_port()
+    settings = (
+        "models.model=llama-3.1-8b", "models.machine=h200", "interval_s=0.5", f"port={port}",
+        "autoscale.ttft_s=60", "autoscale.itl_s=10",
+        f"stats.routers=http://127.0.0.1:{cluster.http_port}",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "services.planner"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
 def monitoring(
-    tools: MonitoringTools, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+    tools: MonitoringTools,
+    cluster: Cluster,
+    planner: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Monitoring]:
     """Watches the system from before its first request."""
     made = Monitoring(
-        tools, tmp_path_factory.mktemp("monitoring"), target=f"127.0.0.1:{cluster.http_port}",
+        tools, tmp_path_factory.mktemp("monitoring"),
+        targets=[f"127.0.0.1:{cluster.http_port}", planner],
         pauses={"BatonWorkersMissing": "1s"},
     )  # fmt: skip
     try:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from baton.core.metrics import ALL_SERIES
+from baton.core.planner_metrics import PLANNER_SERIES
 from chart import CHART, ROOT, SECRET, TESTS, values_file
 from monitoring_tools import MonitoringTools, monitoring_tools
 from promql_names import ADDED_BY_SCRAPE, known_series, selectors
@@ -90,7 +91,7 @@ def test_names_of_queries_in_the_runbook_exist() -> None:
     recorded = {rule.name for rule in EVERY_RULE if not rule.is_alert}
     for name in set(re.findall(r"\bbaton:[a-z0-9_:]+", RUNBOOK.read_text())):
         assert name in recorded, name
-    declared = {series.name for series in ALL_SERIES}
+    declared = {series.name for series in (*ALL_SERIES, *PLANNER_SERIES)}
     found = set(re.findall(r"\bbaton_[a-z0-9_]+", RUNBOOK.read_text()))
     for name in found:
         assert re.sub("_(bucket|sum|count)$", "", name) in declared, name

@@ -82,6 +82,9 @@ _WORK = Row(
                 mean("baton_request_engine_seconds", by="role"), "{{role}}",
             ),
         ),
+        lines("Changes of role", "Workers that went over to a pool, within 15 minutes.", "none",
+              Query("max by (namespace, job, role) "
+                    "(increase(baton_router_role_changes_total{SEL}[15m]))", "to {{role}}")),
         lines("Preemptions", "Sequences a second that were stopped for want of KV blocks.", "ops",
               Query(_rate("baton_worker_preemptions_total"), "{{worker}}")),
     ),

@@ -103,8 +103,8 @@ _PLACEMENT = Row(
     ),
 )  # fmt: skip
 
-_PLANNER = Row(
-    "Planner",
+_PREDICTIONS = Row(
+    "Predictions",
     (
         lines("Error of the performance model",
               "Mean share by which measurements differ from predictions.", "percentunit",
@@ -133,6 +133,46 @@ _PLANNER = Row(
     ),
 )  # fmt: skip
 
+_PLANNER = Row(
+    "Planner",
+    (
+        stat("At its budget", "1: more is needed than the devices allow.", "none",
+             "max(baton_planner_at_budget{SEL})", warn_above=1),
+        stat("Last decision", "Seconds since.", "s",
+             "time() - max(baton_planner_last_decision_timestamp_seconds{SEL})", warn_above=180),
+        stat("Routers it hears", "That gave their statistics.", "none",
+             "max(baton_planner_routers{SEL})"),
+        stat("Devices wanted", "By both pools.", "none",
+             'max(baton_planner_devices{SEL,kind="desired"})'),
+        stat("Devices allowed", "The budget.", "none",
+             'max(baton_planner_devices{SEL,kind="budget"})'),
+        stat("Failures", "Within an hour: statistics, decisions, orders.", "none",
+             "sum(increase(baton_planner_failures_total{SEL}[1h]))", warn_above=1),
+        lines("Workers", "Wanted, and there by state.", "none",
+              Query("max by (pool) (baton_planner_desired_workers{SEL})", "{{pool}} wanted"),
+              Query("max by (pool, state) (baton_planner_workers{SEL}) > 0",
+                    "{{pool}} {{state}}")),
+        lines("Arrivals", "Requests a second: now, and when a new worker would be ready.", "reqps",
+              Query("max by (when) (baton_planner_arrivals_per_second{SEL})", "{{when}}")),
+        lines("Targets kept", "Share of the last requests.", "percentunit",
+              Query("max by (target) (baton_planner_attainment_ratio{SEL})", "{{target}}"), max=1),
+        lines("Changes of pools", "A minute: decisions for one, workers over to another.",
+              "none",
+              Query("60 * sum by (pool, direction) (rate(baton_planner_decisions_total"
+                    '{SEL,direction!="hold"}[$__rate_interval]))', "{{pool}} {{direction}}"),
+              Query("60 * sum by (pool) (rate(baton_planner_role_changes_total{SEL}"
+                    "[$__rate_interval]))", "over to {{pool}}")),
+        lines("Error of the planner's models",
+              "Mean share by which measured seconds differ from predicted ones.", "percentunit",
+              Query("max by (term) (baton_planner_prediction_error_ratio{SEL})", "{{term}}"),
+              warn_above=0.3),
+        lines("Corrections", "Of the models by measurements; margin for targets that were missed.",
+              "none",
+              Query("max by (term) (baton_planner_correction_ratio{SEL})", "{{term}}"),
+              Query("max by (pool) (baton_planner_margin_ratio{SEL})", "margin {{pool}}")),
+    ),
+)  # fmt: skip
+
 _DOORS = Row(
     "Doors and shared state",
     (
@@ -157,7 +197,7 @@ _DOORS = Row(
 BOARD = Board(
     uid="baton-router",
     title="Baton / Router & planner",
-    description="Routers, admission, placement, predictions, doors.",
+    description="Routers, admission, placement, predictions, planner, doors.",
     variables=(Variable("slo_class", "baton_admissions_total{SEL}", "slo_class"),),
-    rows=(_COPIES, _ADMISSION, _PLACEMENT, _PLANNER, _DOORS),
+    rows=(_COPIES, _ADMISSION, _PLACEMENT, _PREDICTIONS, _PLANNER, _DOORS),
 )

@@ -25,6 +25,13 @@ def test_section_values_win_over_what_the_system_derives() -> None:
     assert worker_values(system, Role.DECODE, 1)["worker_id"] == "mine"
 
 
+def test_a_worker_is_told_the_engine_settings_of_both_pools() -> None:
+    system = SystemConfig(model_path=MODEL, prefill={"engine": {"max_num_seqs": 4}})
+    other = worker_values(system, Role.DECODE, 0)["other_engine"]
+    assert other == {"model_path": "/models/llama", "max_num_seqs": 4}
+    assert worker_values(system, Role.PREFILL, 0)["other_engine"] == {"model_path": str(MODEL)}
+
+
 def test_router_gets_the_front_door_and_the_tokenizer() -> None:
     values = router_values(SystemConfig(model_path=MODEL, http_port=8123))
     assert values["http_port"] == 8123

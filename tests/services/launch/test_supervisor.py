@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.launch import processes
-from services.launch.processes import Child, Supervisor
+from services.launch import supervisor as supervision
+from services.launch.supervisor import Child, Supervisor
 
 
 @pytest.fixture
 def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
-    monkeypatch.setattr(processes, "RESTART_BACKOFF_S", 0.05)
+    monkeypatch.setattr(supervision, "RESTART_BACKOFF_S", 0.05)
     supervisor = Supervisor()
     yield supervisor
     supervisor.stop(grace_s=1)
@@ -27,7 +27,7 @@ def child(tmp_path: Path, code: str) -> Child:
         name="worker",
         command=[sys.executable, "-c", code],
         log_file=tmp_path / "worker.log",
-        backoff_s=processes.RESTART_BACKOFF_S,
+        backoff_s=supervision.RESTART_BACKOFF_S,
     )
 
 

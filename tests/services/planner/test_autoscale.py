@@ -145,6 +145,36 @@ def test_cold_workers_small_samples_and_missing_workers_correct_nothing() -> Non
     assert decision.prefill.margin == 1.0
 
 
+def test_pools_go_to_nothing_and_come_back_with_the_first_request() -> None:
+    none = PoolLimits(min_workers=0, max_workers=12)
+    config = dataclasses.replace(CONFIG, prefill=none, decode=none, window_s=10)
+    cluster = Cluster(config, start_s=30)
+    for _ in range(30):
+        decision = cluster.tick(0.0)
+    assert (decision.prefill.desired, decision.decode.desired) == (0, 0)
+    woken = cluster.tick(0.1)
+    assert (woken.prefill.desired, woken.decode.desired) == (1, 1)
+    # A window shorter than a start: those that start still come to see what they started for.
+    while not cluster.ready["prefill"]:
+        assert cluster.tick(0.0).prefill.desired == 1
+        assert cluster.now_s < 1000
+    assert cluster.ready["decode"] == 1
+
+
+def test_a_queue_asks_for_workers_until_it_is_gone() -> None:
+    scaler = Autoscaler(CONFIG, MODEL, MODEL)
+    load = dataclasses.replace(LOAD, rate_per_s=4)
+
+    def decided(now_s: float, num_waiting: float) -> Decision:
+        prefill = PoolState(2, num_waiting=num_waiting)
+        return scaler.decide(Observation(now_s, load, 40, None, None, prefill, PoolState(2)))
+
+    calm = decided(0, 1).prefill.needed_now
+    queued = decided(10, 300).prefill.needed_now
+    assert queued > calm
+    assert decided(20, 1).prefill.needed_now == calm
+
+
 def test_full_memory_grows_the_decode_pool() -> None:
     cluster = Cluster()
     for _ in range(40):
@@ -226,7 +256,12 @@ def test_random_walks_stay_within_all_bounds_and_say_why(seed: int) -> None:
         ({"share": 1}, "autoscale.share"),
         ({"headroom": 0.5}, "autoscale.headroom must be from 1 to 10, got 0.5"),
         ({"burst_share": 2}, "autoscale.burst_share"),
-        ({"max_devices": 1}, "min_workers of both pools need 2"),
+        ({"max_devices": 1}, "max_devices is 1, but one prefill and one decode worker need 2"),
+        ({"max_devices": 0}, "max_devices is 0, but one prefill and one decode worker need 2"),
+        (
+            {"max_devices": 8, "prefill": PoolLimits(8, 12)},
+            "max_devices is 8, but min_workers of both pools need 9",
+        ),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, float], says: str) -> None:
@@ -234,3 +269,5 @@ def test_bad_settings_are_refused(change: dict[str, float], says: str) -> None:
         dataclasses.replace(CONFIG, **change)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="min_workers 3 must be from 0 to max_workers 2"):
         PoolLimits(3, 2)
+    with pytest.raises(ConfigError, match="max_workers must be at least 1, got 0"):
+        PoolLimits(0, 0)

@@ -42,6 +42,16 @@ def test_the_same_time_of_earlier_days_is_remembered() -> None:
         )
 
 
+def test_a_time_of_day_with_next_to_nothing_in_it_multiplies_by_ten_at_most() -> None:
+    # Quiet but for one hour; now, just before it, there is far more than on the day before.
+    day = [0.001] * 180 + [50.0] * 180
+    forecast = fed([*day, *[0.001] * 175, *[5.0] * 4], season_s=3600)
+    now_s = 10 * (len(day) + 178)
+    told = forecast.at(now_s + 120)
+    assert told.season <= 10
+    assert told.rate_per_s < 60
+
+
 def test_a_burst_leaves_a_floor_for_as_long_as_the_window() -> None:
     rates = [2.0] * 50 + [40.0] * 3 + [2.0] * 60
     forecast = fed(rates[:70], burst=0.5)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from baton.core.errors import ConfigError
-from baton.simulator.arrivals import RequestLengths
+from baton.simulator.arrivals import RequestLengths, sampled, sharing
 from baton.simulator.outcome import Outcome
 from made_up_worker import HARDWARE, MODEL
 from services.planner.candidate import Candidate, Layout, Pool, alone, cluster_of
@@ -15,7 +15,7 @@ from services.planner.goodput import GoodputSearch
 from services.planner.objective import Objective, attainment
 from services.planner.search import NO_LOCAL_PREFILL, Question, num_searches, search
 from services.planner.values import chart_values
-from services.planner.workload import SampledLengths
+from services.planner.workload import Replay, SampledLengths
 
 LAYOUT = Layout(block_size=64, kv_bytes_per_token=800_000, max_model_len=1024)
 OBJECTIVE = Objective(ttft_s=0.4, itl_s=0.04)
@@ -85,6 +85,65 @@ def test_nothing_is_chosen_when_nothing_keeps_the_objective() -> None:
     assert all("misses" in ranked.reason for ranked in plan.ranking)
 
 
+def test_what_can_be_had_instead_is_named_with_who_can() -> None:
+    impossible = Objective(ttft_s=0.01, itl_s=0.001)
+    faster = dataclasses.replace(
+        MODEL, tensor_parallel=2, hardware=dataclasses.replace(HARDWARE, step_fixed_s=0.01)
+    )
+    models = {1: MODEL, 2: faster}
+    plan = search(question(objective=impossible, prefill_models=models, decode_models=models))
+    ttft, itl = plan.shortfalls(impossible)
+    assert (ttft.target, ttft.best.title) == ("TTFT", "prefill, tp2")
+    assert (itl.target, itl.best.title) == ("ITL", "decode, tp2")
+    alone_s = 0.01 + 512 * HARDWARE.prefill_token_s
+    assert alone_s < ttft.best_s < 1.2 * alone_s
+    assert 0.01 < itl.best_s < 0.013
+
+
+def traces() -> tuple[Replay, Replay]:
+    """Prompts of which most is one of four texts; and the same lengths with nothing shared."""
+    lengths = (RequestLengths(1024, 24), RequestLengths(1536, 16))
+    drawn = sampled(lengths, rate_per_s=1, num_requests=400, block_size=64, seed=2)
+    trace = Replay("t", sharing(drawn, num_prefixes=4, share=0.85, block_size=64))
+    return trace, trace.without_sharing(64)
+
+
+def test_hits_multiply_what_a_prefill_worker_takes() -> None:
+    trace, alone_trace = traces()
+    assert [len(a.block_hashes) for a in alone_trace.arrivals(1, 400, 0)] == [
+        len(a.block_hashes) for a in trace.arrivals(1, 400, 0)
+    ]
+    candidate = alone(Pool(MODEL, 1), is_prefill=True, max_step_tokens=2048)
+    layout = dataclasses.replace(LAYOUT, max_model_len=2048)
+    config = cluster_of(candidate, layout, 0, NO_LOCAL_PREFILL)
+    hits, none = (
+        GoodputSearch(work, OBJECTIVE, tolerance=0.3, min_requests=60, span_s=2).run(config, 4.0)
+        for work in (trace, alone_trace)
+    )
+    assert hits.rate_per_s > 3 * none.rate_per_s > 0
+
+
+@pytest.mark.slow
+def test_hits_change_the_plan_that_the_same_lengths_get_without_them() -> None:
+    layout = dataclasses.replace(LAYOUT, max_model_len=2048)
+
+    def best_pair(workload: Replay) -> tuple[int, int]:
+        plan = search(
+            question(workload=workload, layout=layout, max_devices=4, min_requests=100, span_s=2)
+        )
+        best = next(r.candidate for r in plan.ranking if r.candidate.prefill is not None)
+        assert best.prefill is not None
+        return best.prefill.num_workers, best.decode.num_workers
+
+    assert [best_pair(trace) for trace in traces()] == [(1, 1), (3, 1)]
+
+
+def test_one_device_is_planned_for_with_colocated_workers_only() -> None:
+    plan = search(question(max_devices=1))
+    assert plan.ranking
+    assert all(ranked.candidate.prefill is None for ranked in plan.ranking)
+
+
 def test_attainment_counts_those_that_never_ended_and_single_tokens() -> None:
     outcomes = [
         Outcome(0, 0.0, 10, first_token_s=0.3, last_token_s=0.3, num_output_tokens=1),
@@ -113,6 +172,11 @@ def test_values_are_what_the_chart_takes() -> None:
     [
         ({"max_devices": 0}, "at least 1 device, got 0"),
         ({"prefill_models": {}}, "no size of worker"),
+        ({"decode_models": {4: MODEL}}, "decode workers need at least 4 devices and 2 may be"),
+        (
+            {"decode_models": {1: dataclasses.replace(MODEL, max_kv_tokens=500)}},
+            "longest request has 528 tokens, the largest decode worker .* has room .* of 500",
+        ),
     ],
 )
 def test_impossible_questions_are_refused(change: dict[str, object], says: str) -> None:

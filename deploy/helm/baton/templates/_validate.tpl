@@ -14,6 +14,7 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- if and $v.keda.enabled (ne $v.runtime "kubernetes") -}}
 {{- fail "keda.enabled needs runtime kubernetes: the sizes of Ray's pools stand in the serve config" -}}
 {{- end -}}
+{{- include "baton.validatePlanner" . -}}
 {{- if and $v.ray.head.faultTolerance (not (include "baton.hasRedis" .)) -}}
 {{- fail "ray.head.faultTolerance needs Redis: set redis.enabled: true or redis.externalUrl" -}}
 {{- end -}}
@@ -45,6 +46,47 @@ What the schema cannot say: values that contradict each other. Each message name
 {{- end -}}
 {{- if and $v.gateway.enabled (not $v.gateway.parentRefs) -}}
 {{- fail "gateway.enabled needs gateway.parentRefs: the gateways to attach to" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "baton.validatePlanner" -}}
+{{- $v := .Values -}}
+{{- if and (eq $v.keda.follow "planner") (not $v.planner.enabled) -}}
+{{- fail "keda.follow planner needs planner.enabled: nobody else says how many workers are wanted" -}}
+{{- end -}}
+{{- if $v.planner.enabled -}}
+{{- if dig "autoscale" "can_change_roles" false $v.config.planner -}}
+{{- fail "config.planner.autoscale.can_change_roles: a pod or a replica belongs to its pool; leave it out" -}}
+{{- end -}}
+{{- if eq $v.runtime "ray" -}}
+{{- if eq $v.pools.layout "paired" -}}
+{{- fail "planner.enabled with runtime ray needs pools.layout separate: a pair's workers cannot come one by one" -}}
+{{- end -}}
+{{- if not $v.config.planner.autoscale -}}
+{{- fail "planner.enabled needs config.planner.autoscale.ttft_s: the seconds that are to be kept" -}}
+{{- end -}}
+{{- range $pool := list "prefill" "decode" -}}
+{{- $limits := dig "autoscale" $pool dict $v.config.planner -}}
+{{- $num := (index $v.pools $pool).replicas | int -}}
+{{- if or (lt $num (dig "min_workers" 1 $limits | int)) (gt $num (dig "max_workers" 8 $limits | int)) -}}
+{{- fail (printf "pools.%s.replicas is %d, outside min_workers and max_workers of config.planner.autoscale.%s" $pool $num $pool) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $autoscale := dig "autoscale" dict $v.config.planner -}}
+{{- range $key := list "ttft_s" "itl_s" -}}
+{{- if not (index $autoscale $key) -}}
+{{- fail (printf "planner.enabled needs config.planner.autoscale.%s: the seconds that are to be kept" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- $models := dig "models" dict $v.config.planner -}}
+{{- $isPredicted := and $models.model $models.machine -}}
+{{- if and (not $v.planner.profile) (not $isPredicted) -}}
+{{- fail "planner.enabled needs figures of a worker: planner.profile, or config.planner.models.model and machine" -}}
+{{- end -}}
+{{- if and $v.planner.profile (or $models.model $models.machine) -}}
+{{- fail "planner.profile and config.planner.models.model or machine are set: figures come from one source" -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

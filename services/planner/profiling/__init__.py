@@ -1,0 +1,1 @@
+"""From measured steps of an engine to the coefficients of a worker."""
