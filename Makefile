@@ -10,6 +10,7 @@ CONSTRAINTS ?= constraints.txt
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 LINT_STAMP := $(VENV)/.installed-lint
+UI_STAMP := $(VENV)/.installed-ui
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q
 
 # A machine with a GPU and its own CUDA torch: make test-gpu GPU_PYTHON=python3
@@ -19,7 +20,7 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 # A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
 GPU_TIMEOUT := --timeout-method=thread
 
-.PHONY: help install serve test test-deploy test-image chart test-slow test-chaos-kv test-gpu test-all lint format protos bench-cpu bench-transfer bench-router bench-gpu tune-gpu bench-quality bench-vllm-env clean
+.PHONY: help install serve test test-deploy test-ui test-image chart test-slow test-chaos-kv test-clients sim test-gpu test-all lint format protos bench-cpu bench-transfer bench-router bench-simulator bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +49,10 @@ $(LINT_STAMP): $(STAMP)
 	@$(PIP) --no-deps -r tests/deploy/requirements-no-deps.txt
 	@touch $@
 
+$(UI_STAMP): $(TEST_STAMP)
+	@$(PIP) -c $(CONSTRAINTS) -e '.[test,ui-test]'
+	@touch $@
+
 serve: $(STAMP)  ## router, one prefill and one decode worker on this machine (ARGS="--no-ray ...")
 	@exec $(BIN)/baton serve $(ARGS)
 
@@ -67,6 +72,12 @@ test-slow: $(TEST_STAMP)  ## the minutes-long suites
 
 test-chaos-kv: $(TEST_STAMP)  ## workers killed, stopped, cut off, drained; 5 minutes of soak (about 25 minutes)
 	$(BIN)/python -m pytest -m chaos tests/chaos $(ARGS)
+
+test-clients: $(TEST_STAMP)  ## other people's clients and load generators, each installed into .venvs/ (gigabytes; ARGS=--huge for guidellm)
+	$(BIN)/python -m pytest -m clients tests/clients -rs $(ARGS)
+
+sim: $(TEST_STAMP)  ## three simulated scenarios within their bounds: latency, hits, GPU hours (half a minute)
+	$(BIN)/python -m bench.simulator_regression $(ARGS)
 
 test-gpu: $(GPU_STAMP)  ## every kernel over its whole grid and the engine's golden tokens, on a GPU
 	$(GPU_PYTHON) -m pytest $(GPU_TIMEOUT) -m "gpu or not slow" tests/kernels tests/engine/gpu $(ARGS)
@@ -89,6 +100,9 @@ chart: $(LINT_STAMP)  ## regenerate the schema, README and rendered examples of 
 test-deploy: $(TEST_STAMP)  ## the Helm chart and the image, with the minute on a real Ray
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/deploy $(ARGS)
 
+test-ui: $(UI_STAMP)  ## the page at /ui in a real browser (wants Chromium on the machine)
+	$(BIN)/python -m pytest -m ui tests/ui $(ARGS)
+
 test-image: $(TEST_STAMP)  ## the image built without a registry and run read-only (root, buildah, runc; minutes)
 	tools/check_image.sh
 
@@ -103,6 +117,9 @@ bench-transfer: $(TEST_STAMP)  ## KV between workers beside memcpy and sockets, 
 
 bench-router: $(TEST_STAMP)  ## the router's index, placement, doors and policies beside peers (about 20 minutes)
 	$(BIN)/python -m bench.router $(ARGS)
+
+bench-simulator: $(TEST_STAMP)  ## simulated requests a minute with 16, 100 and 1,000 workers (about 5 minutes)
+	$(BIN)/python -m bench.simulator_speed $(ARGS)
 
 bench-gpu: $(GPU_STAMP)  ## kernels and engine on a GPU beside peers and the card's limits
 	$(GPU_PYTHON) -m bench.kernels $(ARGS)

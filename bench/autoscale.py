@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import math
 import random
 import time
@@ -28,8 +27,10 @@ from bench.machine import describe, store
 from services.planner.autoscale import Autoscaler, Observation
 from services.planner.autoscale_config import AutoscaleConfig, PoolLimits
 from services.planner.candidate import Candidate, Layout, Pool, cluster_of
-from services.planner.elastic import ElasticRun, Ongoing, Sample, Scaler
+from services.planner.elastic import ElasticRun, Sample, num_turns
 from services.planner.objective import Objective, attainment
+from services.planner.orders import OrderKind
+from services.planner.pilots import Following, Ongoing, Pilot, by_count
 from services.planner.pool_model import PoolModel
 
 HARDWARE = Hardware(
@@ -58,13 +59,15 @@ def main() -> None:
     args = parser.parse_args()
     arrivals = day_of(args.day, args.rate, args.seed)
     print(f"{len(arrivals)} requests in {args.day:.0f} s, bursts x{BURST:g} at {BURSTS}")
-    ours = run("baton", our_scaler(args.day), arrivals, args.day)
-    rows = [ours]
+    rows = [
+        run("baton", ours(args.day), arrivals, args.day),
+        run("baton, roles change", ours(args.day, can_change_roles=True), arrivals, args.day),
+    ]
     rows += [
-        run(f"ray serve, {name}", RayScaler(*targets), arrivals, args.day)
+        run(f"ray serve, {name}", by_count(RayScaler(*targets)), arrivals, args.day)
         for name, targets in (("its default of 2", (2.0, 2.0)), ("tuned", (2.0, 24.0)))
     ]
-    rows += fixed_pools(ours["device_s"] / ours["span_s"], arrivals, args.day)
+    rows += fixed_pools(rows[0]["device_s"] / rows[0]["span_s"], arrivals, args.day)
     result = {
         "machine": describe(),
         "requests": len(arrivals),
@@ -80,7 +83,7 @@ def day_of(day_s: float, mean_rate: float, seed: int) -> list[Arrival]:
     """Quiet nights, a broad middle, two bursts; Poisson at that rate, by thinning."""
     rng = random.Random(seed)
     highest = 2 * mean_rate * BURST
-    at_s, arrivals = 0.0, []
+    at_s, arrivals = 0.0, list[Arrival]()
     while (at_s := at_s + rng.expovariate(highest)) < day_s:
         if rng.random() * highest < rate_at(at_s / day_s, mean_rate):
             drawn = rng.choice(LENGTHS)
@@ -97,7 +100,7 @@ def rate_at(share_of_day: float, mean_rate: float) -> float:
     return rate * BURST if any(a < share_of_day < b for a, b in BURSTS) else rate
 
 
-def our_scaler(day_s: float) -> Scaler:
+def ours(day_s: float, *, can_change_roles: bool = False) -> Pilot:
     limits = PoolLimits(1, MAX_WORKERS)
     config = AutoscaleConfig(
         OBJECTIVE.ttft_s,
@@ -108,14 +111,9 @@ def our_scaler(day_s: float) -> Scaler:
         # Two hours of burst in a real day, at the day's pace here.
         window_s=day_s / 48,
         forecast_s=MODEL.start_s,
+        can_change_roles=can_change_roles,
     )
-    scaler = Autoscaler(config, MODEL, MODEL)
-
-    def decide(seen: Observation, ongoing: Ongoing) -> tuple[int, int]:
-        decision = scaler.decide(seen)
-        return decision.prefill.desired, decision.decode.desired
-
-    return decide
+    return Following(Autoscaler(config, MODEL, MODEL), config)
 
 
 class RayScaler:
@@ -143,7 +141,8 @@ class RayScaler:
 
 class _RayPool:
     def __init__(self, config: Any) -> None:
-        self._config, self._state, self._target = config, {}, 1
+        self._config, self._target = config, 1
+        self._state: dict[str, Any] = {}
         self._seen: list[tuple[float, float]] = []
 
     def decide(self, now_s: float, num_ongoing: int, num_ready: int) -> int:
@@ -169,7 +168,13 @@ def fixed_pools(devices: float, arrivals: Sequence[Arrival], day_s: float) -> li
     # Prompts take most of the time here; with fewer prefill workers the queue only grows.
     splits = [(p, total - p) for p in range(max(1, total // 2), total)]
     rows = [
-        run(f"fixed {p}:{d}", lambda seen, ongoing, p=p, d=d: (p, d), arrivals, day_s, start=(p, d))  # type: ignore[misc]
+        run(
+            f"fixed {p}:{d}",
+            by_count(lambda seen, ongoing, p=p, d=d: (p, d)),  # type: ignore[misc]
+            arrivals,
+            day_s,
+            start=(p, d),
+        )
         for p, d in splits
     ]
     return [max(rows, key=lambda row: row["both"])]
@@ -177,14 +182,14 @@ def fixed_pools(devices: float, arrivals: Sequence[Arrival], day_s: float) -> li
 
 def run(
     name: str,
-    scaler: Scaler,
+    pilot: Pilot,
     arrivals: Sequence[Arrival],
     day_s: float,
     *,
     start: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     candidate = Candidate(Pool(MODEL, start[0]), Pool(MODEL, start[1]), 2048)
-    elastic = ElasticRun(cluster_of(candidate, LAYOUT, 0), scaler, OBJECTIVE, start_s=MODEL.start_s)
+    elastic = ElasticRun(cluster_of(candidate, LAYOUT, 0), pilot, OBJECTIVE, start_s=MODEL.start_s)
     started_s = time.perf_counter()
     outcomes = elastic.run(arrivals)
     reached = attainment(outcomes, OBJECTIVE)
@@ -196,6 +201,7 @@ def run(
         "span_s": max(o.last_token_s for o in outcomes),
         "ttft_p99_s": _percentile([o.ttft_s for o in outcomes], 0.99),
         "reversals": reversals_per_burst(elastic.samples, day_s),
+        "role_changes": sum(o.order.kind is OrderKind.CHANGE_ROLE for o in elastic.orders),
         "took_s": time.perf_counter() - started_s,
         "samples": [dataclasses.astuple(sample) for sample in elastic.samples],
     }
@@ -203,7 +209,7 @@ def run(
     print(
         f"  {name:28} kept {reached.both:.3f} (TTFT {reached.ttft:.3f}, ITL {reached.itl:.3f})  "
         f"{row['device_hours']:.2f} device hours  reversals a burst {row['reversals']}  "
-        f"{row['took_s']:.0f} s",
+        f"{row['role_changes']} role changes  {row['took_s']:.0f} s",
         flush=True,
     )
     return row
@@ -222,14 +228,8 @@ def reversals_per_burst(samples: Sequence[Sample], day_s: float) -> list[int]:
     for start, end in BURSTS:
         until = end + (end - start)
         inside = [s for s in samples if start * day_s <= s.now_s <= until * day_s]
-        pools = ([s.num_prefill for s in inside], [s.num_decode for s in inside])
-        counts.append(max(map(_num_reversals, pools)))
+        counts.append(max(num_turns(inside, role) for role in Role))
     return counts
-
-
-def _num_reversals(values: list[int]) -> int:
-    moves = [b > a for a, b in itertools.pairwise(values) if a != b]
-    return sum(a != b for a, b in itertools.pairwise(moves))
 
 
 def _percentile(values: list[float], share: float) -> float:

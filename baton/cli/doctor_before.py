@@ -36,6 +36,7 @@ from services.decode.config import DEFAULTS as DECODE_DEFAULTS
 from services.launch.compatibility import check_pools_match
 from services.launch.pools import gpu_demand, visible_gpus
 from services.launch.readiness import check_model_folder, listen_error
+from services.planner.planner_config import load_models, load_planner_config
 from services.prefill.config import DEFAULTS as PREFILL_DEFAULTS
 from services.router.config import RouterConfig, load_router_config
 from services.router.edge.door_tls import load_door_material
@@ -77,6 +78,7 @@ def check_before(folder: Path, environ: Mapping[str, str]) -> list[Check]:
     checks += _of_certificates(settings)
     checks += _of_tracing(settings)
     checks += _of_ports(settings)
+    checks += _of_planner(folder, environ)
     for url in settings.urls():
         checks += check_store(url)
     checks += _of_devices(settings, environ)
@@ -109,6 +111,25 @@ def read_settings(folder: Path, environ: Mapping[str, str]) -> Settings:
             fix = f"correct it in {file}, or in the values it is made of"
             found.refused.append(Check(f"settings of {file.stem}", str(error), ERROR, fix))
     return found
+
+
+def _of_planner(folder: Path, environ: Mapping[str, str]) -> Iterator[Check]:
+    """Settings and figures of workers, where pools are planned for."""
+    file = folder / "planner.yaml"
+    if not file.is_file():
+        return
+    try:
+        config = load_planner_config(file=file, environ=environ)
+        models = load_models(config.models)
+    except ConfigError as error:
+        yield Check("planner", str(error), ERROR, f"correct it in {file}, or where it comes from")
+        return
+    targets = config.autoscale
+    yield Check(
+        "planner",
+        f"keeps TTFT {targets.ttft_s:g} s and ITL {targets.itl_s:g} s on {targets.max_devices} "
+        f"devices, by figures of {models.prefill.source}",
+    )
 
 
 def _attempt(name: str, check: Callable[[], object], found: str) -> Check:

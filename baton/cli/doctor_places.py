@@ -80,6 +80,27 @@ class Given:
 
 def find_places(given: Given, environ: Mapping[str, str]) -> Places:
     """Raises ConfigError saying what is missing and how to give it."""
+    workers, settings, registry = _find(given, environ)
+    return Places(
+        workers=workers,
+        secret=_secret(given.secret_file, settings.transfer.cluster_secret, registry),
+        tls=open_tls(settings.tls),
+        tiers=settings.tiers,
+        store_url=settings.registry.url,
+    )
+
+
+def find_workers(
+    given: Given, environ: Mapping[str, str]
+) -> tuple[tuple[Place, ...], TlsFiles | None]:
+    """Whom to ask and with which certificates, without the secret. Raises ConfigError."""
+    workers, settings, _ = _find(given, environ)
+    return workers, open_tls(settings.tls)
+
+
+def _find(
+    given: Given, environ: Mapping[str, str]
+) -> tuple[tuple[Place, ...], DoctorSettings, Path | None]:
     run_dir = given.run_dir
     if run_dir is not None and not run_dir.is_dir():
         raise ConfigError(f"--run-dir {run_dir} does not exist")
@@ -99,13 +120,7 @@ def find_places(given: Given, environ: Mapping[str, str]) -> Places:
             f"no worker is registered in {registry}; is `baton serve` running? "
             "`--worker HOST:PORT` names one by hand"
         )
-    return Places(
-        workers=workers,
-        secret=_secret(given.secret_file, settings.transfer.cluster_secret, registry),
-        tls=open_tls(settings.tls),
-        tiers=settings.tiers,
-        store_url=settings.registry.url,
-    )
+    return workers, settings, registry
 
 
 def registered(directory: Path | None) -> Sequence[RegistryEntry]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from baton.cli.plan_explain import add_explain_arguments, run_explain
 from baton.cli.planning_args import (
     add_machine_arguments,
     add_objective_arguments,
@@ -27,6 +28,7 @@ EPILOG = """examples:
   baton plan --model ./my-model --gpu h100 --gpus 4 --trace requests.csv --ttft 1 --itl 0.05 \\
     --values plan.yaml --plot plan.png
   baton plan --profile measured.json --gpus 3 --lengths 512/64 --ttft 0.4 --itl 0.04
+  baton plan --explain decisions.jsonl:120
 
 docs/planning.md explains what is simulated and how far to trust it."""
 
@@ -58,10 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw goodput curves as PNG")
     output.add_argument("--json", action="store_true", help="print one JSON object")
+    add_explain_arguments(parser)
 
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """1 when nothing keeps the targets."""
+    if args.explain is not None:
+        return run_explain(args)
     from rich.console import Console
 
     from baton.cli.plan_report import plan_json, print_plan
@@ -113,6 +118,8 @@ def _question(args: argparse.Namespace) -> Question:
     from services.planner.search import Question
 
     check_counts(args, "gpus", "block_size", "requests", "span")
+    if args.limit is not None:
+        check_counts(args, "limit")
     workload, block_size = workload_of(args)
     prefill, decode, kv_bytes = models_of(args, args.gpus)
     return Question(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from rich import box
@@ -37,6 +38,15 @@ def plan_json(question: Question, plan: Plan) -> dict[str, Any]:
         "chosen": None if chosen is None else chosen.candidate.name,
         "ranking": [_row(ranked) for ranked in plan.ranking],
         "pools_alone": [_row(ranked) for ranked in plan.pools_alone],
+        "shortfalls": [
+            {
+                "target": missed.target,
+                "wanted_s": missed.wanted_s,
+                "achievable_s": missed.best_s,
+                "by": missed.best.title,
+            }
+            for missed in (() if chosen is not None else plan.shortfalls(question.objective))
+        ],
     }
 
 
@@ -74,10 +84,38 @@ def _table(title: str, ranking: tuple[Ranked, ...], *, is_alone: bool) -> Table:
 def _verdict(plan: Plan, question: Question) -> str:
     chosen = plan.chosen
     if chosen is None:
-        return (
-            "[bold]nothing keeps these targets[/bold]: see the last column for what is missed, and "
-            "loosen that target, take more GPUs a worker (--gpus), or a faster GPU"
-        )
+        return "[bold]nothing keeps these targets[/bold]" + _achievable(plan, question)
     copies = max(1, question.max_devices // chosen.candidate.num_devices)
     rate = copies * chosen.goodput.rate_per_s
     return f"[bold]take {copies} x ({chosen.candidate.name})[/bold]: about {rate:.1f} requests/s"
+
+
+def _achievable(plan: Plan, question: Question) -> str:
+    """What can be had instead, and why no more."""
+    missed = plan.shortfalls(question.objective)
+    if not missed:
+        return (
+            ": each pool alone keeps them, both together do not; see the last column for what is "
+            "missed, and loosen that target or take more GPUs a worker (--gpus)"
+        )
+    lines = []
+    for one in missed:
+        option, what = (
+            ("--ttft", "one prompt alone takes") if one.target == "TTFT"
+            else ("--itl", "one step of a single sequence takes")
+        )  # fmt: skip
+        lines.append(
+            f"\n  {one.target} {1000 * one.wanted_s:g} ms: {what} {1000 * one.best_s:.3g} ms on "
+            f"the fastest worker ({one.best.title}) for {question.objective.share:.0%} of "
+            f"requests. {option} {_rounded_up(one.best_s):g} is the least that can be kept, more "
+            "leaves room for load; or take more GPUs a worker (--gpus), or a faster GPU"
+        )
+    return "".join(lines)
+
+
+def _rounded_up(seconds: float) -> float:
+    """To two digits, never below."""
+    if not math.isfinite(seconds) or seconds <= 0:
+        return seconds
+    unit = 10.0 ** (math.floor(math.log10(seconds)) - 1)
+    return math.ceil(seconds / unit * (1 - 1e-9)) * unit

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 from baton.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from baton.simulator.arrivals import RequestLengths
+    from baton.simulator.arrivals import RateStep, RequestLengths
+    from baton.simulator.workload import Arrival
     from services.planner.candidate import Layout
     from services.planner.pool_model import PoolModel
     from services.planner.workload import Workload
+
+MAX_REQUESTS = 5_000_000
+"""Of one run: an hour of one core, and some gigabytes."""
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +41,11 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--trace", type=Path, metavar="FILE", help="Mooncake, Azure, BurstGPT or lengths alone"
+    )
+    group.add_argument(
+        "--no-shared-prefixes",
+        action="store_true",
+        help="as if no two prompts of the trace began alike: what prefix hits are worth",
     )
     group.add_argument(
         "--limit", type=int, metavar="N", help="read that many requests of the trace"
@@ -90,7 +99,75 @@ def workload_of(args: argparse.Namespace) -> tuple[Workload, int]:
     if trace.lengths:
         sampled = SampledLengths(trace.name, trace.lengths, args.block_size, args.burstiness)
         return sampled, args.block_size
-    return Replay(trace.name, trace.arrivals), trace.block_size
+    replay = Replay(trace.name, trace.arrivals)
+    if args.no_shared_prefixes:
+        replay = replay.without_sharing(trace.block_size)
+    return replay, trace.block_size
+
+
+def rates_of(text: str) -> tuple[RateStep, ...]:
+    """Of `20`: one step; of `0:5,600:30`: one from each second on. Raises ConfigError."""
+    from baton.simulator.arrivals import RateStep
+
+    steps = []
+    for part in text.split(","):
+        at_s, colon, rate = part.partition(":")
+        try:
+            steps.append(
+                RateStep(float(at_s), float(rate)) if colon else RateStep(0.0, float(at_s))
+            )
+        except ValueError:
+            raise ConfigError(
+                f"--rate takes requests per second such as 20, or 0:5,600:30, got {part!r}"
+            ) from None
+    if len(steps) > 1 and ":" not in text.split(",")[0]:
+        raise ConfigError(f"--rate: each of several rates needs its second, 0:5,600:30, got {text}")
+    return tuple(steps)
+
+
+def arrivals_of(
+    workload: Workload, args: argparse.Namespace, default_requests: int
+) -> list[Arrival]:
+    """What `--rate`, `--requests`, `--seconds` and `--seed` say. Raises ConfigError."""
+    from baton.simulator.arrivals import varying
+    from services.planner.workload import SampledLengths
+
+    steps = rates_of(args.rate) if args.rate is not None else ()
+    is_sampled = isinstance(workload, SampledLengths)
+    if len(steps) > 1:
+        if not isinstance(workload, SampledLengths):
+            raise ConfigError("a trace has its own times: give it one --rate, or none")
+        if workload.burstiness != 1.0:
+            raise ConfigError("arrivals at a rate that changes are Poisson: leave --burstiness out")
+        if args.seconds is None:
+            raise ConfigError("say for how long requests arrive at these rates: --seconds S")
+        _check_number(sum(args.seconds * step.rate_per_s for step in steps) / len(steps))
+        arrivals = varying(
+            workload.lengths,
+            steps,
+            until_s=args.seconds,
+            block_size=workload.block_size,
+            seed=args.seed,
+        )
+        return arrivals[: args.requests]
+    rate = steps[0].rate_per_s if steps else None
+    num = args.requests or default_requests
+    if args.seconds is not None and not args.requests:
+        num = MAX_REQUESTS
+        if is_sampled and rate is not None:
+            # More than come by then with any burstiness that is told apart from one clump.
+            num = int(2 * args.seconds * rate) + 1000
+    _check_number(num)
+    arrivals = workload.arrivals(rate, num, args.seed)
+    return [a for a in arrivals if args.seconds is None or a.at_s <= args.seconds]
+
+
+def _check_number(num_requests: float) -> None:
+    if num_requests > MAX_REQUESTS:
+        raise ConfigError(
+            f"{num_requests:.0f} requests are more than one run simulates, at most {MAX_REQUESTS}: "
+            "lower --requests, --seconds or --rate"
+        )
 
 
 def models_of(

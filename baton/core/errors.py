@@ -12,12 +12,15 @@
     │   ├── PayloadTooLarge        413  INVALID_ARGUMENT
     │   ├── Overloaded             429  RESOURCE_EXHAUSTED   (carries retry_after_s)
     │   │   └── QuotaExceeded          the tenant has used what it may (carries rate_limits)
-    │   └── RequestCancelled       499  CANCELLED
+    │   ├── RequestCancelled       499  CANCELLED
+    │   └── NotOffered             501  UNIMPLEMENTED   (known, and not done here)
     ├── ServiceError           the platform could not do it
     │   ├── InternalError          500  INTERNAL
     │   ├── Unavailable            503  UNAVAILABLE
     │   │   ├── NoWorker               no worker of the wanted role answers
     │   │   └── WorkerLost             the worker's session broke mid-request
+    │   ├── RoleChangeRefused      409  FAILED_PRECONDITION
+    │   ├── RoleChangeOvertaken    409  ABORTED
     │   └── DeadlineExceeded       504  DEADLINE_EXCEEDED
     └── TransferError          KV movement between two workers
         ├── IncompatiblePeer       fingerprint, version or layout differ
@@ -115,6 +118,10 @@ class RequestCancelled(RequestError):
     """The client went away or cancelled."""
 
 
+class NotOffered(RequestError):
+    """What was asked for is known and this platform, or this model, does not do it."""
+
+
 class ServiceError(BatonError):
     """The platform failed; retrying later may help."""
 
@@ -137,6 +144,14 @@ class WorkerLost(Unavailable):
 
 class DeadlineExceeded(ServiceError):
     """A stage did not finish within its deadline."""
+
+
+class RoleChangeRefused(ServiceError):
+    """A worker stays in its pool: it cannot serve in the other one, or is needed where it is."""
+
+
+class RoleChangeOvertaken(ServiceError):
+    """The worker began to leave for good while it changed its role."""
 
 
 class TransferError(BatonError):
@@ -179,7 +194,10 @@ _WIRE: dict[type[BatonError], WireStatus] = {
     PayloadTooLarge: WireStatus(413, "INVALID_ARGUMENT", "invalid_request_error"),
     Overloaded: WireStatus(429, "RESOURCE_EXHAUSTED", "rate_limit_error"),
     RequestCancelled: WireStatus(499, "CANCELLED", "request_cancelled"),
+    NotOffered: WireStatus(501, "UNIMPLEMENTED", "not_implemented_error"),
     Unavailable: WireStatus(503, "UNAVAILABLE", "service_unavailable"),
+    RoleChangeRefused: WireStatus(409, "FAILED_PRECONDITION", "conflict"),
+    RoleChangeOvertaken: WireStatus(409, "ABORTED", "conflict"),
     DeadlineExceeded: WireStatus(504, "DEADLINE_EXCEEDED", "deadline_exceeded"),
 }
 _INTERNAL = WireStatus(500, "INTERNAL", "internal_error")

@@ -75,6 +75,8 @@ class SequenceSlice(NamedTuple):
     block_table: tuple[BlockId, ...]
     """Blocks of all tokens up to the last new one."""
     samples: bool
+    num_scored: int = 0
+    """Leading new tokens that are followed by prompt tokens whose log-probabilities are wanted."""
 
     @classmethod
     def of(cls, scheduled: ScheduledSequence, block_size: int) -> SequenceSlice:
@@ -93,7 +95,23 @@ class SequenceSlice(NamedTuple):
             has_pending_token=has_pending_token,
             block_table=tuple(sequence.block_table[: -(-end // block_size)]),
             samples=scheduled.samples,
+            num_scored=_num_scored(sequence, first, end),
         )
+
+
+class ScoredSpan(NamedTuple):
+    """Rows of a step's plan that are scored, of one slice."""
+
+    slice_index: int
+    first_row: int
+    num_rows: int
+
+
+def _num_scored(sequence: Sequence, first: int, end: int) -> int:
+    """Of the tokens from `first` to `end`, those that a prompt token follows."""
+    if not sequence.wants_prompt_logprobs:
+        return 0
+    return max(0, min(end, sequence.num_prompt_tokens - 1) - first)
 
 
 def slices(batch: Batch, block_size: int) -> tuple[SequenceSlice, ...]:
@@ -101,11 +119,19 @@ def slices(batch: Batch, block_size: int) -> tuple[SequenceSlice, ...]:
     return tuple(SequenceSlice.of(scheduled, block_size) for scheduled in batch.scheduled)
 
 
+NO_TOKEN_ID = -1
+
+
 class SampledToken(NamedTuple):
-    """The outcome for one sequence of the batch with `samples` true."""
+    """The outcome for one sequence of the batch with `samples` true, or with scored tokens."""
 
     token_id: int
+    """NO_TOKEN_ID when only prompt tokens were scored."""
     logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each new token that is followed by a prompt token: of that one."""
+    error: str = ""
+    """Why the sequence must end without the token."""
 
 
 class LaunchedStep(Protocol):

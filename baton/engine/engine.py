@@ -34,13 +34,14 @@ from collections.abc import Sequence as SequenceOf
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.clock import Clock, MonotonicClock
-from baton.core.errors import InternalError, InvalidRequest, NotFound
+from baton.core.errors import InternalError, InvalidRequest, NotFound, Overloaded
 from baton.core.kv_layout import KvLayout
 from baton.core.request import FinishReason, GenerateRequest, RequestId, TokenDelta, Work
 from baton.core.worker_info import LoadReport
 from baton.engine.batch import Batch, Runner, SampledToken
 from baton.engine.block_pool import BlockPool
 from baton.engine.config import EngineConfig
+from baton.engine.grammar.gate import Compiler, GrammarGate
 from baton.engine.handoff import (
     ChunkDone,
     LayersDone,
@@ -59,6 +60,7 @@ from baton.engine.postprocess import (
     check_request,
     end_delta,
     error_delta,
+    refused_delta,
 )
 from baton.engine.prefix_cache import PrefixCacheStats, commit_computed, extend_hashes
 from baton.engine.scheduler import Scheduler, SchedulerLimits
@@ -84,14 +86,18 @@ class Engine:
         clock: Clock,
         vocab_size: int | None = None,
         timer: Clock | None = None,
+        grammars: Compiler | None = None,
     ) -> None:
         """`clock` gives wall-clock seconds: time points of several hosts are laid side by side.
-        `timer` times steps; by default the monotonic clock."""
+        `timer` times steps; by default the monotonic clock. `grammars` compiles structured
+        outputs; without it they are refused."""
         self._block_size = layout.block_size
         self._is_caching = config.enable_prefix_caching
         self._vocab_size = vocab_size
         self._times = SequenceTimes(clock)
-        self._shares = StepShares(timer or MonotonicClock(), num_ranks=config.tp_size)
+        timer = timer or MonotonicClock()
+        self._shares = StepShares(timer, num_ranks=config.tp_size)
+        self._grammars = GrammarGate(grammars, timer)
         # A sequence that alone fills the pool must end there, or it would preempt itself for ever.
         self._max_num_tokens = min(max_model_len, num_blocks * layout.block_size)
         self._in_flight = StepsInFlight(runner)
@@ -124,10 +130,21 @@ class Engine:
         """Tokens of prompt and output together that one sequence can have here."""
         return self._max_num_tokens
 
+    def set_limits(self, limits: SchedulerLimits) -> None:
+        """Of all steps from the next one on."""
+        self._scheduler.set_limits(limits)
+        self._is_stalled = False
+
+    def waiting_ids(self) -> tuple[RequestId, ...]:
+        """Requests that hold no blocks: not begun, or preempted."""
+        return tuple(sequence.request_id for sequence in self._scheduler.waiting())
+
     @property
     def has_work(self) -> bool:
         """True when `step` has something to compute, to wait for, to reserve or to deliver."""
         if self._output.says_something or self._in_flight or self._pool.has_events:
+            return True
+        if self._grammars.has_news:
             return True
         scheduler = self._scheduler
         return not self._is_stalled and bool(scheduler.running or scheduler.num_waiting)
@@ -172,7 +189,12 @@ class Engine:
             extend_hashes(sequence, sequence.num_tokens // self._block_size, self._block_size)
         else:
             sequence.block_hashes = []
-        self._scheduler.add(sequence)
+        self._grammars.admit(sequence)
+        try:
+            self._scheduler.add(sequence)
+        except Overloaded:
+            self._grammars.forget(sequence)
+            raise
         self._sequences[request.request_id] = sequence
         self._is_stalled = False
         self._times.queued(sequence)
@@ -362,6 +384,7 @@ class Engine:
         """Schedule, launch, wait, tell. Returns at once when there is nothing to compute."""
         # A call that raised has not told what it had to tell.
         self._output.batch = BatchOutcome.NONE
+        self._settle_grammars()
         if self._in_flight and self._scheduler.must_preempt:
             while self._in_flight:
                 self._complete_oldest()
@@ -376,6 +399,8 @@ class Engine:
         is_due = self._in_flight.is_full or (bool(self._in_flight) and not batch.scheduled)
         if is_due:
             self._complete_oldest()
+        elif not batch.scheduled:
+            self._grammars.pause()
         self._is_stalled = not (
             batch.scheduled or is_due or schedule.reserved or self._scheduler.running
         )
@@ -477,9 +502,16 @@ class Engine:
                 # It ended after the launch; its row was computed for nothing.
                 continue
             commit_computed(sequence, self._pool, self._block_size)
+            if sampled is not None and sampled.prompt_logprobs:
+                sequence.prompt_logprobs += sampled.prompt_logprobs
             delta = accept_token(sequence, sampled) if samples and sampled is not None else None
+            if delta is not None and delta.finish_reason is FinishReason.ERROR:
+                self._end(sequence, delta)
+                continue
             if delta is not None and not sequence.has_emitted:
                 self._times.first_token(sequence)
+                delta.prompt_logprobs = tuple(sequence.prompt_logprobs)
+                sequence.prompt_logprobs.clear()
             is_over = delta is not None and delta.finish_reason is not None
             if sequence.work is Work.PREFILL:
                 is_over = delta is not None
@@ -512,12 +544,23 @@ class Engine:
         self._forget(sequence)
 
     def _seal(self, sequence: Sequence, delta: TokenDelta) -> None:
+        self._grammars.forget(sequence)
         self._times.ended(sequence)
         delta.num_cached_tokens = sequence.num_cached_tokens
         delta.timeline = sequence.timeline
         self._output.deltas.append(delta)
 
+    def _settle_grammars(self) -> None:
+        for sequence, error in self._grammars.settle():
+            if sequence.status is SequenceStatus.RESERVED:
+                # Its blocks may be being read to: the caller ends the reservation.
+                sequence.is_abandoned = True
+                self._seal(sequence, refused_delta(sequence, error))
+            else:
+                self._end(sequence, refused_delta(sequence, error))
+
     def _forget(self, sequence: Sequence) -> None:
+        self._grammars.forget(sequence)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         self._end_handover(sequence)

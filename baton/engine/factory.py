@@ -24,6 +24,8 @@ from baton.core.kv_layout import KvLayout
 from baton.engine.batch import Runner
 from baton.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, Device, EngineConfig
 from baton.engine.engine import Engine
+from baton.engine.grammar.compiler import GrammarCompiler
+from baton.engine.grammar.vocabulary import grammar_tokenizer
 from baton.engine.host_memory import (
     PoolMemory,
     keep_freed_memory,
@@ -40,6 +42,7 @@ from baton.engine.tensor_parallel.rank_service import RankKv, RankServiceSpec
 from baton.engine.tensor_parallel.rendezvous import Rendezvous
 from baton.engine.tensor_parallel.runner import TensorParallelRunner
 from baton.engine.thread_policy import limit_spinning
+from baton.engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     # Torch is to be loaded late.
@@ -296,6 +299,7 @@ def _built(
         runner=runner,
         clock=clock,
         vocab_size=rank.vocab_size,
+        grammars=_grammar_compiler(config, rank.vocab_size),
     )
     return BuiltEngine(
         engine=engine,
@@ -307,6 +311,16 @@ def _built(
         num_scratch_blocks=rank.num_scratch_blocks,
         ranks=group,
         kv=rank.kv,
+    )
+
+
+def _grammar_compiler(config: EngineConfig, vocab_size: int) -> GrammarCompiler | None:
+    """None for a folder without a tokenizer, as benchmarks use. Nothing is read before the first
+    structured output comes."""
+    if not (config.model_path / "tokenizer.json").is_file():
+        return None
+    return GrammarCompiler(
+        lambda: grammar_tokenizer(Tokenizer.from_folder(config.model_path), vocab_size)
     )
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 
 import torch
-from torch import Tensor
 
 from baton.core.errors import ConfigError
 from baton.core.kv_layout import KvLayout
 from baton.engine.batch import (
     Batch,
     CompletedStep,
-    LayerMarks,
     SampledToken,
     SequenceSlice,
     slices,
@@ -26,8 +24,10 @@ from baton.engine.config import EngineConfig
 from baton.engine.kv_cache import KvPool
 from baton.engine.models.llama import LlamaModel
 from baton.engine.parallel import SINGLE, Parallel
+from baton.engine.prompt_scores import PromptScores, with_scores
 from baton.engine.sampler import Sampler
-from baton.engine.step_plan import StepPlan, build_plan
+from baton.engine.step_plan import build_plan
+from baton.engine.token_masks import MasksAside, TokenMasks
 from baton.engine.weights import LoadedModel
 
 
@@ -74,7 +74,9 @@ class ModelRunner:
                 device=model.device,
                 communicator=communicator,
             )
-        self._sampler = Sampler(model.model_config.vocab_size)
+        self._vocab_size = model.model_config.vocab_size
+        self._sampler = Sampler(self._vocab_size)
+        self._masks = MasksAside(TokenMasks(self._vocab_size))
 
     @property
     def pool_address(self) -> int:
@@ -98,23 +100,24 @@ class ModelRunner:
         results: list[SampledToken | None] = [None] * len(slices)
         if not slices:
             return CompletedStep(results)
+        masks = self._masks.start(s.sequence for s in batch.scheduled if s.samples)
         with torch.inference_mode():
-            plan, logits = self._forward(slices, batch.layer_marks)
+            plan = build_plan(slices, self._pool)
+            scores = PromptScores(batch, plan.scored, self._vocab_size) if plan.scored else None
+            on_scored = None if scores is None else scores.add
+            try:
+                logits = self._model.forward(plan, batch.layer_marks, on_scored)
+            finally:
+                token_masks = masks.result()
             if logits is None:
-                return CompletedStep(results)
+                return CompletedStep(with_scores(results, scores))
             sequences = [batch.scheduled[i].sequence for i in plan.sampled]
-            tokens = self._sampler.sample(sequences, logits)
+            tokens = self._sampler.sample(sequences, logits, token_masks)
         for index, token in zip(plan.sampled, tokens, strict=True):
             results[index] = token
-        return CompletedStep(results)
+        return CompletedStep(with_scores(results, scores))
 
     def run(self, slices: SequenceOf[SequenceSlice]) -> None:
         """This rank's part of a step that rank 0 has launched."""
         with torch.inference_mode():
-            self._forward(slices)
-
-    def _forward(
-        self, slices: SequenceOf[SequenceSlice], marks: LayerMarks | None = None
-    ) -> tuple[StepPlan, Tensor | None]:
-        plan = build_plan(slices, self._pool)
-        return plan, self._model.forward(plan, marks)
+            self._model.forward(build_plan(slices, self._pool))

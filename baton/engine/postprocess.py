@@ -16,20 +16,27 @@ from baton.engine.sequence import Sequence
 def accept_token(sequence: Sequence, sampled: SampledToken) -> TokenDelta:
     """Append the token, unless it stops the sequence, and say what happened.
 
-    A stop id counts once min_tokens outputs exist; it ends the output without being part of it.
+    A stop id counts once min_tokens outputs exist; it ends the output, whose last token it is only
+    when the request says so.
     """
     index = sequence.num_known_output_tokens
     delta = TokenDelta(sequence.request.request_id, index)
-    token_id = sampled.token_id
-    if token_id in sequence.stop_ids and index >= sequence.request.sampling.min_tokens:
+    if sampled.error:
+        delta.finish_reason = FinishReason.ERROR
+        delta.error = sampled.error
+        return delta
+    token_id, sampling = sampled.token_id, sequence.request.sampling
+    is_stop = token_id in sequence.stop_ids and index >= sampling.min_tokens
+    if is_stop:
         delta.finish_reason = FinishReason.STOP
         delta.stop_token_id = token_id
-        return delta
+        if not sampling.include_stop_token:
+            return delta
     sequence.token_ids.append(token_id)
     delta.token_ids.append(token_id)
     if sampled.logprobs is not None:
         delta.logprobs.append(sampled.logprobs)
-    if len(sequence.token_ids) >= sequence.max_num_tokens:
+    if len(sequence.token_ids) >= sequence.max_num_tokens and not is_stop:
         delta.finish_reason = FinishReason.LENGTH
     return delta
 
@@ -38,6 +45,13 @@ def end_delta(sequence: Sequence, reason: FinishReason) -> TokenDelta:
     """The end of a sequence without another token."""
     index = sequence.num_known_output_tokens
     return TokenDelta(sequence.request_id, index, finish_reason=reason)
+
+
+def refused_delta(sequence: Sequence, error: BatonError) -> TokenDelta:
+    """The end of a sequence that turned out to be impossible, on any worker."""
+    delta = end_delta(sequence, FinishReason.ERROR)
+    delta.error = public_message(error)
+    return delta
 
 
 def error_delta(sequence: Sequence, error: Exception) -> TokenDelta:
@@ -104,6 +118,12 @@ def check_request(
         )
     for token_ids in (request.prompt_token_ids, request.output_token_ids):
         _check_token_ids(token_ids, vocab_size, what="token id", param="prompt")
+    sampling = request.sampling
+    _check_token_ids(
+        sampling.allowed_token_ids, vocab_size, what="token id", param="allowed_token_ids"
+    )
+    for word in sampling.bad_words_ids:
+        _check_token_ids(word, vocab_size, what="token id", param="bad_words")
 
 
 def _check_token_ids(

@@ -45,6 +45,9 @@ def match_prefix(sequence: Sequence, pool: BlockPool, block_size: int) -> list[B
     Where this engine computes the last known token, it does so in a block of its own: complete
     blocks are never written. After DECODE work's prompt comes one more token in any case.
     """
+    if sequence.wants_prompt_logprobs:
+        # A cached block says nothing of what the model thought of its tokens.
+        return []
     is_followed = sequence.work is Work.DECODE and is_read_remotely(sequence)
     num_usable = sequence.num_tokens - (0 if is_followed else 1)
     return pool.match(sequence.block_hashes[: num_usable // block_size])

@@ -1,8 +1,8 @@
 """From logits to tokens, for a whole batch at once.
 
     raw logits ─┬─► log-softmax ─► logprobs
-                └─► mask, bias, penalties ─► greedy: argmax
-                                          └► temperature ─► min-p ─► top-k ─► top-p ─► draw
+                └─► mask stops, bias, penalties, token masks ─► greedy: argmax
+                                  └► temperature ─► min-p ─► top-k ─► top-p ─► draw
 
 Sequences that take the plain argmax share one operator. Randomness is a function of (seed, output
 position), so a replay on another worker draws the same tokens; a request without a seed draws
@@ -12,8 +12,10 @@ from its id. Not known here: the model, stop conditions.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from baton.core.request import SamplingParams, TokenLogprobs
 from baton.engine.batch import SampledToken
 from baton.engine.logit_adjuster import LogitAdjuster, is_adjusted
 from baton.engine.sequence import Sequence
+from baton.engine.token_masks import TokenMask
 
 TOP_P_CANDIDATES = (64, 1024)
 """Most likely tokens to look at before sorting the whole vocabulary: sorting 49,152 logits costs
@@ -60,20 +63,42 @@ class Sampler:
     def __init__(self, vocab_size: int) -> None:
         self._adjuster = LogitAdjuster(vocab_size)
 
-    def sample(self, sequences: SequenceOf[Sequence], logits: Tensor) -> list[SampledToken]:
-        """One token per row of logits [len(sequences), vocab_size], which are left unchanged."""
-        token_ids = self._choose(sequences, logits)
-        wanted = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
-        if not wanted:
-            return [SampledToken(token_id, None) for token_id in token_ids]
-        logprobs = dict(zip(wanted, _logprobs(sequences, logits, token_ids, wanted), strict=True))
-        return [SampledToken(token_id, logprobs.get(i)) for i, token_id in enumerate(token_ids)]
+    def sample(
+        self,
+        sequences: SequenceOf[Sequence],
+        logits: Tensor,
+        masks: Mapping[Sequence, TokenMask] | None = None,
+    ) -> list[SampledToken]:
+        """One token per row of logits [len(sequences), vocab_size], which are left unchanged.
 
-    def _choose(self, sequences: SequenceOf[Sequence], logits: Tensor) -> list[int]:
+        `masks` of those sequences that may not take every token.
+        """
+        masks = masks or {}
+        token_ids = self._choose(sequences, logits, masks)
+        wanted = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
+        if not wanted and not masks:
+            return [SampledToken(token_id, None) for token_id in token_ids]
+        found = _logprobs(sequences, logits, token_ids, wanted) if wanted else []
+        logprobs = dict(zip(wanted, found, strict=True))
+        return [
+            SampledToken(token_id, logprobs.get(i), error=_error(masks.get(sequences[i])))
+            for i, token_id in enumerate(token_ids)
+        ]
+
+    def _choose(
+        self,
+        sequences: SequenceOf[Sequence],
+        logits: Tensor,
+        masks: Mapping[Sequence, TokenMask],
+    ) -> list[int]:
         plain: list[int] = []
         special: list[int] = []
         for i, sequence in enumerate(sequences):
-            is_plain = sequence.request.sampling.is_greedy and not is_adjusted(sequence)
+            is_plain = (
+                sequence.request.sampling.is_greedy
+                and not is_adjusted(sequence)
+                and sequence not in masks
+            )
             (plain if is_plain else special).append(i)
         if not special:
             return _argmax(logits)
@@ -82,6 +107,7 @@ class Sampler:
             _scatter(token_ids, plain, _argmax(logits[plain]))
         chosen = [sequences[i] for i in special]
         adjusted = self._adjuster.adjust_(chosen, logits[special].float())
+        _mask_(chosen, adjusted, masks)
         greedy = [j for j, s in enumerate(chosen) if s.request.sampling.is_greedy]
         if greedy:
             _scatter(token_ids, [special[j] for j in greedy], _argmax(adjusted[greedy]))
@@ -90,6 +116,25 @@ class Sampler:
             drawn = _draw([chosen[j] for j in random], adjusted[random])
             _scatter(token_ids, [special[j] for j in random], drawn)
         return token_ids
+
+
+def _error(mask: TokenMask | None) -> str:
+    return "" if mask is None else mask.error
+
+
+def _mask_(
+    sequences: SequenceOf[Sequence], logits: Tensor, masks: Mapping[Sequence, TokenMask]
+) -> None:
+    """Make what is not allowed impossible, in logits [len(sequences), vocab_size] in place."""
+    if masks.keys().isdisjoint(sequences):
+        return
+    banned = np.zeros((len(sequences), -(-logits.shape[1] // 32)), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        mask = masks.get(sequence)
+        if mask is not None:
+            banned[row] = ~mask.words
+    bits = np.unpackbits(banned.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    logits.masked_fill_(torch.from_numpy(bits).view(torch.bool), float("-inf"))
 
 
 def _scatter(token_ids: list[int], rows: list[int], values: list[int]) -> None:
@@ -136,7 +181,10 @@ def _draw(sequences: SequenceOf[Sequence], logits: Tensor) -> list[int]:
     _keep_top_p(params, logits)
     cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
     numbers = [uniform(request_seed(s), s.num_output_tokens) for s in sequences]
-    targets = torch.tensor(numbers, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    targets = torch.tensor(numbers, dtype=torch.float64)[:, None] * total
+    # Rounded up to the total, a target would lie behind the last possible token.
+    targets = torch.minimum(targets, total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, targets, right=True)[:, 0]
     token_ids: list[int] = drawn.clamp_(max=logits.shape[-1] - 1).tolist()
     return token_ids

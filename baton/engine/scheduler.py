@@ -19,6 +19,8 @@ or a place in this step lets reservations pass. PREFILL work holds all its block
 and is never preempted (a reader depends on it), nor are reservations (a read may be in flight) or
 frozen sequences (another worker may be about to go on with them).
 
+A sequence whose grammar is being compiled computes all its tokens but the last.
+
 Not known here: KV bytes, time, deltas, leases.
 """
 
@@ -97,8 +99,12 @@ class Scheduler:
     @property
     def num_queued_prefill_tokens(self) -> int:
         """Tokens to compute before their sequences can sample: waiting and running."""
-        running = (s.num_tokens - s.num_computed_tokens for s in self.running)
-        return self._num_queued_tokens + sum(n for n in running if n > 1)
+        num_tokens = self._num_queued_tokens
+        for sequence in self.running:
+            num_left = sequence.num_tokens - sequence.num_computed_tokens
+            if num_left > 1:
+                num_tokens += num_left
+        return num_tokens
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:
@@ -110,6 +116,15 @@ class Scheduler:
         first = self._first_waiting(can_compute=True)
         num_wanted = self._num_wanted_blocks(first) if first is not None else 0
         return KEPT_BACK_BLOCKS * self._num_growing() + num_wanted
+
+    def set_limits(self, limits: SchedulerLimits) -> None:
+        """From the next step on; sequences beyond them finish as those that were reserved do."""
+        self._limits = limits
+
+    def waiting(self) -> Iterator[Sequence]:
+        """Sequences without blocks."""
+        for queue in (self._preempted, self._to_compute, self._to_reserve):
+            yield from queue.values()
 
     def sequences(self) -> Iterator[Sequence]:
         """All but the retiring ones, in no particular order."""
@@ -212,8 +227,8 @@ class Scheduler:
 
     def _active(self) -> list[Sequence]:
         """Running sequences that may compute in this step."""
-        going_on = (s for s in self.running if s.may_go_on)
-        return list(islice(going_on, self._limits.max_num_seqs))
+        going_on = [s for s in self.running if s.may_go_on]
+        return going_on[: self._limits.max_num_seqs]
 
     def _num_growing(self) -> int:
         """Sequences that hold blocks and will want more."""
@@ -246,6 +261,7 @@ class Scheduler:
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed_tokens = 0
         sequence.num_committed_blocks = 0
+        sequence.prompt_logprobs.clear()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._preempted_now.append(sequence)
@@ -258,13 +274,13 @@ class Scheduler:
         for sequence in active:
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            if sequence.num_tokens - sequence.num_computed_tokens == 1:
+            if sequence.num_tokens_to_compute == 1:
                 decodes.append(ScheduledSequence(sequence, 1))
             else:
                 prefills.append(sequence)
         budget = self._limits.max_num_batched_tokens - len(decodes)
         for sequence in prefills:
-            num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            num_new_tokens = min(sequence.num_tokens_to_compute, budget)
             if not num_new_tokens:
                 break
             decodes.append(ScheduledSequence(sequence, num_new_tokens))
@@ -292,8 +308,9 @@ class Scheduler:
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
             num_places -= 1
-            num_new_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            scheduled.append(ScheduledSequence(sequence, num_new_tokens))
+            num_new_tokens = min(sequence.num_tokens_to_compute, budget)
+            if num_new_tokens:
+                scheduled.append(ScheduledSequence(sequence, num_new_tokens))
             budget -= num_new_tokens
 
     def _first_waiting(self, *, can_compute: bool) -> Sequence | None:

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from baton.core.block import BlockHash, BlockId
 from baton.core.lifecycle import Timeline
-from baton.core.request import GenerateRequest, RequestId, Work
+from baton.core.request import GenerateRequest, RequestId, TokenLogprobs, Work
+
+if TYPE_CHECKING:
+    from baton.engine.grammar.token_grammar import TokenGrammar
 
 
 class SequenceStatus(Enum):
@@ -72,6 +76,12 @@ class Sequence:
     """It is to stand still once all its tokens but the last are computed."""
     is_abandoned: bool = False
     """RESERVED and already ended for the client; its blocks wait for `activate` or `abandon`."""
+    awaits_grammar: bool = False
+    """Its grammar is being compiled: all its tokens but the last may be computed."""
+    grammar: TokenGrammar | None = None
+    """Of a structured output."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt tokens from the second on whose steps are over, until they are told."""
     stop_ids: frozenset[int] = frozenset()
     """End-of-sequence ids that count, and the request's own stop ids."""
     status: SequenceStatus = SequenceStatus.WAITING
@@ -113,11 +123,29 @@ class Sequence:
         return self.request.work is Work.PREFILL or self.num_tokens >= self.max_num_tokens
 
     @property
+    def num_tokens_to_compute(self) -> int:
+        """Tokens that steps may be launched for now."""
+        return self.num_tokens - self.num_computed_tokens - self.awaits_grammar
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """The whole prompt is to be computed here, for what the model thinks of its tokens."""
+        request = self.request
+        return (
+            request.sampling.prompt_logprobs is not None
+            and not request.work.reads_all_kv
+            and not request.output_token_ids
+            and not self.has_emitted
+        )
+
+    @property
     def may_go_on(self) -> bool:
         """Further steps may be launched for it, as far as it alone decides."""
+        if self.awaits_grammar and self.num_tokens_to_compute <= 0:
+            return False
         if self.is_freezing and self.num_computed_tokens >= self.num_tokens - 1:
             return False
-        return not (self.num_pending_tokens and self.is_ending)
+        return not self.num_pending_tokens or not self.is_ending
 
     @property
     def num_prompt_tokens(self) -> int:

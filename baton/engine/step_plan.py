@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from baton.engine.batch import SequenceSlice
+from baton.engine.batch import ScoredSpan, SequenceSlice
 from baton.engine.kv_cache import IntArray, KvPool
 from baton.engine.layers.attention import DecodeGroup, PrefillChunk
 
@@ -45,6 +45,8 @@ class StepPlan:
     """The last layer's queries: only the sampled rows."""
     sampled: list[int]
     """For each row of logits, the index of its slice."""
+    scored: list[ScoredSpan]
+    """Rows whose distribution of the next token is wanted, in order."""
 
 
 def build_plan(slices: AbstractSequence[SequenceSlice], pool: KvPool) -> StepPlan:
@@ -85,6 +87,11 @@ def build_plan(slices: AbstractSequence[SequenceSlice], pool: KvPool) -> StepPla
         sampled_rows=sampled_rows,
         sampled_groups=sampled_groups,
         sampled=[order[i] for i in sampling],
+        scored=[
+            ScoredSpan(order[i], first_rows[i], entry.num_scored)
+            for i, entry in enumerate(entries)
+            if entry.num_scored
+        ],
     )
 
 

@@ -1,4 +1,4 @@
-"""Arrivals made up from lengths: Poisson, bursty, conversations. Deterministic by seed.
+"""Arrivals made up from lengths: Poisson, clumped, in steps, conversations. Deterministic by seed.
 
 Lengths come as pairs, since long prompts do not have the outputs of short ones. Does not know:
 files (`workload.py`, `trace_files.py`), the cluster.
@@ -6,6 +6,8 @@ files (`workload.py`, `trace_files.py`), the cluster.
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +58,92 @@ def sampled(
     return arrivals
 
 
+def sharing(
+    arrivals: Sequence[Arrival],
+    *,
+    num_prefixes: int,
+    share: float,
+    block_size: int,
+    seed: int = 0,
+) -> list[Arrival]:
+    """The same requests; the first `share` of each prompt is that of one of `num_prefixes` texts,
+    drawn for each. Raises ConfigError for numbers out of range."""
+    if num_prefixes < 1:
+        raise ConfigError(f"num_prefixes must be at least 1, got {num_prefixes}")
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share must be from 0 to 1, got {share:g}")
+    rng = random.Random(seed)
+    most = max((a.num_prompt_tokens for a in arrivals), default=0) // block_size
+    texts = [unshared_chain(f"{seed}.shared.{i}", most) for i in range(num_prefixes)]
+    shared = []
+    for arrival in arrivals:
+        num_blocks = arrival.num_prompt_tokens // block_size
+        prefix = rng.choice(texts)[: int(share * num_blocks)]
+        rest = _chain_after(prefix, f"{seed}.{arrival.number}", num_blocks - len(prefix))
+        shared.append(replace(arrival, block_hashes=prefix + rest))
+    return shared
+
+
+@dataclass(frozen=True, slots=True)
+class RateStep:
+    """From `at_s` on, until the next one, requests arrive at `rate_per_s`."""
+
+    at_s: float
+    rate_per_s: float
+
+
+def varying(
+    lengths: Sequence[RequestLengths],
+    steps: Sequence[RateStep],
+    *,
+    until_s: float,
+    block_size: int,
+    seed: int = 0,
+) -> list[Arrival]:
+    """Poisson at a rate that changes, until `until_s`; pairs drawn with replacement.
+
+    Raises ConfigError for steps that do not start at 0 or do not rise, and for rates that are
+    negative or never above 0.
+    """
+    _check_steps(lengths, steps, until_s)
+    rng = random.Random(seed)
+    arrivals: list[Arrival] = []
+    ends = [step.at_s for step in steps[1:]] + [until_s]
+    for step, end_s in zip(steps, ends, strict=True):
+        at_s = step.at_s
+        # Poisson arrivals have no memory: each step starts afresh.
+        while step.rate_per_s and (at_s := at_s + rng.expovariate(step.rate_per_s)) < end_s:
+            if at_s >= until_s:
+                break
+            drawn, number = rng.choice(lengths), len(arrivals)
+            chain = unshared_chain(f"{seed}.{number}", drawn.num_prompt_tokens // block_size)
+            arrivals.append(
+                Arrival(number, at_s, drawn.num_prompt_tokens, drawn.num_output_tokens, chain)
+            )
+    return arrivals
+
+
+def _check_steps(
+    lengths: Sequence[RequestLengths], steps: Sequence[RateStep], until_s: float
+) -> None:
+    if not lengths:
+        raise ConfigError("no lengths to draw from")
+    if not steps or steps[0].at_s != 0:
+        raise ConfigError("the rate must be given from second 0 on, such as 0:4,600:16")
+    for before, after in itertools.pairwise(steps):
+        if not after.at_s > before.at_s:
+            raise ConfigError(
+                f"the seconds of a changing rate must rise: {after.at_s:g} follows {before.at_s:g}"
+            )
+    for step in steps:
+        if not (math.isfinite(step.rate_per_s) and step.rate_per_s >= 0):
+            raise ConfigError(f"a rate must not be negative, got {step.rate_per_s:g} requests/s")
+    if not (math.isfinite(until_s) and until_s > 0):
+        raise ConfigError(f"arrivals must last for more than 0 seconds, got {until_s:g}")
+    if not any(step.rate_per_s and step.at_s < until_s for step in steps):
+        raise ConfigError(f"no request arrives within {until_s:g} s: no rate is above 0")
+
+
 def conversations(
     turns: Sequence[Sequence[RequestLengths]],
     *,
@@ -91,7 +179,7 @@ def at_rate(arrivals: Sequence[Arrival], rate_per_s: float) -> list[Arrival]:
     """The same requests in the same order, faster or slower. Raises ConfigError for none."""
     if not arrivals:
         raise ConfigError("no request to replay")
-    if not rate_per_s > 0:
+    if not (math.isfinite(rate_per_s) and rate_per_s > 0):
         raise ConfigError(f"rate_per_s must be above 0, got {rate_per_s:g}")
     span_s = arrivals[-1].at_s - arrivals[0].at_s
     if len(arrivals) < 2 or span_s <= 0:
@@ -132,7 +220,15 @@ def _turns(
 
 def unshared_chain(name: str, num_blocks: int) -> tuple[BlockHash, ...]:
     """Names of blocks that no other `name` has."""
-    parent, chain = root_hash(name), []
+    return _chain_after((), name, num_blocks)
+
+
+def _chain_after(prefix: Sequence[BlockHash], name: str, num_blocks: int) -> tuple[BlockHash, ...]:
+    parent = root_hash(name)
+    if prefix:
+        # No other name goes on from the prefix in this way.
+        parent = next_hash(prefix[-1], list(parent))
+    chain = []
     for i in range(num_blocks):
         parent = next_hash(parent, [i])
         chain.append(parent)
@@ -146,5 +242,5 @@ def _check(
         raise ConfigError("no lengths to draw from")
     numbers = {"rate_per_s": rate_per_s, "num_requests": num_requests, "burstiness": burstiness}
     for name, value in numbers.items():
-        if not value > 0:
+        if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{name} must be above 0, got {value:g}")

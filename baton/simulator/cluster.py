@@ -12,7 +12,7 @@ Does not know: files, clocks, how results are shown.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from baton.core.lifecycle import LifecycleEvent as Event
@@ -32,7 +32,8 @@ from baton.engine.step_output import StepOutput
 from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.door import Door, Visitor
 from baton.simulator.events import EventQueue
-from baton.simulator.fleet import build_worker, build_workers, links_of
+from baton.simulator.fleet import build_worker, build_workers, with_links_of
+from baton.simulator.host import Host
 from baton.simulator.outcome import Outcome
 from baton.simulator.router import SimRouter
 from baton.simulator.worker import SimWorker
@@ -70,10 +71,15 @@ class SimCluster:
         self.events = EventQueue()
         self._rng = random.Random(config.seed)
         workers = build_workers(config, self.events, listener=self)
+        self._hosts: list[Host] = []
+        self._num_hosted = 0
+        for worker in workers:
+            self._give_host(worker)
         self._layout = workers[0].info.layout
         self.workers = {worker.worker_id: worker for worker in workers}
         self.routers = [
-            SimRouter(config.policy, seed=config.seed + 1 + i) for i in range(config.num_routers)
+            SimRouter(with_links_of(config.hardware, config.policy), seed=config.seed + 1 + i)
+            for i in range(config.num_routers)
         ]
         self.doors = [
             Door(router, self.events, config, start=self._start) for router in self.routers
@@ -81,8 +87,6 @@ class SimCluster:
         for router in self.routers:
             for worker in workers:
                 router.join(worker.info, worker.engine.load())
-            for worker in workers:
-                router.report_links(worker.worker_id, links_of(worker, workers, config.hardware))
         self._running: dict[RequestId, _Running] = {}
         self._num_ended = 0
         self._progress: Callable[[int], None] | None = None
@@ -115,13 +119,12 @@ class SimCluster:
         if WorkerId(name) in self.workers:
             raise ValueError(f"worker {name} was there before")
         worker = build_worker(name, role, self._config, self.events, listener=self)
+        self._give_host(worker)
         self.workers[worker.worker_id] = worker
-        everybody = list(self.workers.values())
         for router in self.routers:
             router.join(worker.info, worker.engine.load())
-            for reader in everybody:
-                links = links_of(reader, everybody, self._config.hardware)
-                router.report_links(reader.worker_id, links)
+        for door in self.doors:
+            door.look()
         return worker
 
     def drain_worker(self, worker_id: WorkerId) -> None:
@@ -145,11 +148,26 @@ class SimCluster:
             assert worker.engine.is_empty, f"{worker.worker_id} still holds something"
             worker.engine.check_integrity()
 
+    def _give_host(self, worker: SimWorker) -> None:
+        """The next place on a host that several share; its own where hosts have one worker."""
+        per_host = self._config.workers_per_host
+        if per_host > 1:
+            if self._num_hosted % per_host == 0:
+                self._hosts.append(Host(self.events))
+            worker.host = self._hosts[-1]
+            self._num_hosted += 1
+
     # A request's way.
 
     def _arrive(self, arrival: Arrival, outcome: Outcome) -> None:
         number = self._rng.randrange(len(self.routers))
-        self.doors[number].enter(Visitor(arrival, outcome, self.routers[number]))
+        visitor = Visitor(arrival, outcome, self.routers[number])
+        hardware = self._config.hardware
+        outside_s = hardware.request_s + hardware.request_token_s * arrival.num_prompt_tokens
+        if outside_s:
+            self.events.after(outside_s, lambda: self.doors[number].enter(visitor))
+        else:
+            self.doors[number].enter(visitor)
 
     def _start(self, visitor: Visitor, placement: Placement) -> None:
         arrival, outcome, router = visitor.arrival, visitor.outcome, visitor.router
@@ -261,7 +279,7 @@ class SimCluster:
 
     def on_step(self, worker: SimWorker, output: StepOutput) -> None:
         load, now_s = worker.engine.load(), self.events.now()
-        deltas = {id(self._running[d.request_id].router) for d in output.deltas if d.token_ids}
+        hears = self._gets_tokens(output.deltas)
         for router in self.routers:
             router.heard(
                 worker.worker_id,
@@ -269,7 +287,7 @@ class SimCluster:
                 output.stored,
                 output.removed,
                 now_s,
-                has_tokens=id(router) in deltas,
+                has_tokens=router in hears,
             )
         for reservation in output.reservations:
             running = self._running[reservation.request_id]
@@ -277,15 +295,21 @@ class SimCluster:
             running.num_reserved_cached = reservation.num_cached_blocks
             self._hand_over(reservation.request_id, running)
         for delta in output.deltas:
-            self._on_delta(worker, delta)
+            self._on_delta(worker, delta, now_s)
         for chunk in output.chunks:
             self._on_chunk(chunk)
         for door in self.doors:
             door.look()
 
-    def _on_delta(self, worker: SimWorker, delta: TokenDelta) -> None:
+    def _gets_tokens(self, deltas: Sequence[TokenDelta]) -> Collection[SimRouter]:
+        """Router copies that requests of these deltas came through."""
+        if len(self.routers) == 1:
+            return self.routers if any(delta.token_ids for delta in deltas) else ()
+        return {self._running[delta.request_id].router for delta in deltas if delta.token_ids}
+
+    def _on_delta(self, worker: SimWorker, delta: TokenDelta, now_s: float) -> None:
         running = self._running[delta.request_id]
-        outcome, now_s = running.outcome, self.events.now()
+        outcome = running.outcome
         if delta.token_ids:
             if not outcome.num_output_tokens:
                 outcome.first_token_s = now_s
@@ -294,6 +318,8 @@ class SimCluster:
                 running.timeline.record(Event.FIRST_TOKEN, now_s)
             outcome.num_output_tokens += len(delta.token_ids)
             outcome.last_token_s = now_s
+        if delta.finish_reason is None and delta.timeline is None:
+            return
         assert delta.finish_reason is not FinishReason.ERROR, delta.error
         if delta.timeline is not None:
             # Ends come from here: the engine's step is over in no time, as its clock sees it.
@@ -318,6 +344,7 @@ class SimCluster:
             return
         config, arrival = self._config, running.arrival
         num_new = arrival.num_prompt_tokens - running.num_reserved_cached * config.block_size
+        running.outcome.num_handed_tokens = max(0, num_new)
         num_left = min(max(0, num_new), config.prefill_max_num_batched_tokens)
         self.events.after(self._move_s(num_left), lambda: self._activate(request_id, running))
 

@@ -34,6 +34,8 @@ class ClusterConfig:
     hardware: Hardware = field(default_factory=Hardware)
     decode_hardware: Hardware | None = None
     """Of decode workers; None: the same. Links are those of `hardware`."""
+    workers_per_host: int = 1
+    """That share its cores, in order of their numbers: see `Hardware.neighbour_share`."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     admission: AdmissionConfig | None = None
     """None admits everybody at once."""

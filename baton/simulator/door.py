@@ -7,9 +7,11 @@ Does not know: how a placement runs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from baton.core.errors import NoWorker
 from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.events import EventQueue
 from baton.simulator.outcome import Outcome
@@ -83,6 +85,7 @@ class Door:
                 expected_output_tokens=config.admission.expected_output_tokens,
             )
         self._visitors: dict[Ticket, Visitor] = {}
+        self._unplaced: deque[Visitor] = deque()
         self._is_looking = False
 
     def enter(self, visitor: Visitor) -> None:
@@ -92,8 +95,8 @@ class Door:
             visitor.outcome.refused_s = self._events.now()
             return
         if self._lane is None:
-            self._num_inside += 1
-            self._start_placement(visitor, self._place(visitor))
+            self._unplaced.append(visitor)
+            self._place_waiting()
             return
         ticket = visitor.ticket = self._ticket(visitor)
         self._visitors[ticket] = visitor
@@ -105,6 +108,8 @@ class Door:
 
     def look(self) -> None:
         """Something has changed on a worker."""
+        if self._unplaced:
+            self._place_waiting()
         if self._lane is None or not self._lane.queue:
             return
         now_s = self._events.now()
@@ -130,6 +135,7 @@ class Door:
 
     def check_idle(self) -> None:
         """Raises AssertionError when somebody is left."""
+        assert not self._unplaced, f"{len(self._unplaced)} requests never found a worker"
         assert not self._num_inside and not self._visitors
         if self._lane is not None:
             self._lane.check_integrity()
@@ -159,9 +165,22 @@ class Door:
             now_s=self._events.now(),
         )
 
-    def _prospect(self, ticket: Ticket) -> Prospect:
+    def _place_waiting(self) -> None:
+        """Without admission, who finds no worker waits for one to come."""
+        while self._unplaced:
+            try:
+                placement = self._place(self._unplaced[0])
+            except NoWorker:
+                return
+            self._num_inside += 1
+            self._start_placement(self._unplaced.popleft(), placement)
+
+    def _prospect(self, ticket: Ticket) -> Prospect | None:
         visitor = self._visitors[ticket]
-        placement = visitor.placement = self._place(visitor)
+        try:
+            placement = visitor.placement = self._place(visitor)
+        except NoWorker:
+            return None
         return self._foresight.prospect(MODEL, ticket, placement, self._events.now())
 
     def _launch(self, ticket: Ticket) -> None:

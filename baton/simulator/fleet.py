@@ -1,19 +1,19 @@
-"""The workers of a simulation and the links between them.
+"""The workers of a simulation, and what routers know of the links between them.
 
 Does not know: what they are given to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
-from baton.core.fabric import FabricReport, LinkReport
 from baton.core.kv_layout import KvLayout
 from baton.core.worker_info import Role
 from baton.simulator.cluster_config import ClusterConfig
 from baton.simulator.events import EventQueue
 from baton.simulator.hardware import Hardware
 from baton.simulator.worker import SimWorker, WorkerListener
+from services.router.placement.policy_config import PolicyConfig
 
 
 def build_workers(
@@ -25,20 +25,13 @@ def build_workers(
     return [build_worker(name, role, config, events, listener=listener) for name, role in names]
 
 
-def links_of(reader: SimWorker, workers: Sequence[SimWorker], hardware: Hardware) -> FabricReport:
-    """What `reader` would measure of its links to the others."""
-    return FabricReport(
-        links=tuple(
-            LinkReport(
-                info.worker_id,
-                info.epoch,
-                "simulated",
-                bytes_per_second=hardware.link_bytes_per_second,
-                latency_s=hardware.link_latency_s,
-            )
-            for info in (worker.info for worker in workers)
-            if info.worker_id != reader.worker_id
-        )
+def with_links_of(hardware: Hardware, policy: PolicyConfig) -> PolicyConfig:
+    """What routers assume of links nobody has measured is what these links are: all of them are
+    alike, and a report from each worker of its link to every other one would say no more."""
+    return dataclasses.replace(
+        policy,
+        link_bytes_per_second=hardware.link_bytes_per_second,
+        link_latency_s=hardware.link_latency_s,
     )
 
 

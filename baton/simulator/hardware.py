@@ -3,6 +3,10 @@
     step  fixed + token * computed + pair * (computed tokens x tokens before each)
           + sequence * decoding + kv_token * KV that decoding sequences read
 
+Beside the steps: what a request waits for the router, what moving its KV takes, and how much
+workers that share the cores of a host slow each other down (`host.py`). `baton profile` measures
+all of it.
+
 Independent of the router's own performance model, which has to find this out.
 """
 
@@ -27,13 +31,21 @@ class Hardware:
     link_latency_s: float = 0.002
     message_s: float = 0.0005
     """One way between router and worker."""
+    step_gap_s: float = 0.0
+    """From the end of a step to the start of the next: results are told, commands are taken."""
+    request_s: float = 0.0
+    """That a request waits outside of workers: it is read, placed, its first token is told."""
+    request_token_s: float = 0.0
+    """On top, for each token of its prompt."""
+    neighbour_share: float = 0.0
+    """Of itself that a step takes longer while one other worker of the same host computes."""
 
     def step_s(self, batch: Batch) -> float:
         """One engine step that computes `batch`."""
         seconds = self.step_fixed_s
         for sequence, num_new in batch.scheduled:
             context = sequence.num_computed_tokens
-            if num_new == 1 and sequence.num_output_tokens:
+            if num_new == 1 and len(sequence.token_ids) > len(sequence.request.prompt_token_ids):
                 seconds += self.decode_sequence_s + self.decode_kv_token_s * context
             else:
                 pairs = num_new * (context + num_new / 2)

@@ -22,6 +22,8 @@ class Outcome:
     """Not computed by whoever computed the prompt: cached there, or fetched."""
     num_fetched_tokens: int = 0
     """Of these, read from another worker."""
+    num_handed_tokens: int = 0
+    """Of the prompt, whose KV went from the prefill to the decode worker."""
     placed_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
@@ -63,6 +65,8 @@ class Summary:
     ttft_p90_s: float
     ttft_p99_s: float
     itl_mean_s: float
+    itl_p50_s: float
+    itl_p90_s: float
     itl_p99_s: float
     span_s: float
     """From the first arrival to the last token."""
@@ -84,6 +88,8 @@ def summarize(outcomes: Sequence[Outcome]) -> Summary:
         ttft_p90_s=_percentile(ttft, 0.9),
         ttft_p99_s=_percentile(ttft, 0.99),
         itl_mean_s=_mean(itl),
+        itl_p50_s=_percentile(itl, 0.5),
+        itl_p90_s=_percentile(itl, 0.9),
         itl_p99_s=_percentile(itl, 0.99),
         span_s=max((o.last_token_s for o in ended), default=0.0),
     )

@@ -12,7 +12,6 @@ import random
 from collections.abc import Sequence
 
 from baton.core.block import BlockHash
-from baton.core.fabric import FabricReport
 from baton.core.kv_layout import KvLayout
 from baton.core.lifecycle import Timeline
 from baton.core.request import RequestId
@@ -70,10 +69,6 @@ class SimRouter:
         """Workers that new prompts can go to."""
         taking = [row.info.role for row in self._table.rows() if not row.is_leaving]
         return taking.count(Role.PREFILL) or len(taking)
-
-    def report_links(self, worker_id: WorkerId, report: FabricReport) -> None:
-        """What the worker has measured of its links to others that have joined."""
-        self._table.report_links(worker_id, report)
 
     def decoding(self, worker_id: WorkerId, now_s: float) -> Decoding | None:
         """What the worker decodes now; None when it does not."""

@@ -42,6 +42,9 @@ class RunReport:
     """Of requests that kept their targets."""
     output_tokens_per_s: float
     device_hours: float
+    moved_bytes: int
+    """KV that went from worker to worker: hand-offs and prefixes read elsewhere."""
+    moved_bytes_per_s: float
     workers: tuple[WorkerUse, ...]
     windows: tuple[Window, ...]
 
@@ -51,13 +54,17 @@ def run_report(
     busy_s: dict[str, float],
     targets: SloTargets,
     *,
-    num_devices: int,
+    num_devices: int = 0,
+    device_s: float | None = None,
+    kv_bytes_per_token: int = 0,
 ) -> RunReport:
-    """`busy_s`: seconds that each worker spent in steps. Raises ValueError without outcomes."""
+    """`busy_s`: seconds that each worker spent in steps. `device_s`: paid for, where that is not
+    `num_devices` all the time. Raises ValueError without outcomes."""
     if not outcomes:
         raise ValueError("nothing was simulated")
     summary = summarize(outcomes)
     span_s = max(summary.span_s, 1e-9)
+    moved = kv_bytes_per_token * sum(o.num_handed_tokens + o.num_fetched_tokens for o in outcomes)
     num_met = sum(keeps(outcome, targets) for outcome in outcomes)
     return RunReport(
         summary,
@@ -65,7 +72,9 @@ def run_report(
         refused_share=sum(o.refused_s is not None for o in outcomes) / len(outcomes),
         goodput_per_s=num_met / span_s,
         output_tokens_per_s=sum(o.num_output_tokens for o in outcomes) / span_s,
-        device_hours=num_devices * span_s / 3600,
+        device_hours=(num_devices * span_s if device_s is None else device_s) / 3600,
+        moved_bytes=moved,
+        moved_bytes_per_s=moved / span_s,
         workers=tuple(_use(name, seconds / span_s, outcomes) for name, seconds in busy_s.items()),
         windows=tuple(_windows(outcomes, targets)),
     )

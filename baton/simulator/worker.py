@@ -7,6 +7,7 @@ Does not know: the router, other workers; it tells `listener`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from baton.engine.engine import Engine
 from baton.engine.step_output import StepOutput
 from baton.simulator.events import EventQueue
 from baton.simulator.hardware import Hardware
+from baton.simulator.host import Host
 
 TOKEN = SampledToken(1, None)
 
@@ -33,7 +35,8 @@ class SimRunner:
 
     def launch(self, batch: Batch) -> LaunchedStep:
         self._seconds += self._hardware.step_s(batch)
-        return _Step([TOKEN if scheduled.samples else None for scheduled in batch.scheduled])
+        # Of sequences that do not sample yet, the engine does not look at the result.
+        return _Step([TOKEN] * len(batch.scheduled))
 
     def take_s(self) -> float:
         """Seconds of all that was launched since the last call."""
@@ -42,11 +45,11 @@ class SimRunner:
 
 
 class _Step:
-    def __init__(self, results: list[SampledToken | None]) -> None:
+    def __init__(self, results: Sequence[SampledToken]) -> None:
         self._results = results
 
     def wait(self) -> list[SampledToken | None]:
-        return self._results
+        return list(self._results)
 
 
 class WorkerListener(Protocol):
@@ -73,6 +76,10 @@ class SimWorker:
         listener: WorkerListener,
     ) -> None:
         self.runner = SimRunner(hardware)
+        self.host: Host | None = None
+        """That it shares with others; None: it has one of its own."""
+        self._neighbour_share = hardware.neighbour_share
+        self._gap_s = hardware.step_gap_s
         self._events = events
         self._listener = listener
         self._is_stepping = False
@@ -109,10 +116,31 @@ class SimWorker:
         self._is_stepping = True
         output = self.engine.step()
         seconds = self.runner.take_s()
+        if self.host is not None:
+            self.host.run(seconds, self._neighbour_share, self._timed(output))
+            return
         self.busy_s += seconds
         self._events.after(seconds, lambda: self._end_step(output))
 
+    def _timed(self, output: StepOutput) -> Callable[[], None]:
+        """The end of a step whose seconds depend on others."""
+        started_s = self._events.now()
+
+        def end() -> None:
+            self.busy_s += self._events.now() - started_s
+            self._end_step(output)
+
+        return end
+
     def _end_step(self, output: StepOutput) -> None:
+        if self._gap_s:
+            self._events.after(self._gap_s, self._go_on)
+            self._listener.on_step(self, output)
+            return
         self._is_stepping = False
         self._listener.on_step(self, output)
+        self.kick()
+
+    def _go_on(self) -> None:
+        self._is_stepping = False
         self.kick()

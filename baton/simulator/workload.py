@@ -6,7 +6,6 @@ all a prefix cache looks at, so token ids are made up.
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from pathlib import Path
 
 from baton.core.block import BlockHash, next_hash, root_hash
 from baton.core.errors import ConfigError
+from baton.simulator.trace_lines import LineCheck, opened_trace, seconds_of, tokens_of
 from services.router.admission.slo import NO_TARGETS, SloTargets
 
 MOONCAKE_BLOCK_SIZE = 512
 """Tokens of one block of the published Mooncake traces."""
+MAX_HASH_ID = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +59,40 @@ _Row = tuple[int, int, list[int], float]
 
 
 def _rows(path: Path, limit: int | None) -> Iterator[_Row]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        for number, line in enumerate(lines):
-            if number == limit:
+    check = LineCheck(path)
+    with opened_trace(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and number > limit:
                 return
             try:
-                row = json.loads(line)
-                yield (
-                    max(1, int(row["input_length"])),
-                    max(1, int(row["output_length"])),
-                    [int(i) for i in row["hash_ids"]],
-                    float(row["timestamp"]) / 1000,
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{path.name} line {number + 1} is not a request of a Mooncake trace "
-                    f"({error!r}); it must have timestamp, input_length, output_length, hash_ids"
+                row = _row(line)
+            except (ValueError, RecursionError) as error:
+                fields = "timestamp, input_length, output_length and hash_ids"
+                raise check.refused(
+                    number, error, f"a line of a Mooncake trace has {fields}"
                 ) from None
+            check.ordered(row[3], number)
+            yield row
+
+
+def _row(line: str) -> _Row:
+    """Raises ValueError saying what is wrong."""
+    if not line.strip():
+        raise ValueError("it is empty")
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"it is no object but {line.strip()!r:.60}")
+    names = row.get("hash_ids")
+    if not isinstance(names, list) or not all(type(name) is int for name in names):
+        raise ValueError("hash_ids must be a list of whole numbers")
+    if names and not 0 <= min(names) <= max(names) <= MAX_HASH_ID:
+        raise ValueError(f"hash_ids must be from 0 to {MAX_HASH_ID}")
+    return (
+        tokens_of(row.get("input_length"), "input_length"),
+        tokens_of(row.get("output_length"), "output_length"),
+        names,
+        seconds_of(row.get("timestamp"), "timestamp") / 1000,
+    )
 
 
 def _spread(times_s: list[float]) -> list[float]:

@@ -166,8 +166,8 @@ class Autoscaler:
         calm = self._config.shrink_headroom * planned
         enough = self._needed(role, seen.load, seen.load.rate_per_s * calm)
         have = _have(state)
-        # Nothing is known of the time before the first look, when somebody has started these.
-        least = have if pool.is_new else 0
+        # Nothing is known of a window in which nobody looked, and somebody has started these.
+        least = have if pool.is_new(seen.now_s) else 0
         kept = pool.remember(seen.now_s, max(now, soon, enough, least))
         # What was needed keeps workers, and never asks for new ones.
         kept = min(kept, have)
@@ -270,9 +270,9 @@ class _Pool:
         self.margin = 1.0
         self.last_desired = 0
 
-    @property
-    def is_new(self) -> bool:
-        return not self._needed
+    def is_new(self, now_s: float) -> bool:
+        """Nothing is known of the window."""
+        return not self._needed or self._needed[-1][0] < now_s - self._window_s
 
     def remember(self, now_s: float, needed: int) -> int:
         """The most of the window. Kept falling from front to back, so the front is the most."""

@@ -122,6 +122,8 @@ class DecisionLog:
         if not self._is_failing:
             logger.warning("decisions cannot be written to %s: %s", self._config.path, error)
         self._is_failing = True
+        # What is missing cannot be replayed: the next one stands for itself.
+        self._num_since_state = None
 
     def _rotate(self, path: Path) -> None:
         for i in range(self._config.keep - 1, 0, -1):

@@ -124,14 +124,15 @@ class Observer:
         """What one copy did since it was last asked; None when that cannot be told."""
         known = self._known.get(name)
         self._known[name] = now_s, stats
-        if known is not None and stats.uptime_s > known[1].uptime_s:
-            return stats.since(known[1])
-        if known is not None and stats.uptime_s == known[1].uptime_s:
+        before_s = known[0] if known is not None else self._last_s
+        if before_s is not None and 0 < stats.uptime_s <= now_s - before_s:
+            # It has started since, and may be there for longer now than the one before it was.
+            return stats
+        if known is None or stats.uptime_s == known[1].uptime_s:
+            # It started before anybody looked, and its sums are of longer than this.
             return None
-        elapsed_s = now_s - (known[0] if known is not None else self._last_s or now_s)
-        is_new = stats.uptime_s <= elapsed_s and stats.uptime_s > 0
-        # Else it started before anybody looked, and its sums are of longer than this.
-        return stats if is_new or known is not None else None
+        is_same = stats.uptime_s > known[1].uptime_s
+        return stats.since(known[1]) if is_same else stats
 
     def _seen(
         self,

@@ -130,6 +130,8 @@ class Planner:
         )
         self._autoscaler = Autoscaler(self._config, self._models.prefill, self._models.decode)
         self._observer = Observer()
+        # How fast workers are is as true as before; when that was measured is not.
+        self._corrections.restore(self._corrections.prefill_term, self._corrections.decode_term)
         self._last_s = now_s
         self._log.forget()
 

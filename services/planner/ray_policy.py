@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +112,11 @@ class SloPolicy:
         self._planner: Planner | None = None
         self._gauges = PlannerGauges()
         self._interval_s = 1.0
+        self._config: PlannerConfig | None = None
+        self._is_shown = self._is_hidden = False
         try:
-            self._open(load_planner_config(file=Path(settings)))
+            self._config = load_planner_config(file=Path(settings))
+            self._open(self._config)
         except BatonError as error:
             # The controller runs more than this: it must not fail with it.
             logger.error("no autoscaling: %s", error)
@@ -122,6 +126,7 @@ class SloPolicy:
         now_s = self._clock()
         if self._planner is not None and now_s >= self._next_s:
             self._next_s = now_s + self._interval_s
+            self._show()
             try:
                 self._decide(self._planner, contexts, now_s)
                 self._is_failing = False
@@ -141,14 +146,32 @@ class SloPolicy:
         log = DecisionLog(config.decisions)
         self._planner = Planner(config.autoscale, load_models(config.models), log, self._gauges)
         self._interval_s = config.interval_s
+
+    def _show(self) -> None:
+        """Open the port, as soon as it is free: Ray makes a policy before it drops the one whose
+        place it takes, and that one has it until then."""
+        if self._is_shown or self._config is None:
+            return
+        config = self._config
         try:
-            targets = config.stats.targets_dir
             port = MetricsPort(
-                self._gauges, host=config.host, port=config.port, targets_dir=targets
+                self._gauges,
+                host=config.host,
+                port=config.port,
+                targets_dir=config.stats.targets_dir,
             )
-            port.start()
         except ConfigError as error:
             # Another controller of this host may have it, and decides as well without.
+            if not self._is_hidden:
+                logger.warning("decisions are not shown to Prometheus: %s", error)
+            self._is_hidden = True
+            return
+        # Ray says nothing to a policy that it drops.
+        weakref.finalize(self, port.stop)
+        self._is_shown = True
+        try:
+            port.start()
+        except ConfigError as error:
             logger.warning("decisions are not shown to Prometheus: %s", error)
 
     def _decide(self, planner: Planner, contexts: Contexts, now_s: float) -> None:

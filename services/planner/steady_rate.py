@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 STEADY_S = 60.0
-ENOUGH = 100.0
-"""Arrivals, whose rate is right within about a tenth."""
-CHANGED = 9.0
-"""Likelihood ratio (twice its logarithm) of a change: three standard deviations."""
+ENOUGH = 30.0
+"""Arrivals, whose rate is right within about a fifth: what is left of the noise is headroom."""
+CHANGED = 10.0
+"""Likelihood ratio (twice its logarithm) of a change: a little over three standard deviations."""
 
 
 class Interval(NamedTuple):

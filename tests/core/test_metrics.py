@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from baton.core.metrics import ALL_SERIES, Kind
+from baton.core.planner_metrics import PLANNER_SERIES
 
-by_name = pytest.mark.parametrize("series", ALL_SERIES, ids=lambda s: s.name)
+EVERY_SERIES = (*ALL_SERIES, *PLANNER_SERIES)
+by_name = pytest.mark.parametrize("series", EVERY_SERIES, ids=lambda s: s.name)
 
 
 def test_names_are_unique():
-    assert len({s.name for s in ALL_SERIES}) == len(ALL_SERIES)
+    assert len({s.name for s in EVERY_SERIES}) == len(EVERY_SERIES)
 
 
 @by_name
@@ -32,6 +34,7 @@ def test_labels_come_from_closed_sets(series):
         "transport", "result", "code", "route", "peer", "lane", "tier", "slo_class", "objective",
         "tenant", "quantity", "backend", "answer", "direction", "state", "since", "version",
         "fingerprint", "block_size", "num_blocks", "kv_dtype", "max_model_len",
+        "pool", "term", "when", "target", "stage",
     }  # fmt: skip
     assert set(series.labels) <= closed
 

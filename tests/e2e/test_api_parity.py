@@ -10,7 +10,12 @@ import pytest
 
 from api_calls import CHAT, COMPLETIONS, calls_of, stream, text_of
 from baton.rpc.v1 import inference_pb2 as pb
-from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
+from baton.rpc.v1 import (
+    inference_pb2_grpc,
+    open_inference_pb2,
+    open_inference_pb2_grpc,
+    worker_pb2,
+)
 from running_system import RunningSystem
 
 pytestmark = pytest.mark.model
@@ -136,3 +141,34 @@ def test_text_of_a_completion_is_the_same_over_grpc(client, system):
     with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
         deltas = list(inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60))
     assert "".join(d.text for d in deltas) == wanted
+
+
+def test_text_of_a_completion_is_the_same_over_open_inference(client, system):
+    body = {"prompt": ["Once upon", "In the"], "temperature": 1, "seed": 3, "top_k": 20}
+    body["max_tokens"] = NUM_TOKENS
+    answer = client.post(COMPLETIONS, json=body).json()
+    wanted = [choice["text"].encode() for choice in answer["choices"]]
+    requests = []
+    for prompts in (["Once upon", "In the"], ["Once upon"], ["In the"]):
+        request = open_inference_pb2.ModelInferRequest(id=prompts[0])
+        tensor = request.inputs.add(name="text_input", datatype="BYTES", shape=[len(prompts)])
+        tensor.contents.bytes_contents.extend(prompt.encode() for prompt in prompts)
+        request.parameters["temperature"].double_param = 1
+        for name in ("seed", "top_k", "max_tokens"):
+            request.parameters[name].int64_param = body[name]
+        requests.append(request)
+    for request in requests[1:]:
+        request.parameters["stream"].bool_param = True
+    with grpc.insecure_channel(f"127.0.0.1:{system.grpc_port}") as channel:
+        stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        whole = stub.ModelInfer(requests[0], timeout=60)
+        responses = list(stub.ModelStreamInfer(iter(requests[1:]), timeout=60))
+    assert whole.outputs[0].contents.bytes_contents == wanted
+    counts = [sum(t.contents.int_contents) for t in whole.outputs[2:4]]
+    assert counts == [answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]]
+    pieces = {"Once upon": b"", "In the": b""}
+    for response in responses:
+        assert not response.error_message
+        found = response.infer_response
+        pieces[found.id] += found.outputs[0].contents.bytes_contents[0]
+    assert list(pieces.values()) == wanted

@@ -23,10 +23,11 @@ from baton.core.worker_info import Epoch, WorkerId
 from baton.engine.batch import Runner
 from baton.engine.config import EngineConfig
 from baton.engine.engine import ChunkDone, Engine, Reservation, StepOutput
+from baton.engine.grammar.gate import Compiler
 
 ROOT = root_hash("layout-under-test")
 PEER = PeerRef(WorkerId("prefill-0"), Epoch("e"), "127.0.0.1:1")
-_SAMPLING_FIELDS = {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids"}
+_SAMPLING_FIELDS = {"max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "structured"}
 
 
 def make_request(
@@ -59,6 +60,7 @@ def make_engine(
     max_model_len: int = 4096,
     vocab_size: int | None = None,
     clock: ManualClock | None = None,
+    grammars: Compiler | None = None,
     **config: Any,
 ) -> Engine:
     config.setdefault("max_num_seqs", 4)
@@ -71,6 +73,7 @@ def make_engine(
         runner=runner,
         clock=clock or ManualClock(1000.0),
         vocab_size=vocab_size,
+        grammars=grammars,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from baton.core.block import BlockId
 from baton.core.errors import InvalidRequest, Overloaded
 from baton.core.request import FinishReason, TokenDelta, Work
+from baton.core.structured import StructuredKind, StructuredSpec
 
 Make = Callable[..., Any]
 VOCAB = 23
@@ -25,6 +27,51 @@ EOS = 5
 MAX_MODEL_LEN = 40
 FAILURES = ("fail_with", "fail_wait_with")
 """At the launch of a step, or when its results are wanted."""
+
+
+class MadeUp(InvalidRequest):
+    """A grammar that turned out to be none."""
+
+
+class AnyGrammar:
+    """Stands for a compiled grammar; the fake runner asks none which tokens it allows."""
+
+    digits = None
+
+    @property
+    def matcher(self) -> AnyGrammar:
+        return self
+
+    def deep_copy(self) -> AnyGrammar:
+        return self
+
+
+class SlowCompiler:
+    """Grammars that come when the walk wants it, if at all."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._random = rng
+        self._known: dict[StructuredSpec, Future[Any]] = {}
+        self._open: list[Future[Any]] = []
+        self.num_failed = 0
+
+    def start(self, spec: StructuredSpec) -> Future[Any]:
+        if spec not in self._known or self._random.random() < 0.2:
+            self._known[spec] = Future()
+            self._open.append(self._known[spec])
+        return self._known[spec]
+
+    def finish_one(self) -> None:
+        waiting = [future for future in self._open if not future.done()]
+        self._open = waiting
+        if not waiting:
+            return
+        future = self._random.choice(waiting)
+        if self._random.random() < 0.2:
+            self.num_failed += 1
+            future.set_exception(MadeUp("made up", param="structured"))
+        else:
+            future.set_result(AnyGrammar())
 
 
 @dataclass
@@ -51,6 +98,7 @@ class World:
     quarantined: list[tuple[Any, BlockId]] = field(default_factory=list)
     events: Counter[str] = field(default_factory=Counter)
     num_submitted: int = 0
+    compiler: SlowCompiler | None = None
 
     def act(self) -> None:
         actions = (
@@ -89,11 +137,18 @@ class World:
                 max_tokens=self.max_tokens[name],
                 eos_token_ids=(EOS,),
                 is_cached=int(name[1:]) % 5 != 0,
+                structured=self.new_structure(name),
             )
-        except Overloaded:
+        except (Overloaded, MadeUp):
             self.events["overloaded"] += 1
             return False
         return True
+
+    def new_structure(self, name: str) -> StructuredSpec | None:
+        """Of every second request; some ask for the same."""
+        if self.compiler is None or int(name[1:]) % 2:
+            return None
+        return StructuredSpec(StructuredKind.REGEX, f"x{int(name[1:]) % 40}")
 
     def submit_generate(self) -> None:
         name = self.new_prompt("g")
@@ -214,6 +269,8 @@ class World:
     def settle(self) -> None:
         """Let everything end: hand-offs finish or are given up, leases and quarantine end."""
         for _ in range(20_000):
+            if self.compiler is not None:
+                self.compiler.finish_one()
             for h in self.harnesses:
                 h.runner.fail_with = h.runner.fail_wait_with = None
                 if h.engine.has_work:
@@ -300,3 +357,38 @@ def test_random_walk_gives_reference_outputs_and_leaks_nothing(
     assert sum(h.engine.load().num_preemptions for h in harnesses) > 20
     with pytest.raises(InvalidRequest, match="holds 40"):
         harnesses[0].submit("too-long", [1] * MAX_MODEL_LEN)
+
+
+def test_random_walk_while_grammars_are_compiled(
+    make_harness: Make,
+    fake_runner: ModuleType,
+    assert_engine_empty: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    depth: int,
+) -> None:
+    """Every second request waits for one; some never get theirs, and end there."""
+    monkeypatch.setattr("baton.engine.grammar.gate.PAUSE_S", 0.0)
+    rng = random.Random(8)
+    compiler = SlowCompiler(rng)
+    settings = {
+        "runner_vocab": VOCAB,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 9,
+        "max_num_waiting": 6,
+        "grammars": compiler,
+    }
+    harnesses = [make_harness(12, **settings) for _ in range(2)]
+    world = World(harnesses, fake_runner.fingerprints, rng, compiler=compiler)
+    while world.events["steps"] < 5_000:
+        world.act()
+        if rng.random() < 0.03:
+            compiler.finish_one()
+    world.settle()
+    check_outputs(world, fake_runner.expected_output)
+    for h in harnesses:
+        assert_engine_empty(h.engine)
+        assert not h.engine._grammars._waiting
+    assert compiler.num_failed > 10
+    assert {str(FinishReason.ERROR), str(FinishReason.STOP), "activated"} <= set(world.events)
+    assert sum(h.engine.load().num_preemptions for h in harnesses) > 5

@@ -9,6 +9,7 @@ import pytest
 
 from baton.core.errors import Overloaded
 from baton.core.request import FinishReason, TokenDelta, Work
+from baton.engine.scheduler import SchedulerLimits
 
 Make = Callable[..., Any]
 
@@ -41,6 +42,23 @@ def test_prefills_share_the_budget_first_come_first_served(make_harness: Make) -
     assert h.runner.batches == [[("a", 10), ("b", 6)]]
     h.step()
     assert h.runner.batches[-1] == [("b", 4), ("c", 10)]
+
+
+def test_limits_change_between_steps_and_what_waits_is_known(make_harness: Make) -> None:
+    h = make_harness(64, max_num_seqs=2, max_num_batched_tokens=16)
+    for i in range(4):
+        h.submit(f"r{i}", prompt(4, i), max_tokens=8)
+    h.step()
+    assert h.engine.waiting_ids() == ("r2", "r3")
+    h.engine.set_limits(SchedulerLimits(3, 16, 8))
+    h.step()
+    assert len(h.runner.batches[-1]) == 3
+    h.engine.set_limits(SchedulerLimits(1, 16, 8))
+    h.step()
+    assert h.runner.batches[-1] == [("r0", 1)]
+    assert h.engine.waiting_ids() == ("r3",)
+    h.run()
+    assert all(h.records[f"r{i}"].finish_reason is FinishReason.LENGTH for i in range(4))
 
 
 def test_no_more_than_max_num_seqs_compute_in_one_step(make_harness: Make) -> None:

@@ -8,7 +8,15 @@ import statistics
 import pytest
 
 from baton.core.errors import ConfigError
-from baton.simulator.arrivals import RequestLengths, at_rate, conversations, sampled
+from baton.simulator.arrivals import (
+    RateStep,
+    RequestLengths,
+    at_rate,
+    conversations,
+    sampled,
+    sharing,
+    varying,
+)
 
 PAIRS = (RequestLengths(1000, 10), RequestLengths(64, 500))
 
@@ -99,3 +107,45 @@ def test_lengths_of_nothing_and_traces_of_one_moment_are_refused() -> None:
         at_rate([], 5)
     with pytest.raises(ConfigError, match="at least one turn"):
         conversations([[]], rate_per_s=1, num_requests=1, block_size=16)
+
+
+def test_a_rate_that_changes_is_kept_from_step_to_step() -> None:
+    steps = (RateStep(0, 5), RateStep(100, 50), RateStep(200, 0), RateStep(300, 5))
+    arrivals = varying(PAIRS, steps, until_s=400, block_size=64, seed=5)
+    times = [arrival.at_s for arrival in arrivals]
+    assert times == sorted(times)
+    assert [arrival.number for arrival in arrivals] == list(range(len(arrivals)))
+    per_step = [sum(a <= at_s < a + 100 for at_s in times) for a in (0, 100, 200, 300)]
+    assert per_step[2] == 0
+    assert per_step == pytest.approx([500, 5000, 0, 500], rel=0.15)
+    assert arrivals == varying(PAIRS, steps, until_s=400, block_size=64, seed=5)
+    assert varying(PAIRS, steps, until_s=150, block_size=64, seed=5)[-1].at_s < 150
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ((), "from second 0 on"),
+        ((RateStep(5, 1),), "from second 0 on"),
+        ((RateStep(0, 1), RateStep(9, 1), RateStep(9, 2)), "must rise: 9 follows 9"),
+        ((RateStep(0, -1),), "must not be negative, got -1"),
+        ((RateStep(0, float("nan")),), "must not be negative, got nan"),
+        ((RateStep(0, 0), RateStep(90, 3)), "no request arrives within 50 s"),
+    ],
+)
+def test_impossible_rates_are_refused(steps: tuple[RateStep, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        varying(PAIRS, steps, until_s=50, block_size=64)
+
+
+def test_prompts_share_as_much_as_was_asked_for_and_no_more() -> None:
+    drawn = sampled(PAIRS, rate_per_s=10, num_requests=400, block_size=50, seed=1)
+    shared = sharing(drawn, num_prefixes=3, share=0.6, block_size=50)
+    long_ones = [a for a in shared if a.num_prompt_tokens == 1000]
+    assert len({a.block_hashes[:12] for a in long_ones}) == 3
+    assert len({a.block_hashes[12] for a in long_ones}) == len(long_ones)
+    assert all(len(a.block_hashes) == a.num_prompt_tokens // 50 for a in shared)
+    assert [a.at_s for a in shared] == [a.at_s for a in drawn]
+    for bad in ({"num_prefixes": 0, "share": 0.5}, {"num_prefixes": 1, "share": 1.5}):
+        with pytest.raises(ConfigError, match=r"must be"):
+            sharing(drawn, block_size=50, **bad)  # type: ignore[arg-type]

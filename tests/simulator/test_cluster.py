@@ -112,6 +112,13 @@ def test_single_tokens_stay_on_one_worker():
     assert outcome.kind == PlacementKind.PREFILL_ONLY.value
 
 
+def test_a_thousand_workers_are_built_and_serve():
+    arrivals = conversations(8, turns=2)
+    cluster, outcomes = run(arrivals, num_prefill=500, num_decode=500, num_blocks=60)
+    assert len(cluster.workers) == 1000
+    assert summarize(outcomes).num_unfinished == 0
+
+
 def test_summary_counts_what_did_not_end():
     outcomes = [
         Outcome(0, 0.0, 100, num_cached_tokens=50, first_token_s=1.0, last_token_s=3.0,

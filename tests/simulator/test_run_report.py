@@ -64,3 +64,14 @@ def test_windows_cover_every_arrival_once() -> None:
 def test_nothing_simulated_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing"):
         run_report([], {}, TARGETS, num_devices=1)
+
+
+def test_what_moved_and_what_was_paid_for_are_told() -> None:
+    handed = Outcome(
+        0, 0.0, 100, first_token_s=1.0, last_token_s=4.0, num_output_tokens=3,
+        num_handed_tokens=80, num_fetched_tokens=20,
+    )  # fmt: skip
+    report = run_report([handed], {}, TARGETS, device_s=7200, kv_bytes_per_token=1000)
+    assert report.moved_bytes == 100_000
+    assert report.moved_bytes_per_s == pytest.approx(25_000)
+    assert report.device_hours == 2

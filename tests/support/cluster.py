@@ -144,12 +144,15 @@ class Cluster:
         files = self._tls.config.files()
         return [a for name, path in files for a in ("--set", f"tls.{name}={path}")]
 
-    async def ready(self) -> None:
-        """All living workers answer the router."""
-        wanted = dict.fromkeys(Role, 0)
-        for worker in self.workers.values():
-            if worker.role is not None and worker.is_alive:
-                wanted[worker.role] += 1
+    @property
+    def tls(self) -> TlsFiles | None:
+        return self._tls
+
+    async def ready(self, wanted: dict[Role, int] | None = None) -> None:
+        """All living workers answer the router: `wanted` by role, or as they were started."""
+        if wanted is None:
+            living = [w.role for w in self.workers.values() if w.is_alive]
+            wanted = {role: living.count(role) for role in Role}
         deadline = time.monotonic() + START_S
         async with httpx.AsyncClient(trust_env=False, timeout=2.0) as client:
             while True:

@@ -12,6 +12,7 @@ from baton.engine.config import EngineConfig
 from baton.engine.engine import Engine
 from baton.engine.gpu.build import build_gpu_rank
 from baton.engine.gpu.device import ComputeDevice
+from baton.engine.grammar.gate import Compiler
 
 
 class Output:
@@ -21,10 +22,17 @@ class Output:
         self.engine = engine
         self.tokens: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
 
-    def submit(self, name: str, prompt: Sequence[int], **sampling: Any) -> None:
-        params = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | sampling))
-        self.engine.submit(GenerateRequest(RequestId(name), Work.GENERATE, tuple(prompt), params))
+    def submit(
+        self, name: str, prompt: Sequence[int], *, eos: tuple[int, ...] = (), **sampling: Any
+    ) -> None:
+        params = SamplingParams(**({"temperature": 0.0, "ignore_eos": not eos} | sampling))
+        self.engine.submit(
+            GenerateRequest(
+                RequestId(name), Work.GENERATE, tuple(prompt), params, eos_token_ids=eos
+            )
+        )
 
     def run(self) -> None:
         while self.engine.has_work:
@@ -32,11 +40,16 @@ class Output:
                 assert not delta.error, delta.error
                 self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
                 self.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
+                if delta.prompt_logprobs:
+                    assert delta.request_id not in self.prompt_logprobs, "told twice"
+                    self.prompt_logprobs[delta.request_id] = list(delta.prompt_logprobs)
         self.engine.check_integrity()
         assert self.engine.is_empty
 
 
-def gpu_engine(config: EngineConfig, device: ComputeDevice) -> Engine:
+def gpu_engine(
+    config: EngineConfig, device: ComputeDevice, grammars: Compiler | None = None
+) -> Engine:
     rank = build_gpu_rank(config, communicator=SingleCommunicator(), device=device)
     return Engine(
         config=config,
@@ -46,4 +59,5 @@ def gpu_engine(config: EngineConfig, device: ComputeDevice) -> Engine:
         runner=rank.runner,
         clock=WallClock(),
         vocab_size=rank.vocab_size,
+        grammars=grammars,
     )

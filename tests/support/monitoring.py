@@ -10,7 +10,7 @@ import math
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -71,14 +71,14 @@ class Monitoring:
         tools: MonitoringTools,
         directory: Path,
         *,
-        target: str,
+        targets: Sequence[str],
         pauses: Mapping[str, str],
     ) -> None:
-        """`target`: host and port that are scraped. `pauses`: alert -> its `for` in this test."""
+        """`targets`: host and port, all scraped. `pauses`: alert -> its `for` in this test."""
         self._tools = tools
         self._directory = directory
         self._pauses = pauses
-        self._target = target
+        self._targets = [*targets]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._port, self._alert_port = free_port(), free_port()
         self.webhook = Webhook()
@@ -183,7 +183,7 @@ class Monitoring:
         (manager,) = prometheus["alerting"]["alertmanagers"]
         manager["static_configs"] = [{"targets": [f"127.0.0.1:{self._alert_port}"]}]
         (scrape,) = prometheus["scrape_configs"]
-        scrape["static_configs"] = [{"targets": [self._target]}]
+        scrape["static_configs"] = [{"targets": self._targets}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(prometheus))
         manager = yaml.safe_load((SETTINGS / "alertmanager.yml").read_text())
         for route in (manager["route"], *manager["route"]["routes"]):

@@ -8,6 +8,7 @@ from typing import Any
 import promql_parser
 
 from baton.core.metrics import ALL_SERIES, Kind
+from baton.core.planner_metrics import PLANNER_SERIES
 
 SUFFIXES = ("_bucket", "_sum", "_count")
 ADDED_BY_SCRAPE = {"job", "instance", "namespace", "pod", "service", "endpoint", "container"}
@@ -28,9 +29,9 @@ def selectors(expr: str) -> list[tuple[str, set[str]]]:
 
 
 def known_series() -> dict[str, set[str]]:
-    """Every name that a scrape of a router has, with its labels."""
+    """Every name that a scrape of a router or a planner has, with its labels."""
     known = {**OTHERS}
-    for series in ALL_SERIES:
+    for series in (*ALL_SERIES, *PLANNER_SERIES):
         names = [series.name]
         if series.kind is Kind.HISTOGRAM:
             names = [f"{series.name}{suffix}" for suffix in SUFFIXES]

@@ -11,6 +11,7 @@ from baton.engine.batch import SequenceSlice
 from baton.engine.config import EngineConfig
 from baton.engine.factory import build_root
 from baton.engine.model_runner import ModelRunner
+from baton.engine.step_plan import build_plan
 from baton.engine.tensor_parallel.group import RankGroup
 from model_harness import ModelHarness
 
@@ -45,7 +46,8 @@ class GroupHarness(ModelHarness):
     def forward(self, step: tuple[SequenceSlice, ...]) -> tuple[list[int], Tensor | None]:
         self.group.send_step(step, num_threads=1)
         with torch.inference_mode():
-            plan, rows = self._rank_runner._forward(step)
+            plan = build_plan(step, self.pool)
+            rows = self._rank_runner._model.forward(plan)
         self.group.step_ended()
         return plan.sampled, rows
 

@@ -148,3 +148,27 @@ def write_pair_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
+
+
+END_TOKEN_ID = 256
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A token for each byte, under the byte's number, and one that ends a sequence."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=_byte_of)
+    backend = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END_TOKEN_ID}))
+
+
+def _byte_of(char: str) -> int:
+    """Of a character of the byte alphabet: printable Latin-1 stands for itself, the others follow
+    from U+0100 in order."""
+    if ord(char) < 0x100:
+        return ord(char)
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return others[ord(char) - 0x100]

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.core import metrics as series
+from baton.core.planner_metrics import PLANNER_SERIES
 from baton.core.vllm_metrics import VLLM_NAMES
 from baton.telemetry.metrics import Metrics
 from tools import metrics_table
@@ -40,10 +41,10 @@ def test_documentation_has_every_series_and_no_other():
     assert metrics_table.page(text) == text
     rows = re.findall(r"^\| `((?:baton_|vllm:)\w+)` \|", text, re.MULTILINE)
     assert sorted(rows) == sorted(
-        [*(s.name for s in series.ALL_SERIES), *(n.name for n in VLLM_NAMES)]
+        [*(s.name for s in (*series.ALL_SERIES, *PLANNER_SERIES)), *(n.name for n in VLLM_NAMES)]
     )
     named = set(re.findall(r"\b(baton_[a-z_]+[a-z])\b", text))
-    known = {s.name for s in series.ALL_SERIES}
+    known = {s.name for s in (*series.ALL_SERIES, *PLANNER_SERIES)}
     histograms = {s.name for s in series.ALL_SERIES if s.kind is series.Kind.HISTOGRAM}
     parts = {h + part for h in histograms for part in ("_sum", "_count", "_bucket")}
     assert named - known - parts - {"baton_tenant"} == set()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from baton.core.block import BlockId
-from baton.engine.batch import SequenceSlice
+from baton.engine.batch import ScoredSpan, SequenceSlice
 from baton.engine.gpu.device import ComputeDevice
 
 NUM_HOST_BUFFERS = 2
@@ -63,6 +63,8 @@ class StepInputs:
     sampled_seqs: Tensor
     """The sequences they belong to, int64, parallel to `sampled_rows`; empty in a decode step."""
     num_sampled: int
+    scored_rows: Tensor | None = None
+    """Rows whose distribution of the next token is wanted, int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class PackedStep:
     inputs: StepInputs
     sampled: list[int]
     """For each row of logits, the index of its slice."""
+    scored: list[ScoredSpan]
+    """Those of `scored_rows`, in order."""
 
 
 class InputStaging:
@@ -222,6 +226,11 @@ class InputStaging:
         lens, chunk_lens, cu_lens, rows, seqs = seq_arrays
         self._send_tables(entries)
         has_chunks = num_decode < len(entries)
+        scored = [
+            ScoredSpan(order[i], int(end - length), entry.num_scored)
+            for i, (entry, end, length) in enumerate(zip(entries, ends, query_lens, strict=True))
+            if entry.num_scored
+        ]
         is_in_order = not has_chunks and len(sampling) == len(entries)
         inputs = StepInputs(
             token_ids=token_ids,
@@ -237,8 +246,14 @@ class InputStaging:
             sampled_rows=None if is_in_order else rows.long(),
             sampled_seqs=self._no_seqs if is_in_order else seqs.long(),
             num_sampled=len(sampling),
+            scored_rows=self._scored_rows(scored) if scored else None,
         )
-        return PackedStep(inputs, [order[i] for i in sampling])
+        return PackedStep(inputs, [order[i] for i in sampling], scored)
+
+    def _scored_rows(self, scored: list[ScoredSpan]) -> Tensor:
+        """A copy of its own: few requests want it, and those that do can wait for it."""
+        rows = [torch.arange(s.first_row, s.first_row + s.num_rows) for s in scored]
+        return torch.cat(rows).to(self._mixed.device)
 
     def _row_arrays(
         self, entries: list[SequenceSlice], slots: list[int], ends: IntArray

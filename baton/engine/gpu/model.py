@@ -26,7 +26,8 @@ from baton.engine.gpu.kv_pool import GpuKvPool
 from baton.engine.gpu.linear import GpuLinear
 from baton.engine.layers.rotary import inverse_frequencies
 from baton.engine.model_config import ModelConfig
-from baton.engine.models.llama import LlamaWeights
+from baton.engine.models.llama import LlamaWeights, OnScored
+from baton.engine.prompt_scores import SCORED_ROWS
 from kernels.decode_attention import decode_attention, decode_workspace
 from kernels.embedding import embed
 from kernels.fused_decode_attention import fused_decode_attention
@@ -82,11 +83,12 @@ class GpuLlama:
         last_tokens: Tensor,
         logits: Tensor | None = None,
         on_layers: OnLayers | None = None,
+        on_scored: OnScored | None = None,
     ) -> Tensor | None:
         """Logits [num_sampled, vocab_rows], None when the step samples nothing.
 
         `last_tokens` [num_slots] holds the samples that pending rows refer to. `logits`, if given,
-        receives them. `on_layers` is called in steps with chunks.
+        receives them. `on_layers` is called in steps with chunks, `on_scored` for scored rows.
         """
         hidden = embed(
             inputs.token_ids,
@@ -97,7 +99,7 @@ class GpuLlama:
         )
         if inputs.sampled_rows is None:
             return self._decode_step(hidden, inputs, logits)
-        return self._mixed_step(hidden, inputs, inputs.sampled_rows, logits, on_layers)
+        return self._mixed_step(hidden, inputs, inputs.sampled_rows, logits, on_layers, on_scored)
 
     def _decode_step(self, hidden: Tensor, inputs: StepInputs, logits: Tensor | None) -> Tensor:
         """Every row is a sequence's single new token, and is sampled."""
@@ -129,6 +131,7 @@ class GpuLlama:
         sampled_rows: Tensor,
         logits: Tensor | None,
         on_layers: OnLayers | None,
+        on_scored: OnScored | None,
     ) -> Tensor | None:
         """Single tokens and chunks; the last layer goes on with the sampled rows alone."""
         last = len(self._layers) - 1
@@ -144,6 +147,9 @@ class GpuLlama:
         queries = self._project(last, hidden, inputs)
         if on_layers is not None and self._communicator.size == 1:
             on_layers(last + 1)
+        if inputs.scored_rows is not None:
+            self._attend(last, queries, inputs, attended)
+            self._score(hidden, attended, inputs.scored_rows, on_scored)
         if not inputs.num_sampled:
             # Rank 0's end of the step must mean that every rank has written its last layer.
             self._communicator.barrier()
@@ -159,6 +165,18 @@ class GpuLlama:
         if on_layers is not None and self._communicator.size > 1:
             on_layers(last + 1)
         return self._head.project(hidden, rms_eps=self._eps, out=logits)
+
+    def _score(
+        self, hidden: Tensor, attended: Tensor, rows: Tensor, on_scored: OnScored | None
+    ) -> None:
+        """The last layer and the head for the scored rows; every rank takes part."""
+        hidden = hidden.index_select(0, rows)
+        self._combine(len(self._layers) - 1, hidden, attended.index_select(0, rows))
+        for first in range(0, len(rows), SCORED_ROWS):
+            piece = hidden[first : first + SCORED_ROWS]
+            logits = self._communicator.gather_columns(self._head.project(piece, rms_eps=self._eps))
+            if logits is not None and on_scored is not None:
+                on_scored(first, logits)
 
     def _project(self, index: int, hidden: Tensor, inputs: StepInputs) -> Tensor:
         """Write the rows' K and V; return rotated queries [num_rows, num_heads, head_dim]."""

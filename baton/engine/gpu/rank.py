@@ -6,19 +6,20 @@ Every rank of a group runs the same slices. Not known here: sampling parameters,
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from baton.engine.batch import LayerMarks, SequenceSlice
+from baton.engine.batch import LayerMarks, ScoredSpan, SequenceSlice
 from baton.engine.gpu.device import ComputeDevice
 from baton.engine.gpu.graphs import EagerSteps, GraphedSteps, PaddedSteps, Progress
 from baton.engine.gpu.inputs import InputStaging
 from baton.engine.gpu.layer_watch import LayerWatch
 from baton.engine.gpu.model import GpuLlama
 from baton.engine.gpu.slots import Assignment, SlotTable
+from baton.engine.models.llama import OnScored
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,16 @@ class GpuRank:
             lambda done, _: on_progress(num_chunks + done, total),
         )
 
-    def run(self, slices: Sequence[SequenceSlice], marks: LayerMarks | None = None) -> RankStep:
-        """Launch a non-empty step; called inside `ComputeDevice.stream()` and inference mode."""
+    def run(
+        self,
+        slices: Sequence[SequenceSlice],
+        marks: LayerMarks | None = None,
+        make_scorer: Callable[[list[ScoredSpan]], OnScored] | None = None,
+    ) -> RankStep:
+        """Launch a non-empty step; called inside `ComputeDevice.stream()` and inference mode.
+
+        `make_scorer`, on rank 0, is called in steps with scored rows, before the forward pass.
+        """
         assignment = self._slots.assign([s.request_id for s in slices])
         is_decode = all(len(s.token_ids) == 1 and s.samples for s in slices)
         bucket = self._decode.bucket_for(len(slices)) if is_decode else None
@@ -116,12 +125,15 @@ class GpuRank:
             return RankStep(self._chunks.run(bucket, self._chunk_step), sampled, assignment)
         packed = self._staging.pack(slices, assignment.slots)
         on_layers = None if marks is None else functools.partial(self._watch.pass_layers, marks)
-        chosen = self._model.forward(packed.inputs, self.last_tokens, on_layers=on_layers)
+        on_scored = make_scorer(packed.scored) if packed.scored and make_scorer else None
+        chosen = self._model.forward(
+            packed.inputs, self.last_tokens, on_layers=on_layers, on_scored=on_scored
+        )
         return RankStep(chosen, packed.sampled, assignment)
 
     def _chunk_bucket(self, slices: Sequence[SequenceSlice]) -> int | None:
         """The size to pad to when the step is one chunk that samples."""
-        if len(slices) > 1 or not slices[0].samples:
+        if len(slices) > 1 or not slices[0].samples or slices[0].num_scored:
             return None
         return self._chunks.bucket_for(len(slices[0].token_ids))
 

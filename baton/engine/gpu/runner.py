@@ -15,14 +15,20 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from baton.engine.batch import Batch, SampledToken, SequenceSlice, slices
+from baton.engine.batch import Batch, SampledToken, ScoredSpan, SequenceSlice, slices
 from baton.engine.communicator import Communicator
 from baton.engine.gpu.device import ComputeDevice, Event
 from baton.engine.gpu.rank import GpuRank, RankStep
 from baton.engine.gpu.sampler import GpuSampler, SamplingRow, SamplingStep
+from baton.engine.models.llama import OnScored
+from baton.engine.prompt_scores import PromptScores, with_scores
+from baton.engine.sequence import Sequence
+from baton.engine.token_masks import TokenMasks, depends_on_output
 from kernels.sampling_rows import SampledRows
 
 MAX_IN_FLIGHT = 2
+MASK_THREADS = 4
+"""Of structured outputs; a step's masks are there before its logits."""
 NUM_RESULT_BUFFERS = MAX_IN_FLIGHT
 """The results of a step are read before the step after the next is launched."""
 
@@ -48,6 +54,8 @@ class GpuRunner:
         self._vocab_size = vocab_size
         self._block_size = block_size
         self._turn = 0
+        self._masks = TokenMasks(vocab_size, num_threads=MASK_THREADS)
+        self._last_step: LaunchedGpuStep | None = None
         self._results = (
             []
             if sampler is None
@@ -65,13 +73,22 @@ class GpuRunner:
     def launch_slices(self, batch: Batch, slices: SequenceOf[SequenceSlice]) -> LaunchedGpuStep:
         """`launch` on rank 0, with the slices of the batch that the other ranks run."""
         with self._device.stream(), torch.inference_mode():
-            step = self._rank.run(slices, batch.layer_marks)
+            scores: PromptScores | None = None
+
+            def make_scorer(spans: list[ScoredSpan]) -> OnScored:
+                nonlocal scores
+                scores = PromptScores(batch, spans, self._vocab_size)
+                return scores.add
+
+            step = self._rank.run(slices, batch.layer_marks, make_scorer)
             logits = self._gather(step)
             sampling = None
             if logits is not None:
                 sampling = self._sample(batch, step, logits)
                 self._share_tokens(step)
-            return LaunchedGpuStep(len(slices), step.sampled, sampling, self._device.record())
+            launched = LaunchedGpuStep(batch, step.sampled, sampling, scores, self._device.record())
+        self._last_step = launched
+        return launched
 
     def run(self, slices: SequenceOf[SequenceSlice]) -> None:
         """This rank's part of a step that rank 0 has launched."""
@@ -94,8 +111,14 @@ class GpuRunner:
 
     def _sample(self, batch: Batch, step: RankStep, logits: Tensor) -> _Sampling:
         assert self._sampler is not None
+        # While the device computes this step's logits. Where a mask depends on a token of the step
+        # before, the host waits for that one step, as it would a moment later.
+        masks = self._masks.compute(
+            (batch.scheduled[i].sequence for i in step.sampled), self._pending_tokens(batch)
+        )
         rows = [
-            SamplingRow(batch.scheduled[i].sequence, step.assignment.slots[i]) for i in step.sampled
+            SamplingRow(sequence, step.assignment.slots[i], masks.get(sequence))
+            for i, (sequence, _) in ((i, batch.scheduled[i]) for i in step.sampled)
         ]
         prepared = self._sampler.prepare(rows)
         # A captured step computes padding rows as well; they are not sampled.
@@ -105,6 +128,19 @@ class GpuRunner:
         results = self._results[self._turn]
         _copy_results(sampled, results, prepared)
         return _Sampling(prepared, results)
+
+    def _pending_tokens(self, batch: Batch) -> dict[Sequence, int]:
+        """Of sequences that need to know, what the step before has sampled."""
+        waiting = [
+            sequence
+            for sequence, _ in batch.scheduled
+            if sequence.num_pending_tokens and depends_on_output(sequence.request.sampling)
+        ]
+        if not waiting:
+            return {}
+        assert self._last_step is not None, "a pending token has been sampled by some step"
+        sampled = self._last_step.token_ids()
+        return {sequence: sampled[sequence] for sequence in waiting}
 
 
 class _Sampling:
@@ -123,24 +159,41 @@ class _Sampling:
 class LaunchedGpuStep:
     """Implements `batch.LaunchedStep`."""
 
-    __slots__ = ("_event", "_num_slices", "_sampled", "_sampling")
+    __slots__ = ("_batch", "_event", "_results", "_sampled", "_sampling", "_scores")
 
     def __init__(
-        self, num_slices: int, sampled: list[int], sampling: _Sampling | None, event: Event
+        self,
+        batch: Batch,
+        sampled: list[int],
+        sampling: _Sampling | None,
+        scores: PromptScores | None,
+        event: Event,
     ) -> None:
-        self._num_slices = num_slices
+        self._batch = batch
         self._sampled = sampled
         self._sampling = sampling
+        self._scores = scores
         self._event = event
+        self._results: list[SampledToken | None] | None = None
 
     def wait(self) -> list[SampledToken | None]:
         """Also waits for steps that only write KV: their blocks may be read from outside then."""
-        self._event.wait()
-        results: list[SampledToken | None] = [None] * self._num_slices
-        if self._sampling is not None:
-            for index, token in zip(self._sampled, self._sampling.collect(), strict=True):
-                results[index] = token
-        return results
+        if self._results is None:
+            self._event.wait()
+            results: list[SampledToken | None] = [None] * len(self._batch.scheduled)
+            if self._sampling is not None:
+                for index, token in zip(self._sampled, self._sampling.collect(), strict=True):
+                    results[index] = token
+            self._results = with_scores(results, self._scores)
+        return self._results
+
+    def token_ids(self) -> dict[Sequence, int]:
+        """What it sampled, as soon as it is known; before the second launch from here."""
+        return {
+            scheduled.sequence: result.token_id
+            for scheduled, result in zip(self._batch.scheduled, self.wait(), strict=True)
+            if result is not None
+        }
 
 
 def _host_results(device: ComputeDevice, max_rows: int) -> SampledRows:

@@ -23,6 +23,7 @@ from baton.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, TokenLogprobs
 from baton.engine.batch import SampledToken
 from baton.engine.gpu.sampling_state import SlotRecords, SlotUpdate
 from baton.engine.sequence import Sequence
+from baton.engine.token_masks import TokenMask
 from kernels.sampling import sample
 from kernels.sampling_counts import count_tokens
 from kernels.sampling_rows import (
@@ -48,8 +49,8 @@ class SamplingRow(NamedTuple):
     sequence: Sequence
     slot: int
     """Kept by the sequence from its first sampled token until `release`."""
-    allowed_tokens: np.ndarray | None = None
-    """int32 [ceil(vocab_size / 32)] of a grammar: bit i of word j allows token 32 * j + i."""
+    mask: TokenMask | None = None
+    """Tokens that are possible; None: all."""
 
 
 class SamplingStep(NamedTuple):
@@ -59,12 +60,17 @@ class SamplingStep(NamedTuple):
     path: SamplingPath
     num_top: tuple[int | None, ...]
     """Per row the alternatives wanted; None without log-probabilities."""
+    errors: dict[int, str]
+    """By row, of sequences that must end without the token."""
 
     def collect(self, sampled: SampledRows) -> list[SampledToken]:
         """One token per row, from results in host memory."""
         token_ids = sampled.token_ids[: self.num_rows].tolist()
         if all(n is None for n in self.num_top):
-            return [SampledToken(token_id, None) for token_id in token_ids]
+            return [
+                SampledToken(token_id, None, error=self.errors.get(row, ""))
+                for row, token_id in enumerate(token_ids)
+            ]
         logprobs = sampled.logprobs[: self.num_rows].tolist()
         return [
             SampledToken(
@@ -72,6 +78,7 @@ class SamplingStep(NamedTuple):
                 None
                 if num_top is None
                 else TokenLogprobs(token_id, logprobs[row], _top(sampled, row, num_top)),
+                error=self.errors.get(row, ""),
             )
             for row, (token_id, num_top) in enumerate(zip(token_ids, self.num_top, strict=True))
         ]
@@ -134,7 +141,8 @@ class GpuSampler:
                 n if w else None for n, w in zip(records["num_top"].tolist(), wants, strict=True)
             )
         path = SamplingPath.of(flags, int(records["num_top"].max(initial=0)))
-        return SamplingStep(num_rows, path, num_top)
+        errors = {i: row.mask.error for i, row in enumerate(rows) if row.mask and row.mask.error}
+        return SamplingStep(num_rows, path, num_top, errors)
 
     def sample(
         self,
@@ -198,11 +206,17 @@ class GpuSampler:
             )
 
     def _allow(self, rows: SequenceOf[SamplingRow], records: np.ndarray) -> None:
-        for i, row in enumerate(rows):
-            if row.allowed_tokens is not None:
-                words = self._pinned(row.allowed_tokens)
-                self._state.allowed_tokens[i].copy_(words, non_blocking=True)
-                records[i]["flags"] |= int(RowFlag.GRAMMAR | RowFlag.ADJUSTS)
+        """Masks of all rows in one copy; words of rows without one are not looked at."""
+        masked = [i for i, row in enumerate(rows) if row.mask is not None]
+        if not masked:
+            return
+        words = np.zeros((len(rows), self._state.allowed_tokens.shape[1]), dtype=np.int32)
+        for i in masked:
+            mask = rows[i].mask
+            assert mask is not None
+            words[i] = mask.words
+            records[i]["flags"] |= int(RowFlag.GRAMMAR | RowFlag.ADJUSTS)
+        self._state.allowed_tokens[: len(rows)].copy_(self._pinned(words), non_blocking=True)
 
     def _pinned(self, values: np.ndarray) -> Tensor:
         """Page-locked memory that torch reuses only after the copies from it are done."""

@@ -12,6 +12,7 @@ Not known here: checkpoints, block ids, sampling, processes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -27,8 +28,11 @@ from baton.engine.layers.linear import Linear
 from baton.engine.layers.rms_norm import RmsNorm
 from baton.engine.layers.rotary import Rotary, RotaryTables
 from baton.engine.model_config import ModelConfig
+from baton.engine.prompt_scores import SCORED_ROWS
 from baton.engine.step_plan import StepPlan
 
+OnScored = Callable[[int, Tensor], None]
+"""Called on rank 0 with logits of scored rows, and the number of the first of them among all."""
 L = TypeVar("L")
 """What a device multiplies with: `Linear` here, another class on a GPU."""
 
@@ -96,10 +100,16 @@ class LlamaModel:
         self._query_width = num_heads * config.head_dim
         self._vocab_size = config.vocab_size
 
-    def forward(self, plan: StepPlan, marks: LayerMarks | None = None) -> Tensor | None:
+    def forward(
+        self,
+        plan: StepPlan,
+        marks: LayerMarks | None = None,
+        on_scored: OnScored | None = None,
+    ) -> Tensor | None:
         """Logits [num sampled rows, vocab_size].
 
-        None when the plan samples nothing, and on all ranks but the first. A layer is passed once
+        None when the plan samples nothing, and on all ranks but the first. `on_scored` hears of the
+        plan's scored rows, a piece at a time. A layer is passed once
         its sums are there, to which every rank has added after writing its KV.
         """
         hidden = F.embedding(plan.token_ids, self._embedding)
@@ -115,6 +125,8 @@ class LlamaModel:
         queries = self._project(self._layers[last], last, hidden, plan, tables)
         if marks is not None and self._communicator.size == 1:
             marks.pass_layers(last + 1)
+        if plan.scored:
+            self._score(hidden, queries, plan, on_scored)
         if not plan.sampled:
             # The others' KV of this layer is in the pool before anyone is told of it. Otherwise
             # the sums that follow see to that.
@@ -132,6 +144,20 @@ class LlamaModel:
             return logits
         # Each rank holds the same number of rows of the head; what the last ones lack is padding.
         return logits[:, : self._vocab_size]
+
+    def _score(
+        self, hidden: Tensor, queries: Tensor, plan: StepPlan, on_scored: OnScored | None
+    ) -> None:
+        """The last layer and the head for the scored rows; every rank takes part."""
+        last = len(self._layers) - 1
+        rows = torch.cat([torch.arange(s.first_row, s.first_row + s.num_rows) for s in plan.scored])
+        attended = self._attend(last, queries, plan).index_select(0, rows)
+        hidden = self._combine(self._layers[last], hidden.index_select(0, rows), attended)
+        for first in range(0, len(rows), SCORED_ROWS):
+            piece = self._head(self._norm(hidden[first : first + SCORED_ROWS]))
+            logits = self._communicator.gather_columns(piece)
+            if logits is not None and on_scored is not None:
+                on_scored(first, logits)
 
     def _project(
         self,

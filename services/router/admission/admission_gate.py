@@ -125,6 +125,7 @@ class AdmissionGate:
         lane = self._lane(flight.request.model)
         ticket = flight.ticket = self._ticket(flight, now_s)
         entrant = self._entrants[ticket] = _Entrant(flight, lane)
+        self._recorder.arrived()
         refused = lane.arrive(ticket, self._prospect(ticket), now_s)
         if ticket.state is TicketState.ADMITTED:
             self._start(ticket)

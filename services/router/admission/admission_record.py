@@ -15,8 +15,10 @@ from baton.core import metrics as series
 from baton.telemetry.metrics import Metrics
 from services.router.admission.admission import Lane
 from services.router.admission.request_outcome import Outcome
+from services.router.admission.slo import SloTargets
 from services.router.admission.slo_config import SloConfig
 from services.router.admission.ticket import Ticket
+from services.router.pool_stats_book import PoolStatsBook
 from services.router.tenants.tenant_labels import MAX_TENANT_LABELS, OTHER, TenantLabels, label_of
 
 
@@ -24,13 +26,23 @@ class AdmissionRecorder:
     """One per router."""
 
     def __init__(
-        self, metrics: Metrics, slo: SloConfig, tenants: TenantLabels | None = None
+        self,
+        metrics: Metrics,
+        slo: SloConfig,
+        tenants: TenantLabels | None = None,
+        stats: PoolStatsBook | None = None,
     ) -> None:
-        """`tenants`: shared with others that count by tenant."""
+        """`tenants`: shared with others that count by tenant. `stats`: what planners are told."""
         self._metrics = metrics
+        self._stats = stats
         self._class_names = tuple(slo.classes)
         self._tenants = tenants or TenantLabels()
         self._shown_tenants: set[str] = set()
+
+    def arrived(self) -> None:
+        """Before anything is decided of a request."""
+        if self._stats is not None:
+            self._stats.arrived()
 
     def admitted(self, ticket: Ticket) -> None:
         has_waited = ticket.wait_started_at_s is not None
@@ -42,6 +54,8 @@ class AdmissionRecorder:
 
     def refused(self, ticket: Ticket, now_s: float) -> None:
         assert ticket.refusal is not None
+        if self._stats is not None:
+            self._stats.refused()
         self._metrics.add(series.ADMISSIONS, 1, ticket.slo_class, ticket.refusal.value)
         observe = self._metrics.observe
         observe(series.ADMISSION_REFUSAL, now_s - ticket.arrived_at_s, "arrival")
@@ -52,6 +66,8 @@ class AdmissionRecorder:
     def ended(self, ticket: Ticket, outcome: Outcome, *, work_tokens: float) -> None:
         """An admitted request is over."""
         result = outcome.result(ticket.targets)
+        if self._stats is not None:
+            self._judge(self._stats, ticket.targets, outcome)
         add, name = self._metrics.add, ticket.slo_class
         add(series.TENANT_WORK, work_tokens, self._tenants.label(ticket.tenant))
         for objective, is_met in (
@@ -92,6 +108,16 @@ class AdmissionRecorder:
         self._metrics.set(series.ADMISSION_MARGIN, ttft_margin_s, "ttft")
         self._metrics.set(series.ADMISSION_MARGIN, itl_margin_s, "itl")
         self._show_tenants(by_tenant)
+
+    def _judge(self, stats: PoolStatsBook, own: SloTargets, outcome: Outcome) -> None:
+        """What a request was not promised anything for is judged by the planner's targets."""
+        others = stats.targets
+        targets = SloTargets(
+            others.ttft_s if own.ttft_s is None else own.ttft_s,
+            others.itl_s if own.itl_s is None else own.itl_s,
+        )
+        judged = outcome.result(targets)
+        stats.judged(is_ttft_met=judged.is_ttft_met, is_itl_met=judged.is_itl_met)
 
     def _show_tenants(self, waiting: Counter[str]) -> None:
         largest = heapq.nlargest(MAX_TENANT_LABELS, waiting, key=waiting.__getitem__)

@@ -8,6 +8,7 @@ from enum import Enum
 from baton.core.errors import ConfigError
 from baton.settings import check_positive
 from services.router.edge.door_tls_config import DoorTlsConfig
+from services.router.edge.responses_config import ResponsesConfig
 
 
 class ToolParserChoice(Enum):
@@ -46,6 +47,7 @@ class EdgeConfig:
     """At a stop, how long open streams may go on before they get an error."""
     tool_parser: ToolParserChoice = ToolParserChoice.AUTO
     """How the model writes tool calls; `auto` goes by its chat template."""
+    responses: ResponsesConfig = field(default_factory=ResponsesConfig)
     tls: DoorTlsConfig = field(default_factory=DoorTlsConfig)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The router's HTTP front as one plain ASGI application.
 
     POST /v1/chat/completions   POST /v1/completions
+    POST /v1/responses          GET, DELETE /v1/responses/{id}          POST .../{id}/cancel
     GET  /v1/models             GET  /v1/models/{id}
     POST /tokenize              POST /detokenize         GET /openapi.json
     GET  /health, /ping, /load  GET  /version            GET /metrics      (HEAD wherever GET)
@@ -34,6 +35,7 @@ from services.router.edge.preprocess import Preprocessor, shorten
 from services.router.openai_api.exchange import Exchange, Receive, Scope, Send
 from services.router.openai_api.handlers import GenerationRoutes
 from services.router.openai_api.openapi import openapi_document
+from services.router.openai_api.responses.response_routes import ResponseRoutes
 from services.router.openai_api.token_routes import TokenRoutes
 from services.router.pool_stats import PoolStats
 from services.router.requests.generation import Generator, Health, ModelCard
@@ -88,6 +90,7 @@ class HttpApp:
         if pool_stats is not None:
             show = _shown(pool_stats)
             self._table["/pool_stats"] = {"GET": show, "HEAD": show}
+        self._responses = ResponseRoutes(self._routes)
         self._document: dict[str, object] | None = None
         self._one_model: dict[str, Handler] = {"GET": self._model, "HEAD": self._model}
 
@@ -126,6 +129,8 @@ class HttpApp:
         methods: Mapping[str, Handler] | None = self._table.get(exchange.path)
         if methods is None and exchange.path.startswith(_MODELS + "/"):
             methods = self._one_model
+        if methods is None:
+            methods = self._responses.methods(exchange.path)
         if methods is None and self._ui is not None:
             methods = self._ui.methods(exchange.path)
         if methods is None:

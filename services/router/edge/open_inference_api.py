@@ -27,7 +27,6 @@ import baton
 from baton.core.errors import (
     BatonError,
     DeadlineExceeded,
-    InternalError,
     InvalidRequest,
     ModelNotFound,
     public_message,
@@ -41,21 +40,25 @@ from baton.rpc.v1 import open_inference_pb2_grpc
 from baton.telemetry.metrics import Metrics
 from services.router.edge.edge_config import EdgeConfig
 from services.router.edge.grpc_calls import end_with, is_ready, metadata_of, refuse_unknown_fields
-from services.router.edge.open_inference_bodies import (
-    Ended,
-    InferRequest,
+from services.router.edge.open_inference_answers import (
+    FINAL,
+    Responses,
     ResponseWriter,
+    in_pieces,
+    whole,
+)
+from services.router.edge.open_inference_bodies import (
+    InferRequest,
     check_version,
     model_metadata,
     read_request,
 )
 from services.router.edge.preprocess import Preprocessor, new_id, shorten
 from services.router.openai_api.error_body import rate_limit_headers
-from services.router.openai_api.feed import open_feed
 from services.router.openai_api.jobs import Call, JobMaker
 from services.router.openai_api.sampling import completion_plan
 from services.router.openai_api.serving import Job
-from services.router.requests.generation import GenerationDelta, Generator
+from services.router.requests.generation import Generator
 from services.router.tenants.tenants import Caller, Tenants
 
 logger = logging.getLogger(__name__)
@@ -65,8 +68,6 @@ MAX_PER_STREAM = 64
 """Requests of one stream that run at a time; the next is read when one of them has ended."""
 _BUFFERED_RESPONSES = 16
 
-Context = grpc.aio.ServicerContext
-Responses = AsyncGenerator[pb.ModelInferResponse, None]
 StreamResponses = AsyncGenerator[pb.ModelStreamInferResponse, None]
 
 
@@ -89,17 +90,17 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self._config = config
 
     async def ServerLive(
-        self, request: pb.ServerLiveRequest, context: Context
+        self, request: pb.ServerLiveRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(
-        self, request: pb.ServerReadyRequest, context: Context
+        self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=await is_ready(self._generator))
 
     async def ModelReady(
-        self, request: pb.ModelReadyRequest, context: Context
+        self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelReadyResponse:
         try:
             await self._tenants.caller(metadata_of(context))
@@ -113,12 +114,12 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.ModelReadyResponse(ready=await is_ready(self._generator))
 
     async def ServerMetadata(
-        self, request: pb.ServerMetadataRequest, context: Context
+        self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(name=SERVER_NAME, version=baton.__version__)
 
     async def ModelMetadata(
-        self, request: pb.ModelMetadataRequest, context: Context
+        self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
         try:
             await self._tenants.caller(metadata_of(context))
@@ -129,7 +130,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         return model_metadata(request.name)
 
     async def ModelInfer(
-        self, request: pb.ModelInferRequest, context: Context
+        self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
         response_id = new_id("infer")
         answer = pb.ModelInferResponse()
@@ -137,14 +138,16 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             caller = await self._tenants.caller(metadata_of(context))
             responses = self._answer(request, caller, context, response_id, may_stream=False)
             async with contextlib.aclosing(responses):
-                async for answer in responses:
-                    pass
+                async for response in responses:
+                    answer = response
         except Exception as error:
             end_with(context, error, response_id)
         return answer
 
     async def ModelStreamInfer(
-        self, request_iterator: AsyncIterator[pb.ModelInferRequest], context: Context
+        self,
+        request_iterator: AsyncIterator[pb.ModelInferRequest],
+        context: grpc.aio.ServicerContext,
     ) -> StreamResponses:
         try:
             caller = await self._tenants.caller(metadata_of(context))
@@ -167,7 +170,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self,
         requests: AsyncIterator[pb.ModelInferRequest],
         caller: Caller,
-        context: Context,
+        context: grpc.aio.ServicerContext,
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None],
     ) -> None:
         """Run every request of a stream, then put None."""
@@ -186,7 +189,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self,
         request: pb.ModelInferRequest,
         caller: Caller,
-        context: Context,
+        context: grpc.aio.ServicerContext,
         responses: asyncio.Queue[pb.ModelStreamInferResponse | None],
     ) -> None:
         """All responses to one request of a stream; what goes wrong becomes the last."""
@@ -200,7 +203,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             if not isinstance(error, BatonError):
                 logger.error("gRPC request %s failed", response_id, exc_info=error)
             failed = pb.ModelInferResponse(model_name=request.model_name, id=request.id)
-            failed.parameters["triton_final_response"].bool_param = True
+            failed.parameters[FINAL].bool_param = True
             failed.parameters["error_code"].string_param = wire_status(error).grpc
             message = public_message(error)
             await responses.put(
@@ -211,7 +214,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self,
         request: pb.ModelInferRequest,
         caller: Caller,
-        context: Context,
+        context: grpc.aio.ServicerContext,
         response_id: str,
         *,
         may_stream: bool,
@@ -227,8 +230,8 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             writer = ResponseWriter(
                 understood, model=job.frame.model, response_id=request.id or response_id
             )
-            pieces = self._pieces if job.is_stream else self._whole
-            async with contextlib.aclosing(pieces(job, writer)) as responses:
+            responses_of = in_pieces if job.is_stream else whole
+            async with contextlib.aclosing(responses_of(self._generator, job, writer)) as responses:
                 async for response in responses:
                     yield response
 
@@ -260,7 +263,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             )
         return understood, job
 
-    def _call(self, caller: Caller, context: Context, response_id: str) -> Call:
+    def _call(self, caller: Caller, context: grpc.aio.ServicerContext, response_id: str) -> Call:
         """Raises DeadlineExceeded."""
         header = metadata_of(context)
         remaining_s = context.time_remaining()
@@ -279,35 +282,6 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             trace=parse_traceparent(header("traceparent"), header("tracestate")),
         )
 
-    async def _pieces(self, job: Job, writer: ResponseWriter) -> Responses:
-        feed = open_feed([self._generator.generate(request) for request in job.inputs])
-        try:
-            while items := await feed.take():
-                for _, delta in items:
-                    if delta.finish_reason is not None:
-                        yield writer.response([delta.text], [_ended(delta)], is_last=True)
-                    elif delta.text:
-                        yield writer.response([delta.text], is_last=False)
-        finally:
-            await feed.aclose()
-
-    async def _whole(self, job: Job, writer: ResponseWriter) -> Responses:
-        feed = open_feed([self._generator.generate(request) for request in job.inputs])
-        texts: list[list[str]] = [[] for _ in job.inputs]
-        ends: dict[int, Ended] = {}
-        try:
-            while items := await feed.take():
-                for index, delta in items:
-                    texts[index].append(delta.text)
-                    if delta.finish_reason is not None:
-                        ends[index] = _ended(delta)
-        finally:
-            await feed.aclose()
-        if len(ends) < len(texts):
-            raise InternalError("a generation ended without a finish reason")
-        ordered = [ends[index] for index in range(len(texts))]
-        yield writer.response(["".join(pieces) for pieces in texts], ordered, is_last=True)
-
     def _check_model(self, name: str, version: str) -> None:
         """Raises ModelNotFound."""
         names = [card.name for card in self._generator.models()]
@@ -318,7 +292,7 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             )
         check_version(name, version)
 
-    def _refuse(self, context: Context, error: Exception) -> None:
+    def _refuse(self, context: grpc.aio.ServicerContext, error: Exception) -> None:
         self._note_refused(error, "")
         end_with(context, error, "")
 
@@ -332,8 +306,3 @@ class OpenInferenceApi(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
             status=status.grpc,
             error=str(error)[:500],
         )
-
-
-def _ended(delta: GenerationDelta) -> Ended:
-    assert delta.finish_reason is not None and delta.usage is not None
-    return Ended(delta.finish_reason, delta.usage)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 
 import orjson
 
-from baton.core.errors import InternalError, InvalidRequest, ModelNotFound
-from baton.core.request import FinishReason
+from baton.core.errors import InvalidRequest, ModelNotFound
 from baton.rpc.v1 import open_inference_pb2 as pb
-from services.router.edge.open_inference_tensors import Tensor, Value, read_tensors, write_tensor
+from services.router.edge.open_inference_tensors import Tensor, Value, read_tensors
 from services.router.edge.preprocess import shorten
 from services.router.openai_api.schema import CompletionBody, validate
-from services.router.requests.generation import Usage
 
 VERSION = "1"
 PLATFORM = "baton"
@@ -58,8 +56,6 @@ _TRITON = {
     "sequence_start": (False,),
     "sequence_end": (False,),
 }
-_FINAL = "triton_final_response"
-
 _S_PER_US = 1e-6
 
 
@@ -125,51 +121,6 @@ def model_metadata(name: str) -> pb.ModelMetadataResponse:
         inputs=[tensor(name=n, datatype=d, shape=[-1]) for n, d in INPUTS.items()],
         outputs=[tensor(name=n, datatype=d, shape=[-1]) for n, d in OUTPUTS.items()],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How one answer ended."""
-
-    finish_reason: FinishReason
-    usage: Usage
-
-
-class ResponseWriter:
-    """Responses to one request."""
-
-    def __init__(self, request: InferRequest, *, model: str, response_id: str) -> None:
-        self._request = request
-        self._model = model
-        self._response_id = response_id
-
-    def response(
-        self, texts: Sequence[str], ends: Sequence[Ended] = (), *, is_last: bool
-    ) -> pb.ModelInferResponse:
-        """One text per answer; `ends` of all answers, or none while they go on."""
-        response = pb.ModelInferResponse(
-            model_name=self._model, model_version=VERSION, id=self._response_id
-        )
-        response.parameters[_FINAL].bool_param = is_last
-        columns: dict[str, list[Value]] = {"text_output": [text.encode() for text in texts]}
-        if ends:
-            columns |= {
-                "finish_reason": [_reason(e.finish_reason) for e in ends],
-                "prompt_tokens": [e.usage.prompt_tokens for e in ends],
-                "completion_tokens": [e.usage.completion_tokens for e in ends],
-                "cached_tokens": [e.usage.cached_tokens for e in ends],
-            }
-        for name in self._request.outputs:
-            if name in columns:
-                write_tensor(response, name, OUTPUTS[name], columns[name], raw=self._request.is_raw)
-        return response
-
-
-def _reason(reason: FinishReason) -> bytes:
-    """Raises InternalError for ends that the dispatcher reports as errors instead."""
-    if reason in (FinishReason.ERROR, FinishReason.CANCELLED):
-        raise InternalError(f"the generation ended as {reason.value}")
-    return reason.value.encode()
 
 
 def _wanted_outputs(request: pb.ModelInferRequest) -> Sequence[str]:

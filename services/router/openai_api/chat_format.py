@@ -21,6 +21,7 @@ from services.router.openai_api.tools.tool_events import (
 from services.router.openai_api.wire_format import (
     Choice,
     ChunkWriter,
+    DataStream,
     Frame,
     answer_body,
     end_fields,
@@ -39,7 +40,7 @@ class _Calls:
     num_calls: int = 0
 
 
-class ChatFormat:
+class ChatFormat(DataStream):
     """A `WireFormat`."""
 
     def __init__(self, frame: Frame) -> None:

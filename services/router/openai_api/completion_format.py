@@ -10,6 +10,7 @@ from services.router.openai_api.logprobs import CompletionArrays, CompletionLogp
 from services.router.openai_api.wire_format import (
     Choice,
     ChunkWriter,
+    DataStream,
     Frame,
     answer_body,
     end_fields,
@@ -18,7 +19,7 @@ from services.router.openai_api.wire_format import (
 from services.router.requests.generation import GenerationDelta, Usage
 
 
-class CompletionFormat:
+class CompletionFormat(DataStream):
     """A `WireFormat`."""
 
     def __init__(self, frame: Frame) -> None:

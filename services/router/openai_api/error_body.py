@@ -44,11 +44,10 @@ def error_answer(error: BaseException) -> ErrorAnswer:
     param = error.param if isinstance(error, RequestError) else None
     code = next((code for cls, code in _CODES if isinstance(error, cls)), None)
     headers = tuple((name.encode(), value.encode()) for name, value in retry_headers(error))
-    message = public_message(error).encode(errors="replace").decode()
     body = orjson.dumps(
         {
             "error": {
-                "message": message,
+                "message": client_message(error),
                 "type": status.openai_type,
                 "param": param,
                 "code": code,
@@ -56,6 +55,11 @@ def error_answer(error: BaseException) -> ErrorAnswer:
         }
     )
     return ErrorAnswer(status.http, body, headers)
+
+
+def client_message(error: BaseException) -> str:
+    """What may be said, as text that can be encoded."""
+    return public_message(error).encode(errors="replace").decode()
 
 
 def retry_headers(error: BaseException) -> list[tuple[str, str]]:

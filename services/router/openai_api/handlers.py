@@ -29,39 +29,43 @@ class GenerationRoutes:
         tenants: Tenants,
     ) -> None:
         self.serving = Serving(generator)
-        self._jobs = JobMaker(preprocessor, config)
+        self.jobs = JobMaker(preprocessor, config)
+        self.config = config
         self._tenants = tenants
-        self._config = config
 
     async def chat(self, exchange: Exchange) -> None:
-        caller = await self._tenants.caller(exchange.text_header)
-        body = parse_body(await self._read(exchange), ChatBody)
-        call = self._call(exchange, caller, "chatcmpl")
+        caller = await self.caller(exchange)
+        body = parse_body(await self.read(exchange), ChatBody)
+        call = self.call(exchange, caller, new_id("chatcmpl"))
         with contextlib.ExitStack() as at_end:
-            job = await self._jobs.chat(body, call, lambda card: chat_plan(card, body), at_end)
+            job = await self.jobs.chat(body, call, lambda card: chat_plan(card, body), at_end)
             await self.serving.run(job, exchange, ChatFormat(job.frame))
 
     async def completions(self, exchange: Exchange) -> None:
-        caller = await self._tenants.caller(exchange.text_header)
-        body = parse_body(await self._read(exchange), CompletionBody)
-        call = self._call(exchange, caller, "cmpl")
+        caller = await self.caller(exchange)
+        body = parse_body(await self.read(exchange), CompletionBody)
+        call = self.call(exchange, caller, new_id("cmpl"))
         with contextlib.ExitStack() as at_end:
-            job = await self._jobs.completion(
+            job = await self.jobs.completion(
                 body, call, lambda card: completion_plan(card, body), at_end
             )
             await self.serving.run(job, exchange, CompletionFormat(job.frame))
 
-    async def _read(self, exchange: Exchange) -> bytes:
-        return await exchange.body(
-            self._config.max_body_bytes, timeout_s=self._config.body_timeout_s
-        )
+    async def caller(self, exchange: Exchange) -> Caller:
+        """Raises NotAuthorized, InvalidRequest, Unavailable."""
+        return await self._tenants.caller(exchange.text_header)
 
-    def _call(self, exchange: Exchange, caller: Caller, prefix: str) -> Call:
+    async def read(self, exchange: Exchange) -> bytes:
+        """The body, within the limits of the settings."""
+        return await exchange.body(self.config.max_body_bytes, timeout_s=self.config.body_timeout_s)
+
+    def call(self, exchange: Exchange, caller: Caller, response_id: str) -> Call:
+        """What jobs must know of the exchange."""
         return Call(
             caller=caller,
-            response_id=new_id(prefix),
+            response_id=response_id,
             arrived_at_s=exchange.arrived_at_s,
-            deadline_s=self._config.deadline_s,
+            deadline_s=self.config.deadline_s,
             on_rate_limits=exchange.note_rate_limits,
             trace=parse_traceparent(
                 exchange.text_header("traceparent"), exchange.text_header("tracestate")

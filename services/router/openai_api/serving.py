@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 from baton.core.errors import BatonError, InternalError, RequestCancelled
 from baton.core.request import FinishReason, TokenLogprobs
-from services.router.openai_api.error_body import error_answer
 from services.router.openai_api.exchange import Exchange, Receive
 from services.router.openai_api.feed import Feed, Item, open_feed
-from services.router.openai_api.wire_format import DONE, Choice, Frame, WireFormat
+from services.router.openai_api.wire_format import Choice, Frame, WireFormat
 from services.router.requests.generation import GenerationDelta, GenerationInput, Generator, Usage
 from services.router.requests.timing import RequestTiming
 
@@ -66,6 +65,16 @@ class Serving:
                 await exchange.answer(200, await _collect(job, feed, wire))
         finally:
             watch.cancel()
+            self._feeds.discard(feed)
+            await feed.aclose()
+
+    async def collect(self, job: Job, wire: WireFormat) -> bytes:
+        """The whole answer, for no client that waits: `end_all` ends it, or a cancellation."""
+        feed = open_feed([self._generator.generate(request) for request in job.inputs])
+        self._feeds.add(feed)
+        try:
+            return await _collect(job, feed, wire)
+        finally:
             self._feeds.discard(feed)
             await feed.aclose()
 
@@ -140,14 +149,14 @@ async def _stream(job: Job, feed: Feed, exchange: Exchange, wire: WireFormat) ->
                 raise InternalError("a generation ended without a finish reason")
         if job.frame.include_usage:
             data += wire.usage(_total_usage(job, progress))
-        await exchange.stream(data + DONE, is_last=True)
+        await exchange.stream(data + wire.end(), is_last=True)
         await feed.drain(CLEANUP_TIMEOUT_S)
     except Exception as error:
         if not isinstance(error, BatonError):
             logger.exception("a stream broke, request %s", exchange.request_id.decode())
         # To a client that has left this goes nowhere.
         with contextlib.suppress(OSError):
-            await exchange.stream(b"data: %b\n\n" % error_answer(error).body, is_last=True)
+            await exchange.stream(wire.error(error), is_last=True)
 
 
 def _chunks(

@@ -15,6 +15,7 @@ import orjson
 from baton.core.errors import InternalError
 from baton.core.request import FinishReason, TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
+from services.router.openai_api.error_body import error_answer
 from services.router.openai_api.logprobs import TokenNames, prompt_entries
 from services.router.openai_api.tool_plan import NO_TOOLS, ToolPlan
 from services.router.requests.generation import GenerationDelta, Usage
@@ -125,12 +126,30 @@ class WireFormat(Protocol):
         ...
 
     def usage(self, usage: Usage) -> bytes:
-        """The last chunk before DONE, with no choices."""
+        """The last chunk before the end of the stream, with no choices."""
+        ...
+
+    def end(self) -> bytes:
+        """The end of a stream in which nothing failed."""
+        ...
+
+    def error(self, error: BaseException) -> bytes:
+        """The end of a stream that broke."""
         ...
 
     def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The body of a response that is not streamed."""
         ...
+
+
+class DataStream:
+    """How streams of the chat and the completions route end."""
+
+    def end(self) -> bytes:
+        return DONE
+
+    def error(self, error: BaseException) -> bytes:
+        return b"data: %b\n\n" % error_answer(error).body
 
 
 class ChunkWriter:

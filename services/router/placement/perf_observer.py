@@ -18,6 +18,7 @@ from services.router.placement.load_book import Column
 from services.router.placement.perf_model import PerfModel, Quantity
 from services.router.placement.placement import Placement
 from services.router.placement.worker_table import WorkerTable
+from services.router.pool_stats_book import PoolStatsBook
 
 MIN_DECODE_TOKENS = 8
 """Of fewer tokens the mean gap is a matter of chance."""
@@ -26,7 +27,15 @@ MIN_DECODE_TOKENS = 8
 class PerfObserver:
     """Feeds one model from one router's requests."""
 
-    def __init__(self, perf: PerfModel, table: WorkerTable, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        perf: PerfModel,
+        table: WorkerTable,
+        metrics: Metrics,
+        stats: PoolStatsBook | None = None,
+    ) -> None:
+        """`stats`: what planners are told."""
+        self._stats = stats
         self._perf = perf
         self._table = table
         self._metrics = metrics
@@ -73,6 +82,8 @@ class PerfObserver:
         kv_tokens += then.cached + then.uncached + num_output_tokens / 2
         gap_s = decode_s / (num_output_tokens - 1)
         self._perf.observe_itl(then.role, worker_id, batch, kv_tokens, gap_s)
+        if self._stats is not None and then.role is Role.DECODE:
+            self._stats.decode_steps(batch, kv_tokens, gap_s)
         self._show(Quantity.ITL, then.role)
 
     def _show(self, quantity: Quantity, role: Role) -> None:

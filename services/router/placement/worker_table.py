@@ -79,6 +79,13 @@ class WorkerTable:
                     self._take_link(other, link)
         self._attach(self._rows[info.worker_id])
 
+    def set_info(self, info: WorkerInfo) -> None:
+        """The process of the worker's row has another role; unknown workers are ignored."""
+        row = self._rows.get(info.worker_id)
+        if row is not None and row.info.epoch == info.epoch:
+            row.info = info
+            self._changed()
+
     def leave(self, worker_id: WorkerId) -> None:
         """Forget the worker; unknown ones are ignored."""
         row = self._rows.pop(worker_id, None)

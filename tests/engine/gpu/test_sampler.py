@@ -14,6 +14,7 @@ from baton.engine.gpu.sampler import MAX_EDITS, GpuSampler, SamplingRow
 from baton.engine.gpu.sampling_state import mixed_seed, random_words
 from baton.engine.sampler import Sampler, uniform
 from baton.engine.sequence import Sequence
+from baton.engine.token_masks import TokenMask
 from kernels.sampling_rows import SamplingPath
 from sampling_sequences import make_sequence
 
@@ -205,8 +206,8 @@ def test_a_grammar_leaves_its_tokens_alone(device: torch.device, temperature: fl
     single = words.copy()
     single[65 // 32] = 1 << (65 % 32)
     rows = [
-        SamplingRow(make_sequence("one", temperature=temperature), 0, single),
-        SamplingRow(make_sequence("none", temperature=temperature), 1, words),
+        SamplingRow(make_sequence("one", temperature=temperature), 0, TokenMask(single)),
+        SamplingRow(make_sequence("none", temperature=temperature), 1, TokenMask(words)),
         SamplingRow(make_sequence("any", temperature=temperature), 2),
     ]
     logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -173,6 +174,37 @@ def test_a_queue_asks_for_workers_until_it_is_gone() -> None:
     queued = decided(10, 300).prefill.needed_now
     assert queued > calm
     assert decided(20, 1).prefill.needed_now == calm
+
+
+def test_noise_at_a_low_rate_starts_nothing() -> None:
+    """Two arrivals an interval: now and then there are six."""
+    # At 1.1 requests/s a prefill worker is busy half its time, at 2 it is too few.
+    load = Load(0.0, 3000, 4.5e6, 60, 3030)
+    cluster, rng = Cluster(dataclasses.replace(CONFIG, ttft_s=2.0)), random.Random(5)
+    desired: list[int] = []
+    for _ in range(1500):
+        at_s, num = rng.expovariate(1.0), 0
+        while at_s < 2.0:
+            num, at_s = num + 1, at_s + rng.expovariate(1.0)
+        decision = cluster.tick(num / 2, ttft=None, itl=None, load=load, gap_s=2.0)
+        desired.append(decision.prefill.desired)
+    print(collections.Counter(desired), sum(a != b for a, b in itertools.pairwise(desired)))
+
+
+def test_nobody_shrinks_at_once_when_nobody_has_looked_for_a_window() -> None:
+    before = Cluster()
+    for _ in range(10):
+        before.tick(1.0)
+    again = Cluster()
+    again.scaler.restore(before.scaler.state())
+    again.now_s = before.now_s + 86_400
+    again.ready = {"prefill": 3, "decode": 4}
+    for _ in range(int(CONFIG.window_s / 10)):
+        decision = again.tick(0.1)
+        assert (decision.prefill.desired, decision.decode.desired) == (3, 4)
+    for _ in range(5):
+        decision = again.tick(0.1)
+    assert (decision.prefill.desired, decision.decode.desired) == (1, 1)
 
 
 def test_full_memory_grows_the_decode_pool() -> None:

@@ -77,6 +77,23 @@ def test_a_log_that_cannot_be_written_is_told_once(
     assert run.value("baton_planner_desired_workers", pool="decode") == 1
 
 
+def test_what_could_not_be_written_does_not_make_the_rest_differ(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    run = Run(path)
+    run.tick(5.0, 10)
+    path.rename(tmp_path / "kept")
+    path.mkdir()
+    run.tick(40.0, 10)
+    path.rmdir()
+    (tmp_path / "kept").rename(path)
+    run.tick(5.0, 10)
+    again, records = Replay(), list(read_records(path))
+    for record in records:
+        again.step(record)
+    assert [r.number for r in records] == [*range(9), *range(19, 29)]
+    assert again.num_different == 0
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -59,6 +59,12 @@ def test_a_burst_leaves_a_floor_for_as_long_as_the_window() -> None:
     assert fed(rates, burst=0.5).at(1130).rate_per_s < 5
 
 
+def test_a_slope_is_not_carried_over_a_time_in_which_nobody_looked() -> None:
+    forecast = fed([1.0] * 50 + [2.0 + 4 * i for i in range(10)])
+    forecast.observe(590 + 3600, 1.0)
+    assert forecast.at(590 + 3600).rate_per_s < 3
+
+
 def test_nothing_seen_is_nothing_expected_and_time_goes_forward() -> None:
     forecast = ArrivalForecast(window_s=10, burst_share=0.5)
     assert forecast.at(5).rate_per_s == 0

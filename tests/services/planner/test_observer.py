@@ -52,6 +52,19 @@ def test_a_copy_that_starts_again_counts_from_its_start() -> None:
     assert looked(observer, world).observation.load.rate_per_s == pytest.approx(4.0)
 
 
+def test_a_copy_that_starts_again_right_after_its_start_counts_once() -> None:
+    world, observer = World(num_copies=1, rate_per_s=4.0), Observer()
+    world.pass_time(3)
+    look(observer, world)
+    world.pass_time(4)
+    world.restart_copy("router-0")
+    # It has been there for longer now than when it was seen the first time.
+    world.pass_time(6)
+    seen = looked(observer, world)
+    assert seen.observation.load.rate_per_s == pytest.approx(4.0)
+    assert seen.prefill_steps.num == pytest.approx(24)
+
+
 def test_a_copy_that_does_not_answer_is_left_out_and_joins_again() -> None:
     world, observer = World(num_copies=2, rate_per_s=4.0), Observer()
     world.pass_time(10)

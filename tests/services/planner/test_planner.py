@@ -246,6 +246,17 @@ def test_a_clock_that_was_set_back_begins_anew(
     assert again.num_different == 0
 
 
+def test_corrections_go_on_being_learnt_after_a_clock_was_set_back() -> None:
+    run = Run(None)
+    run.world.now_s = 10_000.0
+    run.tick(5.0, 20)
+    run.world.now_s -= 3600
+    run.world.slowness = 2.0
+    run.tick(5.0, 60)
+    ratio = run.value("baton_planner_correction_ratio", term="prefill")
+    assert ratio is not None and ratio > 1.8
+
+
 def test_gauges_say_what_was_decided() -> None:
     run = Run(None, dataclasses.replace(CONFIG, max_devices=4))
     assert run.value("baton_planner_desired_workers", pool="decode") is None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
 from made_up_worker import MODEL
+from running_system import free_port
 from services.planner.actuator import WorkerPhase
 from services.planner.profile_file import profile_json
 from services.planner.ray_policy import Replicas, SloPolicy, statistics
@@ -157,6 +161,30 @@ def test_controller_that_starts_again_goes_on_from_its_log(cluster: Cluster) -> 
         for line in (cluster.folder / "decisions.jsonl").read_text().splitlines()
     ]
     assert numbers == list(range(len(numbers)))
+
+
+def test_policy_that_another_one_replaces_gives_its_port_to_it(cluster: Cluster) -> None:
+    port = free_port()
+
+    def number() -> int | None:
+        answer = httpx.get(f"http://127.0.0.1:{port}/decision", trust_env=False).json()
+        return None if answer is None else int(answer["number"])
+
+    num_threads = threading.active_count()
+    policy = cluster.policy(port=port)
+    cluster.advance(policy, 20, 1.0)
+    before = number()
+    assert before is not None
+    # Serve makes the new one first.
+    again = cluster.policy(port=port)
+    del policy
+    cluster.advance(again, 20, 1.0)
+    assert (number() or 0) > before
+    del again
+    deadline = time.monotonic() + 10
+    while threading.active_count() > num_threads and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() == num_threads
 
 
 def test_without_statistics_every_pool_stays_as_it_is(cluster: Cluster) -> None:

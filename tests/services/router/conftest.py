@@ -57,7 +57,7 @@ from services.router.config import (
 from services.router.core import RouterCore
 from services.router.requests.generation import GenerationDelta, GenerationInput, Usage
 from services.router.workers.membership import PushMembership
-from services.worker.last_delta import refusal
+from services.worker.last_delta import handed_back, refusal
 
 LAYOUT = KvLayout("fake", 1, 1, 8, 16, "float32")
 MODEL = "fake"
@@ -99,7 +99,9 @@ class ByteTokenizer:
     eos_token_ids = (EOS,)
     vocab_size = 256
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> ByteDetokenizer:
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> ByteDetokenizer:
         return ByteDetokenizer()
 
 
@@ -194,6 +196,9 @@ class FakeWorker(pb_grpc.WorkerServicer):
         self.kv_sequence = 0
         self.num_get_info = 0
         self.eos_at: int | None = None
+        self.role_version = 1
+        self.num_stale = 0
+        """Requests that were meant for an earlier role."""
         self.max_model_len = MAX_MODEL_LEN
         self.layout = LAYOUT
         self.tokens_of: Callable[[GenerateRequest, int], int] = lambda r, k: letter(
@@ -216,7 +221,7 @@ class FakeWorker(pb_grpc.WorkerServicer):
     def info(self) -> WorkerInfo:
         return WorkerInfo(
             self.worker_id, self.epoch, self.role, self.address, MODEL, self.layout,
-            1000, self.max_model_len, 32, "fake", 1,
+            1000, self.max_model_len, 32, "fake", 1, self.role_version,
         )  # fmt: skip
 
     async def start(self) -> None:
@@ -260,6 +265,23 @@ class FakeWorker(pb_grpc.WorkerServicer):
     def send_all(self, message: pb.WorkerMessage) -> None:
         for queue in self.sessions:
             queue.put_nowait(message)
+
+    def change_role(self, *, is_told: bool = True) -> None:
+        """Serve in the other pool; the routers hear of it, or have yet to."""
+        self.role, self.role_version = self.role.other, self.role_version + 1
+        if is_told:
+            self.tell_role()
+
+    def tell_role(self) -> None:
+        self.send_all(pb.WorkerMessage(info=worker_info_to_wire(self.info)))
+
+    def hand_back(self) -> None:
+        """All that runs here, to be placed anew; the worker takes no more."""
+        self.set_load(is_draining=True)
+        for wire_id, live in list(self.live.items()):
+            del self.live[wire_id]
+            self._let_go(live)
+            self._send(live.session, handed_back(wire_id, "the worker leaves its pool"))
 
     def set_load(self, **values: object) -> None:
         """Change the load and report it."""
@@ -339,6 +361,12 @@ class FakeWorker(pb_grpc.WorkerServicer):
                 await asyncio.sleep(0.02)
             body = message.WhichOneof("body")
             if body == "submit":
+                if message.submit.role_version != self.role_version:
+                    self.num_stale += 1
+                    wire_id = RequestId(message.submit.request_id)
+                    self.tell_role()
+                    self._send(queue, handed_back(wire_id, "meant for another role"))
+                    continue
                 self._submit(request_from_wire(message.submit), queue)
             elif body == "peers":
                 self.peers.append([peer_from_wire(peer) for peer in message.peers.peers])

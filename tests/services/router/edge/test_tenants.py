@@ -12,7 +12,7 @@ from baton.core.block import root_hash
 from baton.core.errors import Overloaded, QuotaExceeded, RateLimit
 from baton.engine.tokenizer import Tokenizer
 from baton.rpc.v1 import inference_pb2 as pb
-from baton.rpc.v1 import inference_pb2_grpc
+from baton.rpc.v1 import inference_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
 from baton.telemetry.metrics import Metrics
 from services.router.admission.slo import SloTargets
 from services.router.admission.slo_config import SloConfig
@@ -308,7 +308,7 @@ async def test_quota_429_shows_the_limits(serve, generator):
 
 
 @pytest.fixture
-async def stub(generator, edge_config, metrics, keys_file):
+async def channel(generator, edge_config, metrics, keys_file):
     tenants = open_tenants(
         TenantsConfig(keys_file=keys_file), SloConfig(), shared=ProcessState(), metrics=metrics
     )
@@ -317,8 +317,13 @@ async def stub(generator, edge_config, metrics, keys_file):
     )
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield inference_pb2_grpc.InferenceStub(channel)
+        yield channel
     await server.stop()
+
+
+@pytest.fixture
+def stub(channel):
+    return inference_pb2_grpc.InferenceStub(channel)
 
 
 REQUEST = pb.CompletionRequest(model="tiny", token_ids=pb.TokenIds(ids=[1, 2, 3]))
@@ -360,6 +365,39 @@ async def test_grpc_refusals(stub, generator, metadata, code):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.ListModels(pb.ListModelsRequest(), metadata=metadata)
         assert refused.value.code() is code
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+async def test_open_inference_takes_the_same_keys(channel, generator, has_key):
+    stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+    request = open_inference_pb2.ModelInferRequest(model_name="tiny")
+    prompt = request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    prompt.contents.bytes_contents.append(b"a")
+    metadata = [("authorization", f"Bearer {KEY}")] if has_key else []
+
+    async def streamed():
+        return [r async for r in stub.ModelStreamInfer(iter([request]), metadata=metadata)]
+
+    def about_model(method, message):
+        return method(message(name="tiny"), metadata=metadata)
+
+    calls = [
+        lambda: stub.ModelInfer(request, metadata=metadata),
+        streamed,
+        lambda: about_model(stub.ModelReady, open_inference_pb2.ModelReadyRequest),
+        lambda: about_model(stub.ModelMetadata, open_inference_pb2.ModelMetadataRequest),
+    ]
+    for made in calls:
+        if has_key:
+            await made()
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await made()
+            assert refused.value.code() is CODE.UNAUTHENTICATED
+    assert [r.tenant for r in generator.started] == ["acme", "acme"] * has_key
+    # As GET /health and /version, these are open.
+    assert (await stub.ServerLive(open_inference_pb2.ServerLiveRequest())).live
+    assert (await stub.ServerReady(open_inference_pb2.ServerReadyRequest())).ready
 
 
 async def test_grpc_overload_names_the_delay_in_the_ways_clients_know(stub, generator):
