@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 LINT_STAMP := $(VENV)/.installed-lint
 UI_STAMP := $(VENV)/.installed-ui
+FUZZ_STAMP := $(VENV)/.installed-fuzz
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q
 
 # A machine with a GPU and its own CUDA torch: make test-gpu GPU_PYTHON=python3
@@ -20,7 +21,7 @@ GPU_STAMP := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(TEST_STAMP))
 # A kernel that hangs cannot be interrupted: the whole run ends, saying where it was.
 GPU_TIMEOUT := --timeout-method=thread
 
-.PHONY: help install serve test test-deploy test-ui test-image chart test-slow test-chaos-kv test-clients sim test-gpu test-all lint format protos bench-cpu bench-transfer bench-router bench-simulator bench-gpu tune-gpu bench-quality bench-vllm-env clean
+.PHONY: help install serve test test-deploy test-ui fuzz test-image chart test-slow test-chaos-kv test-clients sim test-gpu test-all lint format protos bench-cpu bench-transfer bench-router bench-simulator bench-gpu tune-gpu bench-quality bench-vllm-env clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,10 @@ $(LINT_STAMP): $(STAMP)
 
 $(UI_STAMP): $(TEST_STAMP)
 	@$(PIP) -c $(CONSTRAINTS) -e '.[test,ui-test]'
+	@touch $@
+
+$(FUZZ_STAMP): $(TEST_STAMP)
+	@$(PIP) -c $(CONSTRAINTS) -e '.[test,fuzz]'
 	@touch $@
 
 serve: $(STAMP)  ## router, one prefill and one decode worker on this machine (ARGS="--no-ray ...")
@@ -102,6 +107,9 @@ test-deploy: $(TEST_STAMP)  ## the Helm chart and the image, with the minute on 
 
 test-ui: $(UI_STAMP)  ## the page at /ui in a real browser (wants Chromium on the machine)
 	$(BIN)/python -m pytest -m ui tests/ui $(ARGS)
+
+fuzz: $(FUZZ_STAMP)  ## nearly right requests to a live system, 3 x 10 minutes (FUZZ_SECONDS=60, FUZZ_SEED=N, FUZZ_CASE=N)
+	$(BIN)/python -m pytest -m fuzz tests/fuzz -s $(ARGS)
 
 test-image: $(TEST_STAMP)  ## the image built without a registry and run read-only (root, buildah, runc; minutes)
 	tools/check_image.sh

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PROMPT = "> "
+KEY_VARIABLE = "OPENAI_API_KEY"
+"""As other clients of this API have it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="0 always takes the likeliest token"
     )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"where the server asks for one (default: the variable {KEY_VARIABLE})",
+    )
     parser.add_argument("--once", metavar="PROMPT", help="print one answer and exit")
     parser.add_argument(
         "--timeout",
@@ -47,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from baton.cli.chat_client import ChatClient, ChatOptions
 
-    with ChatClient(args.url, timeout_s=args.timeout) as client:
+    api_key = args.api_key or environ.get(KEY_VARIABLE, "")
+    with ChatClient(args.url, timeout_s=args.timeout, api_key=api_key) as client:
         model: str = args.model or _first_model(client)
         options = ChatOptions(model=model, max_tokens=args.max_tokens, temperature=args.temperature)
         conversation = Conversation(client, options, system=args.system)
@@ -139,6 +147,9 @@ def _summary(stats: AnswerStats, *, is_interrupted: bool) -> str:
         parts.append(f"then {rate:.1f} tokens/s")
     if stats.completion_tokens is not None:
         parts.append(f"{stats.completion_tokens} tokens")
+    if stats.prompt_tokens is not None:
+        cached = f", {stats.cached_tokens} of them cached" if stats.cached_tokens else ""
+        parts.append(f"prompt of {stats.prompt_tokens}{cached}")
     if stats.finish_reason == "length":
         parts.append("cut at --max-tokens or the context limit")
     return ", ".join(parts) or "no text"

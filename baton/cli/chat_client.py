@@ -51,6 +51,8 @@ class AnswerStats:
 
     ttft_s: float | None = None
     last_token_s: float | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int = 0
     completion_tokens: int | None = None
     finish_reason: str | None = None
 
@@ -70,12 +72,13 @@ class ChatClient:
     server is silent for `timeout_s`, and the error that the server names otherwise.
     """
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, *, timeout_s: float, api_key: str = "") -> None:
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         try:
             self._http = httpx.Client(
                 base_url=self._url,
+                headers={"authorization": f"Bearer {api_key}"} if api_key else None,
                 timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
                 # A proxy from the environment cannot reach this machine's loopback.
                 trust_env=not _is_loopback(httpx.URL(self._url).host),
@@ -198,6 +201,8 @@ def _read_chunk(chunk: Mapping[str, Any], stats: AnswerStats) -> str:
     usage = chunk.get("usage")
     if usage:
         stats.completion_tokens = usage["completion_tokens"]
+        stats.prompt_tokens = usage.get("prompt_tokens")
+        stats.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     text = ""
     for choice in chunk["choices"]:
         text += choice["delta"].get("content") or ""

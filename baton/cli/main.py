@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import baton
+from baton.cli.examples import OF_COMMAND, OVERVIEW
 from baton.core.errors import BatonError
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
     "certs": "make TLS certificates for a deployment's router and workers",
     "keys": "make, list and revoke API keys",
     "model": "import a model, or show what it costs to run one",
+    "completion": "print a script that completes commands in bash, zsh or fish",
 }
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((a for a in arguments if not a.startswith("-")), None)
     command = _load(name) if name in COMMANDS else None
-    parser = _parser(name, command)
+    parser = _parser({} if name is None or command is None else {name: command})
     args = parser.parse_args(arguments)
     if command is None:
         parser.print_help()
@@ -78,18 +80,31 @@ def _load(name: str | None) -> Command:
     return cast(Command, importlib.import_module(f"baton.cli.{name}"))
 
 
-def _parser(name: str | None, command: Command | None) -> argparse.ArgumentParser:
+def whole_parser() -> argparse.ArgumentParser:
+    """With the options of every command; loads them all."""
+    return _parser({name: _load(name) for name in COMMANDS})
+
+
+def _parser(loaded: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """With the options of the commands that are `loaded`."""
     parser = argparse.ArgumentParser(
         prog="baton",
         description="Disaggregated LLM serving: prefill workers, decode workers, one router.",
-        epilog="`baton COMMAND --help` shows the options of a command.",
+        epilog=OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"baton {baton.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for known, summary in COMMANDS.items():
-        subparser = commands.add_parser(known, help=summary, description=summary)
-        if command is not None and known == name:
-            command.add_arguments(subparser)
+    for name, summary in COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=OF_COMMAND.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if name in loaded:
+            loaded[name].add_arguments(subparser)
     return parser
 
 

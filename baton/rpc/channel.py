@@ -8,6 +8,7 @@ show a certificate of the deployment; without it all is plain text, meant for lo
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 import grpc
@@ -84,9 +85,10 @@ def new_server(
     max_receive_bytes: int = MAX_MESSAGE_BYTES,
     tls: ServerSide | None = None,
     shares_port: bool = False,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """A server with the project's limits. Its port is another process's as well only if both ask
-    for it by `shares_port`.
+    for it by `shares_port`. `interceptors` come after those of `tls`.
 
     Messages longer than `max_receive_bytes` end their call with RESOURCE_EXHAUSTED, unread. With
     `tls` the server listens by `listen` with the same.
@@ -94,8 +96,8 @@ def new_server(
     options = dict(_OPTIONS)
     options["grpc.max_receive_message_length"] = max_receive_bytes
     options["grpc.so_reuseport"] = int(shares_port)
-    interceptors = () if tls is None else tls.interceptors
-    return grpc.aio.server(options=tuple(options.items()), interceptors=interceptors)
+    first = () if tls is None else tls.interceptors
+    return grpc.aio.server(options=tuple(options.items()), interceptors=(*first, *interceptors))
 
 
 def listen(server: grpc.aio.Server, authority: str, tls: ServerSide | None = None) -> int:

@@ -25,7 +25,7 @@ from baton.core.worker_info import Role
 from baton.settings import check_positive
 from services.launch.config import SystemConfig
 from services.launch.pools import engine_config, gpu_demand, visible_gpus
-from services.planner.autoscale_config import AutoscaleConfig
+from services.planner.autoscale_config import AutoscaleConfig, PoolLimits
 from services.router.admission.slo_config import SloConfig
 
 MAX_INTERVAL_S = 3600.0
@@ -159,7 +159,9 @@ def _with_devices(
                 f"autoscale.{role.value}.devices_per_worker is {given}, and a worker of this pool "
                 f"takes {each}; leave it out"
             )
-        values = {**values, role.value: {**pool, "devices_per_worker": each}}
+        pool = {**pool, "devices_per_worker": each}
+        _check_limits(role, pool)
+        values = {**values, role.value: pool}
     if any(demands.values()):
         num_gpus = len(visible_gpus(environ))
         limit = values.setdefault("max_devices", num_gpus)
@@ -171,6 +173,16 @@ def _with_devices(
     else:
         values.setdefault("max_devices", max(2, len(os.sched_getaffinity(0))))
     return values
+
+
+def _check_limits(role: Role, pool: Mapping[str, Any]) -> None:
+    """They do not know of which pool they are."""
+    where = f"autoscale.{role.value}."
+    try:
+        build(PoolLimits, pool, where=where)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if where in text else f"{where}{text}") from None
 
 
 def _is_above(value: Any, limit: int) -> bool:

@@ -38,6 +38,7 @@ from services.planner.loop import PlannerLoop
 from services.planner.metrics_port import MetricsPort
 from services.planner.planner import Planner
 from services.planner.planner_gauges import PlannerGauges
+from services.planner.reachable import out_of_reach
 from services.router.edge.scrape_target import reachable_host
 
 LOOPBACK = "127.0.0.1"
@@ -58,7 +59,9 @@ class Autoscaling:
         """For the terminal, once it serves."""
         targets, models = self.settings.targets, self.models
         sources = dict.fromkeys((models.prefill.source, models.decode.source))
+        warnings = "".join(f"warning: {text}\n" for text in out_of_reach(targets, models))
         return (
+            f"{warnings}"
             f"autoscaling: {_limits(targets.prefill)} prefill and {_limits(targets.decode)} decode "
             f"workers on {targets.max_devices} devices, TTFT {targets.ttft_s:g} s and ITL "
             f"{targets.itl_s:g} s for {100 * targets.share:g} % of requests\n"

@@ -27,12 +27,17 @@ class BackgroundLoop:
         self._thread.start()
 
     def spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
-        """Begin `work`; its exception goes to the log as what failed."""
-        self._loop.call_soon_threadsafe(self._begin, work, what)
+        """Begin `work`; its exception goes to the log as what failed. After `stop`: nothing."""
+        try:
+            self._loop.call_soon_threadsafe(self._begin, work, what)
+        except RuntimeError:
+            # The loop is closed: all ends anyway.
+            work.close()
 
     def stop(self, timeout_s: float) -> None:
         """Cancel what runs; returns when the thread has ended or the time has passed."""
         if not self._thread.is_alive():
+            self._loop.close()
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout_s)

@@ -41,6 +41,9 @@ END_MARGIN_S = 12.0
 PAUSE_S = 30.0
 """After a worker that did not come up, until its pool is given another."""
 MAX_PAUSE_S = 960.0
+SETTLED_S = 60.0
+"""After a worker that has refused to change its role, until it is asked again: the pool that is
+short gets another one meanwhile."""
 
 ChangeRole = Callable[[str, Role, TlsFiles | None], Awaitable[object]]
 """Address, the role it is to have, TLS. Raises BatonError when it stays as it was."""
@@ -85,9 +88,11 @@ class _Worker:
 
     role: Role
     start_by_s: float | None = None
-    """Until then it has to be ready for the first time; None once it was."""
+    """Until then its process has to be ready; None once it was."""
     is_draining: bool = False
     next_role: Role | None = None
+    settled_until_s: float = float("-inf")
+    """Since it has refused to change its role."""
     joined: tuple[int, Role] | None = None
     """Process and role in which it was last seen ready."""
     joined_s: float = float("-inf")
@@ -198,6 +203,8 @@ class ProcessPools:
             await self.change(info.address, role, self.tls)
         except BatonError as error:
             logger.warning("autoscaler: %s keeps its role: %s", child.name, error)
+            with self._lock:
+                worker.settled_until_s = self.clock.now() + SETTLED_S
         else:
             with self._lock:
                 worker.role = role
@@ -242,12 +249,17 @@ class ProcessPools:
             worker.role, worker.info = info.role, info
             self._joined(worker, info)
         elif not worker.is_draining:
+            if worker.joined is not None and worker.joined[0] != child.pid:
+                self._start_over(worker)
             return PlannedWorker(child.name, worker.role, WorkerPhase.STARTING)
         if worker.is_draining:
             return PlannedWorker(child.name, worker.role, WorkerPhase.DRAINING, worker.joined_s)
         if worker.next_role is not None:
             return PlannedWorker(child.name, worker.next_role, WorkerPhase.STARTING)
-        return PlannedWorker(child.name, worker.role, WorkerPhase.READY, worker.joined_s)
+        is_settled = self.clock.now() < worker.settled_until_s
+        return PlannedWorker(
+            child.name, worker.role, WorkerPhase.READY, worker.joined_s, is_settled
+        )
 
     def _joined(self, worker: _Worker, info: WorkerInfo) -> None:
         now = (info.pid, info.role)
@@ -260,6 +272,11 @@ class ProcessPools:
             worker.start_by_s = None
             self._pools[info.role] = _Pool()
 
+    def _start_over(self, worker: _Worker) -> None:
+        """It has crashed. The supervisor tries for as long as a new one may take, however often."""
+        if worker.start_by_s is None:
+            worker.start_by_s = self.clock.now() + self.times.start_s
+
     def _is_given_up(self, child: Child, info: WorkerInfo | None) -> bool:
         """Ends a new worker that is not worth waiting for."""
         worker = self._workers[child.name]
@@ -267,7 +284,7 @@ class ProcessPools:
             return False
         if info is not None and info.pid == child.pid:
             return False
-        if child.will_not_start:
+        if child.will_not_start and worker.joined is None:
             reason = f"it exited {child.num_exits} times; the end of its log:\n{child.log_tail()}"
         elif self.clock.now() > worker.start_by_s:
             reason = f"it was not ready within {self.times.start_s:g} s; see {child.log_file}"

@@ -33,6 +33,7 @@ from services.planner.metrics_port import MetricsPort
 from services.planner.planner import Planner
 from services.planner.planner_config import PlannerConfig, load_models, load_planner_config
 from services.planner.planner_gauges import PlannerGauges
+from services.planner.reachable import out_of_reach
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def _run(config: PlannerConfig, stopping: threading.Event) -> None:
         )
     gauges = PlannerGauges()
     models = load_models(config.models)
+    for text in out_of_reach(config.autoscale, models):
+        logger.warning("%s", text)
     stats = HttpStats(config.stats)
     planner = Planner(config.autoscale, models, DecisionLog(config.decisions), gauges)
     loop = PlannerLoop(planner, stats, None, gauges)

@@ -37,6 +37,8 @@ class PlannedWorker:
     joined_s: float = float("-inf")
     """On the planner's clock: when it could take its first request, or its first in this role.
     Unknown for those that were there before, and for those that start."""
+    is_settled: bool = False
+    """It has just refused to change its role: not to be asked again for now."""
 
 
 class PoolActuator(Protocol):

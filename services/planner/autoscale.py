@@ -47,6 +47,8 @@ class PoolState:
     num_waiting: float = 0.0
     """Requests that wait for their first step: on its workers, and those of the prefill pool in
     routers too."""
+    num_settled: int = 0
+    """Of the ready ones, those that do not change their role for now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,25 +185,27 @@ class Autoscaler:
         return decode_workers(model, load, itl_s=config.itl_s)
 
     def _fit(self, planned: dict[Role, PoolDecision]) -> tuple[dict[Role, PoolDecision], bool]:
-        """Both within the devices: the pool that is better off gives way, worker by worker."""
+        """Both within the devices, worker by worker: what is only kept gives way first, then the
+        pool that is better off without one."""
         wanted = {role: decision.desired for role, decision in planned.items()}
+        needed = {
+            role: min(decision.desired, max(decision.needed_now, decision.needed_soon))
+            for role, decision in planned.items()
+        }
         given = dict(wanted)
         while self._num_devices(given) > self._config.max_devices:
             shrinkable = [r for r in given if given[r] > self._limits(r).min_workers]
-            role = max(shrinkable, key=lambda r: given[r] / wanted[r])
+            role = max(shrinkable, key=lambda r: (given[r] > needed[r], (given[r] - 1) / wanted[r]))
             given[role] -= 1
-        is_at_budget = given != wanted
-        return {
-            role: decision
-            if given[role] == wanted[role]
-            else dataclasses.replace(
-                decision,
-                desired=given[role],
-                reason=f"{decision.desired} needed, {self._config.max_devices} devices allow "
-                f"{given[role]}",
-            )
-            for role, decision in planned.items()
-        }, is_at_budget
+        fitted = dict(planned)
+        for role, decision in planned.items():
+            if given[role] < wanted[role]:
+                when = "needed" if given[role] < needed[role] else "were needed within the window"
+                reason = (
+                    f"{wanted[role]} {when}, {self._config.max_devices} devices allow {given[role]}"
+                )
+                fitted[role] = dataclasses.replace(decision, desired=given[role], reason=reason)
+        return fitted, any(given[role] < needed[role] for role in given)
 
     def _lend(self, seen: Observation, fitted: dict[Role, PoolDecision]) -> int:
         """Role changes; the lender's decision in `fitted` is lowered by them.
@@ -230,7 +234,7 @@ class Autoscaler:
     def _spare(self, seen: Observation, role: Role, fitted: dict[Role, PoolDecision]) -> int:
         state, decision = _state(seen, role), fitted[role]
         least = max(decision.needed_now, decision.needed_soon, self._limits(role).min_workers)
-        return min(state.num_ready, _have(state) - least)
+        return min(state.num_ready - state.num_settled, _have(state) - least)
 
     def _short(self, seen: Observation, role: Role, fitted: dict[Role, PoolDecision]) -> int:
         return fitted[role].desired - _have(_state(seen, role))

@@ -21,7 +21,8 @@ class PoolLimits:
             raise ConfigError(f"max_workers must be at least 1, got {self.max_workers}")
         if not 0 <= self.min_workers <= self.max_workers:
             raise ConfigError(
-                f"min_workers {self.min_workers} must be from 0 to max_workers {self.max_workers}"
+                f"min_workers {self.min_workers} must be from 0 to max_workers {self.max_workers}; "
+                "lower it or raise max_workers"
             )
         if self.devices_per_worker < 1:
             raise ConfigError(

@@ -19,7 +19,7 @@ from services.planner.autoscaler_state import AutoscalerState
 from services.planner.plain import to_plain
 from services.planner.pool_model import PoolModel
 
-VERSION = 1
+VERSION = 2
 MAX_SHOWN_CHARS = 60
 
 

@@ -196,6 +196,7 @@ def _pool_state(
         last_joined_s=max((w.joined_s for w in ready), default=float("-inf")),
         kv_usage=kv_usage,
         num_waiting=num_waiting,
+        num_settled=sum(1 for w in ready if w.is_settled),
     )
 
 

@@ -65,7 +65,7 @@ def _changes(decision: Decision, pools: dict[Role, list[PlannedWorker]]) -> list
     lender, borrower = (
         (Role.PREFILL, Role.DECODE) if num > 0 else (Role.DECODE, Role.PREFILL)
     )  # fmt: skip
-    ready = [w for w in pools[lender] if w.phase is WorkerPhase.READY]
+    ready = [w for w in pools[lender] if w.phase is WorkerPhase.READY and not w.is_settled]
     return [Order(OrderKind.CHANGE_ROLE, borrower, w.name) for w in ready[: abs(num)]]
 
 

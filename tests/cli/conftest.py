@@ -34,6 +34,8 @@ class ScriptedServer:
     status: int = 200
     models: list[str] = field(default_factory=lambda: ["tiny"])
     requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    """The header `authorization` of each request."""
 
     def will_answer(self, *texts: str, reason: str = "stop") -> None:
         events = [content(text) for text in texts]
@@ -46,9 +48,11 @@ def make_handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
+            server.keys.append(self.headers["authorization"])
             self._send_json(200, {"data": [{"id": name} for name in server.models]})
 
         def do_POST(self) -> None:
+            server.keys.append(self.headers["authorization"])
             body = self.rfile.read(int(self.headers["Content-Length"]))
             server.requests.append(json.loads(body))
             if server.status != 200:

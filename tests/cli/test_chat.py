@@ -41,12 +41,28 @@ def test_once_prints_the_answer_and_its_speed(
     printed = capsys.readouterr()
     assert printed.out == "Hello wörld\n"
     assert "first token after" in printed.err
-    assert "tokens/s, 3 tokens" in printed.err
+    assert "tokens/s, 3 tokens, prompt of 5\n" in printed.err
     request = server.requests[0]
     assert roles(request) == [("system", "be brief"), ("user", "hi")]
     assert (request["model"], request["max_tokens"], request["temperature"]) == ("tiny", 7, 0)
     assert request["stream"]
     assert request["stream_options"] == {"include_usage": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "sent"),
+    [
+        ([], {}, None),
+        ([], {"OPENAI_API_KEY": "theirs"}, "Bearer theirs"),
+        (["--api-key", "mine"], {"OPENAI_API_KEY": "theirs"}, "Bearer mine"),
+    ],
+)
+def test_key_is_sent_with_every_request(
+    server: Any, arguments: list[str], environ: dict[str, str], sent: str | None
+) -> None:
+    server.will_answer("a")
+    assert main(["chat", "--url", server.url, "--once", "hi", *arguments], environ) == 0
+    assert server.keys == [sent, sent]
 
 
 def test_history_is_kept_until_reset(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

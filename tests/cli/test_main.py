@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 import baton
-from baton.cli import chat
+from baton.cli import chat, examples
 from baton.cli import main as cli
 from baton.core.errors import ConfigError
 
@@ -23,6 +25,21 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert summary in printed
     assert cli.main([]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_examples_of_the_help_are_commands_that_exist() -> None:
+    shown = "\n".join([examples.OVERVIEW, *examples.OF_COMMAND.values()])
+    parser = cli.whole_parser()
+    asked = re.findall(r"^  baton (.+?)(?: {2,}.*| >.*)?$", shown, re.MULTILINE)
+    assert len(asked) > 15
+    for line in asked:
+        for arguments in line.split(", baton "):
+            words = shlex.split(arguments)
+            if words[-1] in ("-h", "--help"):
+                assert words[0] in cli.COMMANDS
+                continue
+            # Ends the test with the parser's own words if it does not take them.
+            parser.parse_args(words)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

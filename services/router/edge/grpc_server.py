@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.core.errors import ConfigError
+from baton.core.metrics import REJECTED
 from baton.rpc.channel import listen, new_server
 from baton.rpc.v1 import (
     inference_pb2,
@@ -27,6 +28,7 @@ from services.router.edge.grpc_api import InferenceApi
 from services.router.edge.grpc_calls import is_ready
 from services.router.edge.open_inference_api import OpenInferenceApi
 from services.router.edge.preprocess import Preprocessor
+from services.router.edge.undecodable import RefuseUndecodable
 from services.router.requests.generation import Generator
 from services.router.tenants.tenants import Tenants, open_to_all
 
@@ -60,8 +62,12 @@ class GrpcServer:
         self._config = config
         self._preprocessor = Preprocessor(generator)
         self._health = health.aio.HealthServicer()
+        undecodable = RefuseUndecodable(lambda: metrics.add(REJECTED, 1, "400"))
         self._server: grpc.aio.Server = new_server(
-            max_receive_bytes=config.max_body_bytes, tls=self._tls, shares_port=shares_port
+            max_receive_bytes=config.max_body_bytes,
+            tls=self._tls,
+            shares_port=shares_port,
+            interceptors=[undecodable],
         )
         tenants = tenants or open_to_all(metrics)
         own = InferenceApi(

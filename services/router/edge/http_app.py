@@ -1,6 +1,7 @@
 """The router's HTTP front as one plain ASGI application.
 
     POST /v1/chat/completions   POST /v1/completions
+    POST /v1/messages           POST /v1/messages/count_tokens
     POST /v1/responses          GET, DELETE /v1/responses/{id}          POST .../{id}/cancel
     GET  /v1/models             GET  /v1/models/{id}
     POST /tokenize              POST /detokenize         GET /openapi.json
@@ -34,6 +35,7 @@ from services.router.edge.edge_config import EdgeConfig
 from services.router.edge.preprocess import Preprocessor, shorten
 from services.router.openai_api.exchange import Exchange, Receive, Scope, Send
 from services.router.openai_api.handlers import GenerationRoutes
+from services.router.openai_api.messages.message_routes import MessageRoutes
 from services.router.openai_api.openapi import openapi_document
 from services.router.openai_api.responses.response_routes import ResponseRoutes
 from services.router.openai_api.token_routes import TokenRoutes
@@ -84,6 +86,7 @@ class HttpApp:
             "/openapi.json": {"GET": self._openapi, "HEAD": self._openapi},
             "/tokenize": {"POST": tokens.tokenize},
             "/detokenize": {"POST": tokens.detokenize},
+            "/v1/embeddings": {"POST": self._embeddings},
             "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
             "/metrics": {"GET": self._show_metrics, "HEAD": self._show_metrics},
         }
@@ -91,6 +94,7 @@ class HttpApp:
             show = _shown(pool_stats)
             self._table["/pool_stats"] = {"GET": show, "HEAD": show}
         self._responses = ResponseRoutes(self._routes)
+        self._table |= MessageRoutes(self._routes).table()
         self._document: dict[str, object] | None = None
         self._one_model: dict[str, Handler] = {"GET": self._model, "HEAD": self._model}
 
@@ -198,6 +202,13 @@ class HttpApp:
     async def _openapi(self, exchange: Exchange) -> None:
         self._document = self._document or openapi_document()
         await exchange.answer_json(200, self._document)
+
+    async def _embeddings(self, exchange: Exchange) -> None:
+        await self._tenants.caller(exchange.text_header)
+        raise NotOffered(
+            "the models served here generate text and have no embeddings; send this to a server of "
+            "an embedding model"
+        )
 
     async def _reset_prefix_cache(self, exchange: Exchange) -> None:
         await self._tenants.caller(exchange.text_header)

@@ -35,7 +35,7 @@ class JoinedTransport:
             self._head = data
             self._loop.call_soon(self._flush)
             return
-        self._transport.write(data)
+        self._pass_on(data)
 
     def close(self) -> None:
         self._flush()
@@ -44,7 +44,13 @@ class JoinedTransport:
     def _flush(self) -> None:
         head, self._head = self._head, b""
         if head:
-            self._transport.write(head)
+            self._pass_on(head)
+
+    def _pass_on(self, data: bytes) -> None:
+        # A reset by the client closes the transport before the protocol hears of it, and uvloop's
+        # raises when written to then.
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
 
 class JoinedHttpProtocol(HttpToolsProtocol):

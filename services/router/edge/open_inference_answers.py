@@ -62,7 +62,8 @@ def _reason(reason: FinishReason) -> bytes:
     """Raises InternalError for ends that the dispatcher reports as errors instead."""
     if reason in (FinishReason.ERROR, FinishReason.CANCELLED):
         raise InternalError(f"the generation ended as {reason.value}")
-    return reason.value.encode()
+    name: str = reason.value
+    return name.encode()
 
 
 async def in_pieces(generator: Generator, job: Job, writer: ResponseWriter) -> Responses:

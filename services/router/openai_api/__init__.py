@@ -17,6 +17,9 @@
     logprobs           token log-probabilities in all shapes
     serving            run the generations of a request and stream or collect them
     handlers           the two generation routes
+    as_chat, blocks    what other APIs need to be translated: bodies there, outputs back
+    responses, messages
+                       OpenAI's Responses and Anthropic's Messages, as such translations
     token_routes       tokenize and detokenize
 
 Knows nothing of placement, workers or KV; it sees the dispatcher as `generation.Generator`.

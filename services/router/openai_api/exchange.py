@@ -15,7 +15,7 @@ import orjson
 
 from baton.core.errors import InvalidRequest, PayloadTooLarge, RateLimit, RequestCancelled
 from services.router.edge.preprocess import new_id
-from services.router.openai_api.error_body import error_answer, rate_limit_headers
+from services.router.openai_api.error_body import ErrorAnswer, error_answer, rate_limit_headers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -37,11 +37,14 @@ class Exchange:
         path: str = scope["path"]
         root_path: str = scope.get("root_path", "")
         self.path = path.removeprefix(root_path) or "/"
+        self.query: bytes = scope.get("query_string", b"")
         self.arrived_at_s = time.time()
         self.has_started = False
         """The response's status has been sent; errors can no longer change it."""
         self.is_dispatched = False
         """Handed to the dispatcher."""
+        self.as_error: Callable[[BaseException], ErrorAnswer] = error_answer
+        """How an error is told."""
         self.rate_limits: tuple[RateLimit, ...] = ()
         """Where the tenant stands, for the headers of an answer that is no error."""
         # Of a header that came twice the first counts.
@@ -112,7 +115,7 @@ class Exchange:
 
     async def answer_error(self, error: BaseException, headers: Iterable[Header] = ()) -> int:
         """Returns the status that was sent."""
-        answer = error_answer(error)
+        answer = self.as_error(error)
         await self.answer(answer.status, answer.body, headers=(*answer.headers, *headers))
         return answer.status
 

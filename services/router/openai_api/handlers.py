@@ -15,7 +15,7 @@ from services.router.openai_api.sampling import chat_plan, completion_plan
 from services.router.openai_api.schema import ChatBody, CompletionBody, parse_body
 from services.router.openai_api.serving import Serving
 from services.router.requests.generation import Generator
-from services.router.tenants.tenants import Caller, Tenants
+from services.router.tenants.tenants import Caller, HeaderOf, Tenants
 
 
 class GenerationRoutes:
@@ -51,9 +51,10 @@ class GenerationRoutes:
             )
             await self.serving.run(job, exchange, CompletionFormat(job.frame))
 
-    async def caller(self, exchange: Exchange) -> Caller:
-        """Raises NotAuthorized, InvalidRequest, Unavailable."""
-        return await self._tenants.caller(exchange.text_header)
+    async def caller(self, exchange: Exchange, header: HeaderOf | None = None) -> Caller:
+        """`header`: instead of the exchange's own. Raises NotAuthorized, InvalidRequest,
+        Unavailable."""
+        return await self._tenants.caller(header or exchange.text_header)
 
     async def read(self, exchange: Exchange) -> bytes:
         """The body, within the limits of the settings."""

@@ -3,12 +3,23 @@ that parse it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from pydantic.json_schema import models_json_schema
 
 import baton
+from services.router.openai_api.json_schema import (
+    INTEGER,
+    NULLABLE_STRING,
+    REF,
+    STRING,
+    Schema,
+    array_of,
+    object_of,
+)
+from services.router.openai_api.messages.message_schema import CountTokensBody, MessagesBody
+from services.router.openai_api.openapi_dialects import DIALECT_ANSWERS
+from services.router.openai_api.responses.response_schema import ResponsesBody
 from services.router.openai_api.schema import (
     Body,
     ChatBody,
@@ -17,64 +28,46 @@ from services.router.openai_api.schema import (
     TokenizeBody,
 )
 
-Schema = dict[str, object]
-
-_REF = "#/components/schemas/"
-_STRING: Schema = {"type": "string"}
-_INTEGER: Schema = {"type": "integer"}
-_INTEGERS: Schema = {"type": "array", "items": _INTEGER}
-_NULLABLE_STRING: Schema = {"type": ["string", "null"]}
-
-
-def _object(properties: Mapping[str, object], *optional: str) -> Schema:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": [name for name in properties if name not in optional],
-    }
-
-
-def _array(name: str) -> Schema:
-    return {"type": "array", "items": {"$ref": _REF + name}}
+_INTEGERS: Schema = {"type": "array", "items": INTEGER}
 
 
 ANSWERS: dict[str, Schema] = {
-    "Error": _object(
+    "Error": object_of(
         {
-            "error": _object(
+            "error": object_of(
                 {
-                    "message": _STRING,
-                    "type": _STRING,
-                    "param": _NULLABLE_STRING,
-                    "code": _NULLABLE_STRING,
+                    "message": STRING,
+                    "type": STRING,
+                    "param": NULLABLE_STRING,
+                    "code": NULLABLE_STRING,
                 }
             )
         }
     ),
-    "Usage": _object(
+    "Usage": object_of(
         {
-            "prompt_tokens": _INTEGER,
-            "completion_tokens": _INTEGER,
-            "total_tokens": _INTEGER,
-            "prompt_tokens_details": _object({"cached_tokens": _INTEGER}),
+            "prompt_tokens": INTEGER,
+            "completion_tokens": INTEGER,
+            "total_tokens": INTEGER,
+            "prompt_tokens_details": object_of({"cached_tokens": INTEGER}),
         }
     ),
-    "ToolCall": _object(
+    "ToolCall": object_of(
         {
-            "id": _STRING,
+            "id": STRING,
             "type": {"const": "function"},
-            "function": _object({"name": _STRING, "arguments": _STRING}),
+            "function": object_of({"name": STRING, "arguments": STRING}),
         }
     ),
-    "ChatChoice": _object(
+    "ChatChoice": object_of(
         {
-            "index": _INTEGER,
-            "message": _object(
+            "index": INTEGER,
+            "message": object_of(
                 {
                     "role": {"const": "assistant"},
-                    "content": _NULLABLE_STRING,
-                    "refusal": _NULLABLE_STRING,
-                    "tool_calls": _array("ToolCall"),
+                    "content": NULLABLE_STRING,
+                    "refusal": NULLABLE_STRING,
+                    "tool_calls": array_of("ToolCall"),
                 },
                 "tool_calls",
             ),
@@ -85,10 +78,10 @@ ANSWERS: dict[str, Schema] = {
         },
         "token_ids",
     ),
-    "CompletionChoice": _object(
+    "CompletionChoice": object_of(
         {
-            "index": _INTEGER,
-            "text": _STRING,
+            "index": INTEGER,
+            "text": STRING,
             "logprobs": {"type": ["object", "null"]},
             "finish_reason": {"enum": ["stop", "length"]},
             "stop_reason": {"type": ["string", "integer", "null"]},
@@ -100,55 +93,55 @@ ANSWERS: dict[str, Schema] = {
         "prompt_token_ids",
         "prompt_logprobs",
     ),
-    "ChatAnswer": _object(
+    "ChatAnswer": object_of(
         {
-            "id": _STRING,
+            "id": STRING,
             "object": {"const": "chat.completion"},
-            "created": _INTEGER,
-            "model": _STRING,
-            "choices": _array("ChatChoice"),
-            "usage": {"$ref": _REF + "Usage"},
+            "created": INTEGER,
+            "model": STRING,
+            "choices": array_of("ChatChoice"),
+            "usage": {"$ref": REF + "Usage"},
         }
     ),
-    "CompletionAnswer": _object(
+    "CompletionAnswer": object_of(
         {
-            "id": _STRING,
+            "id": STRING,
             "object": {"const": "text_completion"},
-            "created": _INTEGER,
-            "model": _STRING,
-            "choices": _array("CompletionChoice"),
-            "usage": {"$ref": _REF + "Usage"},
+            "created": INTEGER,
+            "model": STRING,
+            "choices": array_of("CompletionChoice"),
+            "usage": {"$ref": REF + "Usage"},
         }
     ),
-    "Model": _object(
+    "Model": object_of(
         {
-            "id": _STRING,
+            "id": STRING,
             "object": {"const": "model"},
-            "created": _INTEGER,
-            "owned_by": _STRING,
-            "root": _STRING,
-            "max_model_len": _INTEGER,
+            "created": INTEGER,
+            "owned_by": STRING,
+            "root": STRING,
+            "max_model_len": INTEGER,
         }
     ),
-    "ModelList": _object({"object": {"const": "list"}, "data": _array("Model")}),
-    "Tokens": _object(
+    "ModelList": object_of({"object": {"const": "list"}, "data": array_of("Model")}),
+    "Tokens": object_of(
         {
-            "count": _INTEGER,
-            "max_model_len": _INTEGER,
+            "count": INTEGER,
+            "max_model_len": INTEGER,
             "tokens": _INTEGERS,
-            "token_strs": {"type": ["array", "null"], "items": _STRING},
+            "token_strs": {"type": ["array", "null"], "items": STRING},
         }
     ),
-    "DetokenizedText": _object({"prompt": _STRING}),
-    "Health": _object(
+    "DetokenizedText": object_of({"prompt": STRING}),
+    "Health": object_of(
         {
             "status": {"enum": ["ok", "unavailable"]},
-            "reason": _STRING,
+            "reason": STRING,
             "detail": {"type": "object"},
         }
     ),
-    "Version": _object({"version": _STRING}),
-    "Load": _object({"server_load": _INTEGER}),
+    "Version": object_of({"version": STRING}),
+    "Load": object_of({"server_load": INTEGER}),
 }
 """Of what is answered."""
 
@@ -166,11 +159,40 @@ class _Route(NamedTuple):
     """No API key is asked for."""
     error_answers: tuple[int, ...] = ()
     """Beside 401, and what a body can do wrong."""
+    error: str = "Error"
+    """The schema of its errors."""
 
 
 ROUTES = (
     _Route("post", "/v1/chat/completions", "Answer a conversation", "ChatAnswer", ChatBody, True),
     _Route("post", "/v1/completions", "Continue texts", "CompletionAnswer", CompletionBody, True),
+    _Route("post", "/v1/responses", "Answer an input", "ResponseAnswer", ResponsesBody, True),
+    _Route("get", "/v1/responses/{id}", "A stored one", "ResponseAnswer", error_answers=(400, 404)),
+    _Route("delete", "/v1/responses/{id}", "Forget it", "ResponseDeleted", error_answers=(404,)),
+    _Route(
+        "post",
+        "/v1/responses/{id}/cancel",
+        "End one that runs in the background",
+        "ResponseAnswer",
+        error_answers=(400, 404),
+    ),
+    _Route(
+        "post",
+        "/v1/messages",
+        "Answer a conversation, in Anthropic's shape",
+        "MessageAnswer",
+        MessagesBody,
+        True,
+        error="MessageError",
+    ),
+    _Route(
+        "post",
+        "/v1/messages/count_tokens",
+        "Tokens of such a conversation",
+        "InputTokens",
+        CountTokensBody,
+        error="MessageError",
+    ),
     _Route("get", "/v1/models", "The models served", "ModelList"),
     _Route("get", "/v1/models/{id}", "One of them", "Model", error_answers=(404,)),
     _Route("post", "/tokenize", "Tokens of a text or a conversation", "Tokens", TokenizeBody),
@@ -181,6 +203,7 @@ ROUTES = (
     _Route("get", "/version", "The version of this software", "Version", is_open=True),
     _Route("get", "/load", "Requests this copy is answering", "Load", is_open=True),
     _Route("get", "/metrics", "Metrics in Prometheus' format", None, is_open=True),
+    _Route("post", "/v1/embeddings", "Not offered", None, error_answers=(501,)),
     _Route("post", "/reset_prefix_cache", "Not offered", None, error_answers=(501,)),
     _Route("get", "/openapi.json", "This document", None, is_open=True),
 )
@@ -190,7 +213,7 @@ _BODY_ERRORS = (400, 404, 413, 429, 500, 503, 504)
 def openapi_document() -> Schema:
     """Made once per process."""
     bodies = [(route.body, "validation") for route in ROUTES if route.body is not None]
-    _, found = models_json_schema(bodies, ref_template=_REF + "{model}")  # type: ignore[arg-type]
+    _, found = models_json_schema(bodies, ref_template=REF + "{model}")  # type: ignore[arg-type]
     paths: dict[str, dict[str, object]] = {}
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method] = _operation(route)
@@ -199,7 +222,7 @@ def openapi_document() -> Schema:
         "info": {"title": "Baton", "version": baton.__version__},
         "paths": paths,
         "components": {
-            "schemas": {**found["$defs"], **ANSWERS},
+            "schemas": {**found["$defs"], **ANSWERS, **DIALECT_ANSWERS},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -215,11 +238,9 @@ def _operation(route: _Route) -> Schema:
         "security": [] if route.is_open else [{"key": []}, {}],
     }
     if "{id}" in route.path:
-        operation["parameters"] = [
-            {"name": "id", "in": "path", "required": True, "schema": _STRING}
-        ]
+        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
     if route.body is not None:
-        content = {"application/json": {"schema": {"$ref": _REF + route.body.__name__}}}
+        content = {"application/json": {"schema": {"$ref": REF + route.body.__name__}}}
         operation["requestBody"] = {"required": True, "content": content}
     return operation
 
@@ -227,11 +248,12 @@ def _operation(route: _Route) -> Schema:
 def _responses(route: _Route) -> Schema:
     content: Schema = {}
     if route.answer is not None:
-        content["application/json"] = {"schema": {"$ref": _REF + route.answer}}
+        content["application/json"] = {"schema": {"$ref": REF + route.answer}}
     elif route.path == "/metrics":
-        content["text/plain"] = {"schema": _STRING}
+        content["text/plain"] = {"schema": STRING}
     if route.streams:
-        content["text/event-stream"] = {"schema": _STRING}
+        # Without a schema: readers of this document apply one to events, not to the text.
+        content["text/event-stream"] = {}
     responses: Schema = {}
     if 501 not in route.error_answers:
         responses["200"] = {"description": "done", "content": content}
@@ -241,7 +263,7 @@ def _responses(route: _Route) -> Schema:
     for status in sorted(errors):
         # An unhealthy router says so in the words of its health.
         is_health = route.answer == "Health"
-        schema = {"$ref": _REF + ("Health" if is_health else "Error")}
+        schema = {"$ref": REF + ("Health" if is_health else route.error)}
         responses[str(status)] = {
             "description": "error",
             "content": {"application/json": {"schema": schema}},

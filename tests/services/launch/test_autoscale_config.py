@@ -69,7 +69,11 @@ def test_routers_judge_by_what_is_planned_for() -> None:
 @pytest.mark.parametrize(
     ("changes", "system", "message"),
     [
-        ({"prefill": {"min_workers": 5, "max_workers": 2}}, {}, "min_workers 5 must be from 0"),
+        (
+            {"prefill": {"min_workers": 5, "max_workers": 2}},
+            {},
+            "autoscale.prefill.min_workers 5 must be",
+        ),
         ({"max_devices": 0}, {}, "autoscale.max_devices is 0, but"),
         ({"max_device": 4}, {}, "unknown setting autoscale.max_device; known here: "),
         ({"prefill": {"most": 4}}, {}, "unknown setting autoscale.prefill.most"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 import threading
@@ -16,10 +17,11 @@ import pytest
 
 import idle_worker
 from baton.core.clock import MonotonicClock
-from baton.core.errors import Unavailable
+from baton.core.errors import RoleChangeRefused, Unavailable
 from baton.core.tls import TlsFiles
 from baton.core.worker_info import Role
 from baton.registry.directory import DirectoryRegistry
+from services.launch import process_pools
 from services.launch import supervisor as supervision
 from services.launch.background import BackgroundLoop
 from services.launch.process_pools import PoolTimes, ProcessPools
@@ -212,6 +214,22 @@ def test_worker_that_is_never_ready_is_given_up(
     assert "it was not ready within 0.5 s" in caplog.text
 
 
+def test_worker_that_crashes_and_is_not_ready_again_is_given_up(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else it would count as one that starts for ever, and nobody would take its place."""
+    child = world.supervisor.find("decode-0")
+    assert child is not None and child.process is not None
+    world.launcher.manner = "silent"
+    child.command = world.launcher.command(Role.DECODE, "decode-0")
+    world.pools.times = PoolTimes(drain_s=5.0, start_s=0.5, end_s=0.5)
+    with caplog.at_level(logging.ERROR):
+        child.process.kill()
+        world.wait_for(lambda: not world.phases())
+    assert "decode-0 is given up" in caplog.text
+    assert "it was not ready within 0.5 s" in caplog.text
+
+
 def test_start_without_a_free_device_is_refused_once_in_the_log(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,11 +253,42 @@ def test_changing_worker_shows_its_new_role_and_would_come_back_in_it(world: Wor
     assert [role for _, role in world.changed] == [Role.PREFILL]
 
 
+def test_worker_that_refuses_another_role_is_not_asked_again_for_now(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_pools, "SETTLED_S", 1.0)
+
+    async def refuse(address: str, role: Role, tls: TlsFiles | None) -> None:
+        raise RoleChangeRefused("it is the last one")
+
+    world.pools.change = refuse
+    world.pools.change_role("decode-0", Role.PREFILL)
+    world.wait_for(lambda: world.seen()["decode-0"].is_settled)
+    kept = world.seen()["decode-0"]
+    assert (kept.role, kept.phase) == (Role.DECODE, WorkerPhase.READY)
+    world.wait_for(lambda: not world.seen()["decode-0"].is_settled)
+
+
 def test_orders_for_workers_that_are_gone_are_no_errors(world: World) -> None:
     world.pools.drain("decode-7")
     world.pools.change_role("decode-7", Role.PREFILL)
     world.pools.change_role("decode-0", Role.DECODE)
     assert world.phases() == {"decode-0": WorkerPhase.READY}
+
+
+def test_job_that_comes_too_late_is_refused_and_nothing_stays_open() -> None:
+    async def work() -> None: ...
+
+    never_started = BackgroundLoop("jobs")
+    never_started.stop(5)
+    stopped = BackgroundLoop("jobs")
+    stopped.start()
+    stopped.stop(5)
+    for jobs in (never_started, stopped):
+        jobs.spawn(work(), "a late job")
+        jobs.stop(5)
+    del jobs, never_started, stopped
+    gc.collect()
 
 
 def test_job_that_fails_is_logged_and_hurts_no_other(caplog: pytest.LogCaptureFixture) -> None:

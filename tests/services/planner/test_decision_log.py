@@ -35,7 +35,7 @@ def test_a_damaged_log_is_told_and_not_fatal(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"version": 1}\nnonsense\n')
+    path.write_text('{"version": 2}\nnonsense\n')
     run = Run(path)
     assert "starting without what was learnt before" in caplog.text
     assert run.tick(5.0, 3) is not None
@@ -99,10 +99,10 @@ def test_what_could_not_be_written_does_not_make_the_rest_differ(tmp_path: Path)
     [
         ("nonsense\n", "line 1 is no JSON"),
         ("[1]\n", r"line 1 holds '\[1\]', no decision"),
-        ('{"a": 1}\n', "line 1 is of version None, this release reads 1"),
-        ('{"version": 2}\n', "line 1 is of version 2"),
-        ('{"version": 1, "x": 1}\n', "line 1: x"),
-        ('{"version": 1, "number": "three"}\n', "line 1: number must be int"),
+        ('{"a": 1}\n', "line 1 is of version None, this release reads 2"),
+        ('{"version": 1}\n', "line 1 is of version 1"),
+        ('{"version": 2, "x": 1}\n', "line 1: x"),
+        ('{"version": 2, "number": "three"}\n', "line 1: number must be int"),
     ],
 )
 def test_what_is_no_decision_is_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
@@ -117,7 +117,7 @@ def test_a_killed_writer_leaves_no_half_line_in_the_middle(tmp_path: Path) -> No
     run = Run(path)
     run.tick(5.0, 4)
     with path.open("a") as file:
-        file.write('{"version": 1, "numb')
+        file.write('{"version": 2, "numb')
     run.start()
     run.tick(5.0, 4)
     assert [record.number for record in read_records(path)] == [0, 1, 2, 3, 4, 5]

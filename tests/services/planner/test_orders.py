@@ -85,6 +85,12 @@ def test_workers_that_change_their_role_are_neither_drained_nor_started() -> Non
     ]
 
 
+def test_workers_that_have_refused_another_role_are_not_asked() -> None:
+    old, young = pool(Role.PREFILL, READY, READY)
+    workers = [old, dataclasses.replace(young, is_settled=True), *pool(Role.DECODE, READY)]
+    assert orders(decided(1, 2, 1), workers, CONFIG) == [Order(CHANGE, Role.DECODE, old.name)]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_any_orders_lead_to_what_was_decided_or_stop_at_the_devices(seed: int) -> None:
     rng = random.Random(seed)

@@ -8,7 +8,7 @@ from enum import Enum
 
 from baton.core.errors import wire_status
 from baton.core.request import SamplingParams
-from services.router.openai_api.error_body import error_answer_message
+from services.router.openai_api.error_body import client_message
 from services.router.openai_api.responses.response_schema import ResponsesBody
 from services.router.openai_api.wire_format import Frame
 from services.router.requests.generation import Usage
@@ -103,4 +103,4 @@ def _error(error: BaseException) -> Object:
     code = "server_error" if status >= 500 else "invalid_prompt"
     if status == 429:
         code = "rate_limit_exceeded"
-    return {"code": code, "message": error_answer_message(error)}
+    return {"code": code, "message": client_message(error)}

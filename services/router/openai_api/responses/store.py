@@ -94,10 +94,12 @@ class ResponseStore:
 
     def _next_to_go(self, tenant: str) -> str:
         own, config = self._of_tenant[tenant], self._config
-        if (
+        is_large = (
             2 * self._tenant_bytes[tenant] > config.max_stored_bytes
             or 2 * len(own) > config.max_stored
-        ):
+        )
+        # Never the one just put.
+        if is_large and len(own) > 1:
             return next(iter(own))
         return next(iter(self._entries))
 

@@ -16,6 +16,7 @@ from baton.core.metrics import REJECTED
 from baton.rpc.v1 import inference_pb2 as pb
 from baton.rpc.v1 import inference_pb2_grpc, worker_pb2
 from baton.telemetry.metrics import Metrics
+from fuzz_grpc import PREFACE, call_frames, send_bytes
 from services.router.edge.grpc_server import INFERENCE, GrpcServer
 
 Code = grpc.StatusCode
@@ -162,6 +163,17 @@ async def test_unknown_fields_are_refused_at_any_depth(channel):
     assert caught.value.code() is Code.INVALID_ARGUMENT
 
 
+async def test_path_that_is_no_text_does_not_end_the_server(generator, edge_config, metrics):
+    server = GrpcServer(generator, host="127.0.0.1", port=0, metrics=metrics, config=edge_config)
+    await server.start()
+    data = b"".join([PREFACE, *call_frames(1, b"/a\xff/b", b"")])
+    await send_bytes("127.0.0.1", server.port, data, wait_s=0.3)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        assert await collect(stub.Chat(chat(), timeout=5))
+    await server.stop()
+
+
 async def test_message_above_the_limit_is_refused_and_the_service_lives(
     stub, generator, edge_config
 ):
@@ -186,10 +198,29 @@ async def test_masses_of_unknown_fields_are_refused_without_listing_them(channel
     assert "15000 bytes of unknown fields" in details
 
 
-async def test_undecodable_message_is_an_error_and_the_service_lives(channel, stub):
-    call = channel.unary_stream("/baton.v1.Inference/Chat")
-    with pytest.raises(grpc.aio.AioRpcError):
-        await collect(call(b"\xff\xff\xff"))
+@pytest.mark.parametrize(
+    ("shape", "path"),
+    [
+        ("unary_stream", "/baton.v1.Inference/Chat"),
+        ("unary_unary", "/baton.v1.Inference/ListModels"),
+        ("stream_stream", "/inference.GRPCInferenceService/ModelStreamInfer"),
+        ("unary_unary", "/inference.GRPCInferenceService/ServerLive"),
+        ("unary_stream", "/grpc.health.v1.Health/Watch"),
+        ("stream_stream", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
+    ],
+)
+async def test_undecodable_message_is_bad_input(channel, stub, metrics, caplog, shape, path):
+    data = b"\xff\xff\xff"
+    call = getattr(channel, shape)(path)(data if shape[:5] == "unary" else iter([data]))
+    if shape == "unary_unary":
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+        assert "cannot be decoded" in await call.details()
+        assert await call.code() is Code.INVALID_ARGUMENT
+    else:
+        assert "cannot be decoded" in await refused(call, Code.INVALID_ARGUMENT)
+    assert f'{REJECTED.name}{{status="400"}} 1.0' in metrics.render().decode()
+    assert "Traceback" not in caplog.text and "Unexpected" not in caplog.text
     assert await collect(stub.Chat(chat()))
 
 

@@ -25,6 +25,9 @@ class Sink:
     def close(self) -> None:
         self.is_closed = True
 
+    def is_closing(self) -> bool:
+        return self.is_closed
+
     def get_extra_info(self, name: str) -> str:
         return f"extra {name}"
 
@@ -73,3 +76,16 @@ async def test_two_heads_stay_in_order(sink, transport):
 
 async def test_everything_else_is_the_connection(sink, transport):
     assert transport.get_extra_info("peername") == "extra peername"
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_what_comes_after_the_client_broke_the_connection_goes_nowhere(
+    sink, transport, waits
+):
+    if waits:
+        transport.write(HEAD)
+    # As a reset does, before the protocol hears of it.
+    sink.is_closed = True
+    transport.write(b"late")
+    await asyncio.sleep(0)
+    assert not sink.writes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import httpx
 import openai
 import pytest
 
@@ -302,13 +303,13 @@ async def test_background_that_fails_says_so(direct, generator):
 async def test_background_is_bounded(generator, serve_edge):
     generator.step_s = 0.05
     config = EdgeConfig(responses=ResponsesConfig(max_background=1), stop_grace_s=0.05)
-    async with serve_edge(generator, config) as edge:
-        async with openai.AsyncOpenAI(
-            base_url=f"{edge.url}/v1", api_key="none", max_retries=0
-        ) as sdk:
+    async with (
+        serve_edge(generator, config) as edge,
+        openai.AsyncOpenAI(base_url=f"{edge.url}/v1", api_key="none", max_retries=0) as sdk,
+    ):
+        await sdk.responses.create(model="tiny", input="a", background=True)
+        with pytest.raises(openai.RateLimitError, match="at most 1"):
             await sdk.responses.create(model="tiny", input="a", background=True)
-            with pytest.raises(openai.RateLimitError, match="at most 1"):
-                await sdk.responses.create(model="tiny", input="a", background=True)
     # The stop of the edge ended the one that ran.
     assert len(generator.started) == len(generator.closed_early) == 1
 
@@ -325,8 +326,6 @@ async def test_stop_ends_what_runs_in_the_background(generator, edge_config):
 
 
 async def create_on(app) -> dict:
-    import httpx
-
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://edge") as client:
         return await create(client, background=True)
@@ -364,8 +363,6 @@ async def test_leaving_client_cancels(edge, client, generator):
 
 
 async def test_tenants_do_not_see_each_other(generator, edge_config):
-    import httpx
-
     metrics = Metrics()
     config = TenantsConfig(trust_tenant_header=True)
     tenants = open_tenants(config, SloConfig(), shared=ProcessState(), metrics=metrics)
@@ -467,6 +464,12 @@ async def test_wrong_routes(direct, method, path, status):
     response = await direct.request(method, path)
     assert response.status_code == status
     assert response.json()["error"]["message"]
+
+
+async def test_a_stored_response_comes_whole(direct):
+    response = await create(direct)
+    answer = await direct.get(f"{ROUTE}/{response['id']}?stream=true")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream")
 
 
 async def test_unknown_model(direct):

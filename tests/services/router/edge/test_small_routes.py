@@ -73,13 +73,25 @@ async def test_reset_of_the_prefix_cache_is_cleanly_refused(direct):
     assert response.json()["error"]["type"] == "not_implemented_error"
 
 
+async def test_embeddings_of_a_model_that_generates_are_cleanly_refused(direct):
+    response = await direct.post("/v1/embeddings", json={"model": "tiny", "input": "a"})
+    assert response.status_code == 501
+    error = response.json()["error"]
+    assert error["type"] == "not_implemented_error" and "embeddings" in error["message"]
+    assert (await direct.get("/v1/embeddings")).status_code == 405
+
+
 BODIES = {
     "/v1/chat/completions": {"messages": HELLO, "logprobs": True, "return_token_ids": True},
     "/v1/completions": {"prompt": "a", "logprobs": 1, "return_token_ids": True},
+    "/v1/responses": {"input": "a", "include": ["message.output_text.logprobs"]},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 5},
+    "/v1/messages/count_tokens": {"messages": HELLO},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
     "/ping": {},
     "/reset_prefix_cache": {},
+    "/v1/embeddings": {"input": "a"},
 }
 
 
@@ -88,10 +100,8 @@ async def test_document_describes_what_is_there(direct):
     assert document["openapi"].startswith("3.1")
     for route in ROUTES:
         path = route.path.replace("{id}", "tiny")
-        if route.method == "get":
-            response = await direct.get(path)
-        else:
-            response = await direct.post(path, json=BODIES[path])
+        body = None if route.method == "get" else BODIES.get(path)
+        response = await direct.request(route.method, path, json=body)
         operation = document["paths"][route.path][route.method]
         described = operation["responses"][str(response.status_code)]["content"]
         schema = described.get("application/json", {}).get("schema")

@@ -108,7 +108,7 @@ async def test_without_a_valid_key_nothing_is_read_or_shown(
         answer = await client.post("/v1/chat/completions", content=b"no json", headers=headers)
         models = await client.get("/v1/models", headers=headers)
         one = await client.get("/v1/models/tiny", headers=headers)
-        for path in ("/tokenize", "/detokenize", "/reset_prefix_cache"):
+        for path in ("/tokenize", "/detokenize", "/v1/embeddings", "/reset_prefix_cache"):
             other = await client.post(path, content=b"no json", headers=headers)
             assert other.status_code == 401
         for path in ("/health", "/ping", "/version", "/load", "/metrics", "/openapi.json"):
@@ -121,7 +121,7 @@ async def test_without_a_valid_key_nothing_is_read_or_shown(
     assert answer.headers["www-authenticate"] == "Bearer"
     assert KEY[:-1] not in answer.text and not generator.started
     text = metrics.render().decode()
-    assert f'baton_requests_unauthorized_total{{reason="{reason}"}} 6.0' in text
+    assert f'baton_requests_unauthorized_total{{reason="{reason}"}} 7.0' in text
 
 
 async def test_keys_of_the_shared_store(serve, generator):
