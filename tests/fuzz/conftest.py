@@ -69,7 +69,7 @@ class Fuzzed:
     def _tracebacks(self) -> list[str]:
         """Of our own: gRPC logs some about connections that no client of it would make."""
         files = self.system.run_dir.glob("logs/*")
-        lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
+        lines = [line for file in files for line in file.read_text(errors="replace").split("\n")]
         return [
             line
             for line in lines

@@ -111,7 +111,9 @@ async def exchange(
         if leaves and rng.random() < 0.5:
             # A reset instead of an orderly end.
             linger = struct.pack("ii", 1, 0)
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            with contextlib.suppress(OSError):
+                opened = writer.get_extra_info("socket")
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()

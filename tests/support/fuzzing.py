@@ -7,7 +7,6 @@ seed and i, so that FUZZ_SEED=seed FUZZ_CASE=i repeats it alone.
 from __future__ import annotations
 
 import asyncio
-import collections
 import os
 import random
 import time
@@ -86,7 +85,6 @@ class Outcome:
     """What a run has seen."""
 
     num_cases: int = 0
-    answers: collections.Counter[str] = field(default_factory=collections.Counter)
     complaints: list[str] = field(default_factory=list)
 
 
@@ -124,6 +122,8 @@ async def run(
                     complaint = await case(number, campaign.rng(number))
             except TimeoutError:
                 complaint = f"no end within {CASE_TIMEOUT_S:g} s"
+            except OSError as error:
+                complaint = f"no connection: {error}"
             if complaint:
                 outcome.complaints.append(f"{campaign.replay(number)}: {complaint}")
 
