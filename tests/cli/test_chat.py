@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -85,9 +87,18 @@ def test_end_of_input_ends_the_chat(server: Any, monkeypatch: pytest.MonkeyPatch
 def test_interrupt_ends_the_answer_and_keeps_what_came(
     server: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt = [lambda: time.sleep(0.2), lambda: os.kill(os.getpid(), signal.SIGINT)]
+    printed = threading.Event()
+    write = sys.stdout.write
+
+    def watched(text: str) -> int:
+        if "half" in text:
+            printed.set()
+        return write(text)
+
+    monkeypatch.setattr(sys.stdout, "write", watched)
+    interrupt = [lambda: printed.wait(10), lambda: os.kill(os.getpid(), signal.SIGINT)]
     half = json.dumps({"choices": [{"index": 0, "delta": {"content": "half"}}]})
-    server.scripts.append([half, *interrupt, lambda: time.sleep(0.5)])
+    server.scripts.append([half, *interrupt, lambda: time.sleep(2)])
     server.will_answer("whole")
     assert run_interactive(monkeypatch, ["a", "b"], "--url", server.url) == 0
     assert roles(server.requests[1]) == [("user", "a"), ("assistant", "half"), ("user", "b")]
