@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from redis_server import RedisServer
 
 ImportModel = Callable[[str], Path]
+
+# `make test-ui` installs what drives a browser; everybody else can do without.
+collect_ignore = [] if importlib.util.find_spec("playwright") else ["ui"]
 
 
 def pytest_configure() -> None:
