@@ -97,6 +97,8 @@ async def _run(test: LoadTest, *, is_quiet: bool) -> LoadResult:
     try:
         return await run_load_test(test, on_start)
     finally:
+        # uvloop leaves its handler behind, and Ctrl-C would do nothing from here on.
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
         for task in shown:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -39,6 +39,13 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 2000),
     ("grpc.http2.min_ping_interval_without_data_ms", 2000),
 )
+_CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.enable_http_proxy", 0),
+    # Sessions pause by themselves before they try again. Releases differ in whether the pause of a
+    # closed channel holds for the next one to the same address; the default would be a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
 
 _PEER_CODES: dict[type[TransferError], grpc.StatusCode] = {
     IncompatiblePeer: grpc.StatusCode.FAILED_PRECONDITION,
@@ -58,7 +65,7 @@ class ServerSide(Protocol):
 
 def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
     """A channel to `address` (host:port) inside the platform; proxies of the host are ignored."""
-    options = (*_OPTIONS, ("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 2000))
+    options = (*_OPTIONS, *_CLIENT_OPTIONS)
     if tls is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(

@@ -161,6 +161,11 @@ def test_the_key_and_headers_go_with_every_request_and_into_no_report(
     assert "sk-secret" not in capsys.readouterr().out
 
 
+def test_after_a_run_ctrl_c_is_what_it_was(fake: FakeOpenAi) -> None:
+    assert bench(fake, "--requests", "2", "--concurrency", "1", "--lengths", "8/2") == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_ctrl_c_reports_what_there_was(fake: FakeOpenAi, tmp_path: Path) -> None:
     fake.gap_s = 0.02
     told = tmp_path / "run.json"

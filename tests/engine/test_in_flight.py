@@ -279,16 +279,16 @@ def test_slice_marks_the_pending_token(harness: ModuleType) -> None:
     sequence = Sequence(harness.make_request("r", [1, 2, 3, 4, 5], max_tokens=9))
     sequence.block_table = [7, 8, 9]
     chunk = ScheduledSequence(sequence, 3)
-    assert SequenceSlice.of(chunk, 4) == ("r", 0, (1, 2, 3), False, (7,), False)
+    assert SequenceSlice.of(chunk, 4) == ("r", 0, (1, 2, 3), False, (7,), False, 0)
     sequence.num_computed_tokens = 3
     rest = ScheduledSequence(sequence, 2)
-    assert SequenceSlice.of(rest, 4) == ("r", 3, (4, 5), False, (7, 8), True)
+    assert SequenceSlice.of(rest, 4) == ("r", 3, (4, 5), False, (7, 8), True, 0)
     sequence.num_computed_tokens, sequence.num_in_flight_tokens = 5, 2
     sequence.num_pending_tokens = 1
     assert (sequence.num_tokens, sequence.num_output_tokens) == (6, 1)
     assert (sequence.num_known_output_tokens, sequence.num_settled_tokens) == (0, 3)
     ahead = ScheduledSequence(sequence, 1)
-    assert slices(Batch((ahead, ahead)), 4) == (("r", 5, (0,), True, (7, 8), True),) * 2
+    assert slices(Batch((ahead, ahead)), 4) == (("r", 5, (0,), True, (7, 8), True, 0),) * 2
 
 
 @pytest.mark.parametrize(("work", "max_tokens"), [(Work.PREFILL, 9), (Work.GENERATE, 1)])
