@@ -426,7 +426,7 @@ def test_images_name_no_package_index() -> None:
 
 def _parse(command: list[str]) -> Any:
     assert command[0] == "baton" and command[1] in COMMANDS
-    return _parser(command[1], _load(command[1])).parse_args(command[1:])
+    return _parser({command[1]: _load(command[1])}).parse_args(command[1:])
 
 
 def _edges(objects: Objects) -> set[tuple[str, str]]:

@@ -58,7 +58,7 @@ def test_the_image_is_not_root_and_says_how_it_is() -> None:
         if step.startswith(("HEALTHCHECK", "CMD")):
             command = json.loads(step[step.index("[") :])
             assert command[0] == "baton" and command[1] in COMMANDS
-            _parser(command[1], _load(command[1])).parse_args(command[1:])
+            _parser({command[1]: _load(command[1])}).parse_args(command[1:])
     assert any(step.startswith("HEALTHCHECK") for step in final)
 
 
