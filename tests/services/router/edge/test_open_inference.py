@@ -291,7 +291,8 @@ async def test_deadlines_of_call_and_request_reach_the_dispatcher(stub, generato
     await stub.ModelInfer(ask(timeout=3_000_000), timeout=7)
     await stub.ModelInfer(ask(timeout=0))
     first, second, third = (request.deadline_s for request in generator.started)
-    assert 5 < first <= 7 and second == 3 and third > 7
+    # gRPC rounds up what is left.
+    assert 5 < first < 7.5 and second == 3 and third > 7.5
 
 
 @pytest.mark.parametrize("kind", ["whole", "pieces"])
