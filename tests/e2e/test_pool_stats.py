@@ -28,7 +28,7 @@ def test_a_planner_sees_what_was_asked_and_what_it_took(observed):
     assert observer.observe(time.time(), {place: before}) is None
     num = 6
     for seed in range(num):
-        observed.complete({"seed": seed, "prompt": [seed, *PROMPT[1:]]})
+        observed.complete({"seed": seed, "prompt": [240 + seed, *PROMPT[1:]]})
     deadline_s = time.monotonic() + 20
     while (after := look()).prefill_steps.num - before.prefill_steps.num < num:
         assert time.monotonic() < deadline_s

@@ -22,7 +22,8 @@ from tiny_llama import write_checkpoint, write_pair_tokenizer
 
 STOP_LIMIT_S = 10.0
 WAIT_S = 30.0
-NUM_TOKENS = 500
+NUM_TOKENS = 2000
+"""Long enough that a drain finds them under way."""
 PROMPTS = [[(7 * i + 31 * k) % 256 for i in range(40 + k)] for k in range(6)]
 
 
