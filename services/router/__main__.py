@@ -31,11 +31,9 @@ from services.router.collection import keep_from_collection
 from services.router.config import RouterConfig, load_router_config
 from services.router.core import RouterCore
 from services.router.edge.door_tls import open_door_tls
-from services.router.edge.grpc_server import GrpcServer
-from services.router.edge.http_app import HttpApp
 from services.router.edge.http_server import HttpServer
 from services.router.edge.own_door import OwnDoor
-from services.router.ui.ui_routes import open_ui_routes
+from services.router.fronts import open_grpc_server, open_http_app
 
 logger = logging.getLogger("services.router")
 
@@ -49,38 +47,19 @@ class RouterProcess:
     def __init__(self, config: RouterConfig) -> None:
         """Takes the ports. Raises ConfigError."""
         self._core = RouterCore.from_config(config)
-        generator, metrics = self._core.dispatcher, self._core.metrics
-        tenants = self._core.tenants
         self._config = config
-        self._app = HttpApp(
-            generator,
-            metrics=metrics,
-            config=config.edge,
-            tenants=tenants,
-            pool_stats=self._core.pool_stats,
-            ui=open_ui_routes(self._core.ui, tenants, config.tenants),
-        )
-        shares_ports = config.copy.shares_ports
-        tls = open_door_tls(config.edge.tls, metrics)
+        self._app = open_http_app(self._core, config)
+        tls = open_door_tls(config.edge.tls, self._core.metrics)
         self.http = HttpServer(
             self._app,
             host=config.host,
             port=config.http_port,
             config=config.edge,
-            shares_port=shares_ports,
+            shares_port=config.copy.shares_ports,
             tls=tls,
         )
         self.own = OwnDoor(self._app, config)
-        self.grpc = GrpcServer(
-            generator,
-            host=config.host,
-            port=config.grpc_port,
-            metrics=metrics,
-            config=config.edge,
-            tenants=tenants,
-            shares_port=shares_ports,
-            tls=tls,
-        )
+        self.grpc = open_grpc_server(self._core, config, tls)
 
     async def start(self) -> None:
         """Returns once both front doors answer; where they are shared with other copies that is

@@ -19,10 +19,9 @@ from services.router.collection import keep_from_collection
 from services.router.config import load_router_config
 from services.router.core import RouterCore
 from services.router.edge.door_tls import open_door_tls, refuse_client_ca
-from services.router.edge.grpc_server import GrpcServer
 from services.router.edge.http_app import HttpApp
 from services.router.edge.own_door import OwnDoor
-from services.router.ui.ui_routes import open_ui_routes
+from services.router.fronts import open_grpc_server, open_http_app
 from services.router.workers.ray_membership import watch_replicas
 
 # The event loop of the replica runs our code itself: half the CPU of a token on the router.
@@ -54,26 +53,9 @@ class RouterReplica:
         start_logging("router", config.log, Path(log_dir) / "router.log")
         refuse_client_ca(config.edge.tls)
         self._core = RouterCore.from_config(config, membership=watch_replicas(pools))
-        generator, metrics = self._core.dispatcher, self._core.metrics
-        tenants = self._core.tenants
-        self._http = HttpApp(
-            generator,
-            metrics=metrics,
-            config=config.edge,
-            tenants=tenants,
-            pool_stats=self._core.pool_stats,
-            ui=open_ui_routes(self._core.ui, tenants, config.tenants),
-        )
-        self._grpc = GrpcServer(
-            generator,
-            host=config.host,
-            port=config.grpc_port,
-            metrics=metrics,
-            config=config.edge,
-            tenants=tenants,
-            shares_port=config.copy.shares_ports,
-            tls=open_door_tls(config.edge.tls, metrics),
-        )
+        self._http = open_http_app(self._core, config)
+        tls = open_door_tls(config.edge.tls, self._core.metrics)
+        self._grpc = open_grpc_server(self._core, config, tls)
         # Replicas have the same settings and need files of their own.
         name = f"{config.copy.name}-{serve.get_replica_context().replica_id.unique_id}"
         copy = dataclasses.replace(config.copy, name=name)

@@ -41,30 +41,14 @@ class _Sums:
 
 
 @dataclass(slots=True)
-class _Prefill:
-    num: float = 0.0
-    tokens: float = 0.0
-    pairs: float = 0.0
-    engine_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Decode:
-    num: float = 0.0
-    batch: float = 0.0
-    kv_tokens: float = 0.0
-    step_s: float = 0.0
-
-
-@dataclass(slots=True)
 class PoolStatsBook:
     """One per router, on its event loop. Times are the loop's."""
 
     config: PoolStatsConfig
     started_at_s: float
     _sums: _Sums = field(default_factory=_Sums)
-    _prefill: _Prefill = field(default_factory=_Prefill)
-    _decode: _Decode = field(default_factory=_Decode)
+    _prefill: PrefillSums = field(default_factory=PrefillSums)
+    _decode: DecodeSums = field(default_factory=DecodeSums)
     _ready_at_s: dict[_Key, float] = field(default_factory=dict)
     """Of workers that are ready now."""
     _has_looked: bool = False
@@ -112,17 +96,23 @@ class PoolStatsBook:
 
     def prefill_steps(self, num_uncached: int, num_cached: int, engine_s: float) -> None:
         """What a prefill worker measured of one prompt."""
-        self._prefill.num += 1
-        self._prefill.tokens += num_uncached
-        self._prefill.pairs += num_uncached * (num_cached + num_uncached / 2)
-        self._prefill.engine_s += engine_s
+        sums = self._prefill
+        self._prefill = PrefillSums(
+            num=sums.num + 1,
+            tokens=sums.tokens + num_uncached,
+            pairs=sums.pairs + num_uncached * (num_cached + num_uncached / 2),
+            engine_s=sums.engine_s + engine_s,
+        )
 
     def decode_steps(self, batch: float, kv_tokens: float, step_s: float) -> None:
         """The mean step of one request on a decode worker."""
-        self._decode.num += 1
-        self._decode.batch += batch
-        self._decode.kv_tokens += kv_tokens
-        self._decode.step_s += step_s
+        sums = self._decode
+        self._decode = DecodeSums(
+            num=sums.num + 1,
+            batch=sums.batch + batch,
+            kv_tokens=sums.kv_tokens + kv_tokens,
+            step_s=sums.step_s + step_s,
+        )
 
     def look(self, view: ClusterView, now_s: float) -> None:
         """To be called once a second: who has become ready since."""
@@ -147,12 +137,8 @@ class PoolStatsBook:
             **{part.name: getattr(self._sums, part.name) for part in fields(self._sums)},
             num_running=num_running,
             num_queued=num_queued,
-            prefill_steps=PrefillSums(
-                self._prefill.num, self._prefill.tokens, self._prefill.pairs, self._prefill.engine_s
-            ),
-            decode_steps=DecodeSums(
-                self._decode.num, self._decode.batch, self._decode.kv_tokens, self._decode.step_s
-            ),
+            prefill_steps=self._prefill,
+            decode_steps=self._decode,
             prefill=self._moment(view, Role.PREFILL, now_s),
             decode=self._moment(view, Role.DECODE, now_s),
         )

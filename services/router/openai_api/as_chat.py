@@ -7,37 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import orjson
-from pydantic import Field, WithJsonSchema
 
 from baton.core.errors import InvalidRequest
 from services.router.edge.preprocess import check_depth, describe
-from services.router.openai_api.schema import STOP_SCHEMA, Body, ChatBody, validate
+from services.router.openai_api.schema import ChatBody, SharedFields, validate
 
 
-class SharedOptions(Body):
-    """Fields that mean the same in every API here, most of them vLLM's additions."""
+class SharedOptions(SharedFields):
+    """What bodies of the other APIs here take over from the chat route."""
 
-    model: str | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    stop: Annotated[Any, WithJsonSchema(STOP_SCHEMA)] = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    skip_special_tokens: bool | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
-    priority: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

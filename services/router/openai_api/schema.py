@@ -126,14 +126,11 @@ class OwnOptions(Body):
     """Each choice says at its end where its time went."""
 
 
-class GenerationBody(Body):
-    """The fields both routes share. None means: not given."""
+class SharedFields(Body):
+    """Fields that mean the same in every API here, many of them vLLM's. None means: not given."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -145,17 +142,26 @@ class GenerationBody(Body):
     seed: int | None = None
     stop: Annotated[Any, WithJsonSchema(STOP_SCHEMA)] = None
     stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    priority: int | None = None
+
+
+class GenerationBody(SharedFields):
+    """The fields that both OpenAI routes share."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] | None = None
+    max_tokens: int | None = None
+    include_stop_str_in_output: bool | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Annotated[Any, WithJsonSchema(SCHEMA_OR_TEXT)] = None
@@ -163,7 +169,6 @@ class GenerationBody(Body):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     user: str | None = None
-    priority: int | None = None
     baton: OwnOptions | None = None
 
 
